@@ -1,0 +1,1 @@
+"""Decisions: data in, data out. Touches no file, clock, environment, tensor or cluster."""

@@ -1,0 +1,240 @@
+"""Configuration: frozen dataclasses, built from a plain mapping and refused early.
+
+Any dataclass will do: every key of the mapping must be a field, every value must have the field's
+type, and a class may refuse combinations by raising ConfigError in `__post_init__`. Reads no file
+and no environment: the text of a TOML file and the overrides come in as arguments.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+
+from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.names import is_word
+from ray_ckpt.core.retention import KeepBest, KeepEvery, KeepLatest, Policy
+
+Config = TypeVar("Config")
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveConfig:
+    """How a training loop saves."""
+
+    every_steps: int = 500
+    """Optimizer steps between two saves."""
+    first_step: bool = False
+    """Also save after the first step."""
+    mode: Literal["sync", "async"] = "async"
+    """`async`: training goes on as soon as the state is copied to host memory."""
+    timeout_s: float = 600.0
+    """Seconds the ranks wait for each other during one save before it fails."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, every_steps=self.every_steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPolicy:
+    """Steps that become a Hugging Face folder by themselves."""
+
+    name: str
+    """Folder under `exports/`, for example `hf-bf16`."""
+    dtype: Dtype = "bfloat16"
+    """What floating-point tensors are cast to."""
+    every_steps: int | None = None
+    """Export each step that is a multiple of this."""
+    last_step: bool = True
+    """Export the last step of the run."""
+
+    def __post_init__(self) -> None:
+        _a_word("export.name", self.name)
+        _at_least(1, every_steps=self.every_steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishPolicy:
+    """A place every export of one name is copied to."""
+
+    export: str
+    """Name of the export."""
+    to: str
+    """`/path`, `s3://bucket/prefix` or `hf://org/repo`."""
+    required: bool = True
+    """Whether a step is kept until its copy is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepConfig:
+    """Which checkpoints survive; several lines keep the union."""
+
+    latest: int | None = None
+    """The newest so many verified checkpoints; at least 2."""
+    every_steps: int | None = None
+    """Every step that is a multiple of this."""
+    best: int | None = None
+    """The best so many by `best_metric`."""
+    best_metric: str = "loss"
+    """A metric that was handed to `save`; smaller is better unless `best_order` says otherwise."""
+    best_order: Literal["min", "max"] = "min"
+    """Which end of `best_metric` is best."""
+    trash_grace_s: float = 3600.0
+    """Seconds a purged step stays in the trash, where `ray-ckpt undo` finds it."""
+
+    def __post_init__(self) -> None:
+        _at_least(2, latest=self.latest)
+        _at_least(1, every_steps=self.every_steps, best=self.best)
+
+    def policies(self) -> list[Policy]:
+        """The retention policies these fields stand for; none keeps everything."""
+        policies: list[Policy] = []
+        if self.latest is not None:
+            policies.append(KeepLatest(self.latest))
+        if self.every_steps is not None:
+            policies.append(KeepEvery(self.every_steps))
+        if self.best is not None:
+            policies.append(KeepBest(self.best, self.best_metric, self.best_order))
+        return policies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecyclePolicy:
+    """What happens to every checkpoint of a run after its save."""
+
+    export: tuple[ExportPolicy, ...] = ()
+    """Exports made without being asked for."""
+    publish: tuple[PublishPolicy, ...] = ()
+    """Copies made of these exports."""
+    keep: KeepConfig = dataclasses.field(default_factory=KeepConfig)
+    """What is kept; the default keeps everything."""
+
+    def __post_init__(self) -> None:
+        names = [export.name for export in self.export]
+        unknown = sorted({p.export for p in self.publish} - set(names))
+        if unknown:
+            raise ConfigError(
+                f"publish names exports that no [[export]] makes: {', '.join(unknown)}",
+                "publish.export",
+                do=f"use one of: {', '.join(names) or 'none is defined'}",
+            )
+        if len(set(names)) < len(names):
+            raise ConfigError("two [[export]] entries have the same name", "export.name")
+
+
+def load_toml(
+    config_type: type[Config], text: str, *, where: str, overrides: Sequence[str] = ()
+) -> Config:
+    """`config_type` from the TOML in `text` with `section.field=value` overrides on top.
+
+    Raises:
+        ConfigError: no TOML, an unknown key, a value of the wrong type or one that is refused.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}", where) from error
+    for override in overrides:
+        _apply_override(document, override)
+    return build(config_type, document, where=where)
+
+
+def build(config_type: type[Config], values: Mapping[str, Any], *, where: str) -> Config:
+    """`config_type` with `values` as fields; nested dataclasses and tuples of them included.
+
+    Raises:
+        ConfigError: naming the field, what was expected and what was given.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, config_type))}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"unknown key {key!r}", where, do=hint)
+    for name, field in fields.items():
+        if name not in values and _is_required(field):
+            raise ConfigError(f"{name!r} is missing", where, do=f"add {name} = ...")
+    hints = typing.get_type_hints(config_type)
+    return config_type(
+        **{
+            key: _convert(hints[key], value, where=f"{where}: {key}")
+            for key, value in values.items()
+        }
+    )
+
+
+def _is_required(field: "dataclasses.Field[Any]") -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _convert(expected: Any, value: Any, *, where: str) -> Any:
+    origin = get_origin(expected)
+    if origin is types.UnionType:
+        inner = next(option for option in get_args(expected) if option is not type(None))
+        return None if value is None else _convert(inner, value, where=where)
+    if origin is Literal:
+        return _one_of(get_args(expected), value, where=where)
+    if origin is tuple and isinstance(value, list | tuple):
+        items = cast(Sequence[Any], value)
+        return tuple(
+            _convert(get_args(expected)[0], v, where=f"{where}[{i}]") for i, v in enumerate(items)
+        )
+    if dataclasses.is_dataclass(expected) and isinstance(value, Mapping):
+        return build(cast(type[Any], expected), cast(Mapping[str, Any], value), where=where)
+    return _scalar(expected, value, where=where)
+
+
+def _one_of(options: Sequence[Any], value: Any, *, where: str) -> Any:
+    if value not in options:
+        raise ConfigError(f"{value!r} is none of {', '.join(map(repr, options))}", where)
+    return value
+
+
+def _scalar(expected: Any, value: Any, *, where: str) -> Any:
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(expected, type) or type(value) is not expected:
+        wanted = getattr(expected, "__name__", str(expected))
+        raise ConfigError(f"expected {wanted}, got {type(value).__name__} {value!r}", where)
+    return value
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"{override!r} is no override", do="write section.field=value")
+    *parents, leaf = path.split(".")
+    section = document
+    for parent in parents:
+        inner = section.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{parent!r} is a value, not a section", override)
+        section = cast(dict[str, Any], inner)
+    section[leaf] = _override_value(text)
+
+
+def _override_value(text: str) -> Any:
+    """A TOML value if `text` is one, else `text` itself, so that plain words need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _at_least(minimum: int, **fields: int | None) -> None:
+    for name, value in fields.items():
+        if value is not None and value < minimum:
+            raise ConfigError(f"{name} must be at least {minimum}, got {value}", name)
+
+
+def _a_word(field: str, value: str) -> None:
+    if not is_word(value):
+        raise ConfigError(
+            f"{value!r} cannot be part of a folder name",
+            field,
+            do="use letters, digits, '.', '_' and '-'",
+        )

@@ -1,0 +1,191 @@
+"""What a checkpoint or an export consists of, and its one canonical JSON form.
+
+The manifest lists every file with its size and digest, and every tensor with its dtype, shape
+and the byte range of each piece: a twin of DCP's `.metadata` that needs no pickle. It holds no
+path of the machine that wrote it, no token and no secret. Serialising the same content always
+gives the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from ray_ckpt.core.errors import IntegrityError
+
+SCHEMA = "ray_ckpt.manifest/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of the folder that holds the manifest."""
+
+    path: str
+    """Relative to the folder, separated by "/"."""
+    size_bytes: int
+    digest: str
+    """`algorithm:hex`, for example `crc64nvme:7b2f...`; see `storage.digests`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One contiguous item of a tensor, as DCP wrote it."""
+
+    offsets: tuple[int, ...]
+    """Where the piece lies in the whole tensor, one number a dimension."""
+    sizes: tuple[int, ...]
+    file: str
+    offset_bytes: int
+    """Where the item (a small zip around the raw bytes) starts in `file`."""
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor, whole: its name, and where its pieces are."""
+
+    name: str
+    dtype: str
+    """As torch prints it, without `torch.`: `float32`, `bfloat16`."""
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...] = ()
+    """Empty in the manifest of an export: safetensors files index themselves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """What an export needs to know of the model, years later and without its code."""
+
+    family: str
+    """Name of the adapter that knows the model's names, for example `llama`."""
+    keys: tuple[str, ...]
+    """FQNs of the model's own tensors among all tensors of the checkpoint, sorted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Where this came from."""
+
+    run_id: str
+    resumed_from: int | None = None
+    """Step that the saving process had loaded; None for a run from scratch."""
+    source_id: str | None = None
+    """Content id of the checkpoint an export was made from."""
+    recipe: Mapping[str, str] = field(default_factory=dict[str, str])
+    """How an export was made: its name, dtype and adapter family."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All there is to know about one checkpoint or one export."""
+
+    step: int
+    save_id: str
+    """Names one attempt to save; two saves of the same content differ in it."""
+    created_at: str
+    """UTC, ISO 8601 with seconds."""
+    lineage: Lineage
+    files: tuple[FileEntry, ...]
+    tensors: tuple[TensorEntry, ...] = ()
+    model: ModelEntry | None = None
+    world_size: int = 1
+    is_last_step: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files, the manifest itself left out."""
+        return sum(entry.size_bytes for entry in self.files)
+
+    @property
+    def content_id(self) -> str:
+        """Hex SHA-256 over names, sizes and digests of all files: equal content, equal id."""
+        lines = sorted(f"{e.path}\0{e.size_bytes}\0{e.digest}\n" for e in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Canonical UTF-8 JSON: keys sorted, files and tensors ordered by name."""
+        document = {"schema": SCHEMA, **asdict(self)}
+        document["files"] = [asdict(e) for e in sorted(self.files, key=lambda e: e.path)]
+        document["tensors"] = [asdict(e) for e in sorted(self.tensors, key=lambda e: e.name)]
+        return (json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> "Manifest":
+        """The manifest in `text`, read from `where`.
+
+        Raises:
+            IntegrityError: it is no JSON, of a schema this version does not know, lacks a field,
+                or names a file outside its own folder.
+        """
+        try:
+            document = json.loads(text)
+            _refuse_unknown_schema(document, where)
+            return _from_document(document)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntegrityError(
+                f"the manifest cannot be read: {error!r}", where, _UNTOUCHED, _LOOK
+            ) from error
+
+
+_UNTOUCHED = "nothing was changed; the other steps do not depend on this one"
+_LOOK = "restore the manifest from a copy, or set the folder aside and resume from an older step"
+
+
+def _refuse_unknown_schema(document: Mapping[str, Any], where: str) -> None:
+    if document["schema"] != SCHEMA:
+        raise IntegrityError(
+            f"the manifest has schema {document['schema']!r}, this version reads {SCHEMA!r}",
+            where,
+            _UNTOUCHED,
+            "install the version of ray_ckpt that wrote it, or a newer one",
+        )
+
+
+def _from_document(document: Mapping[str, Any]) -> Manifest:
+    model = document["model"]
+    return Manifest(
+        step=int(document["step"]),
+        save_id=str(document["save_id"]),
+        created_at=str(document["created_at"]),
+        lineage=Lineage(**document["lineage"]),
+        files=tuple(_file_entry(entry) for entry in document["files"]),
+        tensors=tuple(_tensor_entry(entry) for entry in document["tensors"]),
+        model=ModelEntry(family=model["family"], keys=tuple(model["keys"])) if model else None,
+        world_size=int(document["world_size"]),
+        is_last_step=bool(document["is_last_step"]),
+        metrics=dict(document["metrics"]),
+        versions=dict(document["versions"]),
+    )
+
+
+def _file_entry(entry: Mapping[str, Any]) -> FileEntry:
+    parsed = FileEntry(**entry)
+    parts = PurePosixPath(parsed.path).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\\" in parsed.path:
+        raise ValueError(f"file name {parsed.path!r} leaves the folder")
+    if parsed.size_bytes < 0 or ":" not in parsed.digest:
+        raise ValueError(f"size or digest of {parsed.path!r} is none")
+    return parsed
+
+
+def _tensor_entry(entry: Mapping[str, Any]) -> TensorEntry:
+    chunks = cast(Sequence[Mapping[str, Any]], entry["chunks"])
+    return TensorEntry(
+        name=entry["name"],
+        dtype=entry["dtype"],
+        shape=tuple(entry["shape"]),
+        chunks=tuple(
+            Chunk(
+                offsets=tuple(chunk["offsets"]),
+                sizes=tuple(chunk["sizes"]),
+                file=chunk["file"],
+                offset_bytes=chunk["offset_bytes"],
+                length_bytes=chunk["length_bytes"],
+            )
+            for chunk in chunks
+        ),
+    )

@@ -1,0 +1,144 @@
+"""Names of everything on storage. No other module formats or parses one.
+
+<root>/
+    step-500/                      a DCP checkpoint
+        ray_ckpt.manifest.json         written last, removed first: it alone means "committed"
+        ray_ckpt.pin.<name>.json       keeps the step from every purge
+        hf_assets/                     config.json and tokenizer, for exports
+    exports/<name>/step-500/       a Hugging Face folder with a manifest of its own
+    .ray_ckpt/                     ours alone
+        run.json                       the run's id and policy
+        lease/<role>-<epoch>.json      who may write; the highest epoch owns
+        requests/<key>.json            what was asked for
+        actions/<key>.json             what became of it
+        staging/<attempt>/             unfinished work, private to one attempt
+        trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over
+        quarantine/step-500.<save id>/ damaged, never deleted by a policy
+
+Keys are relative to the root and separated by "/", on every backend.
+"""
+
+import hashlib
+import re
+
+MANIFEST = "ray_ckpt.manifest.json"
+METADATA = ".metadata"
+"""DCP's own index of a checkpoint (a pickle), as torch names it."""
+ASSETS = "hf_assets"
+EXPORTS = "exports"
+PRIVATE = ".ray_ckpt"
+RUN = f"{PRIVATE}/run.json"
+LEASES = f"{PRIVATE}/lease"
+REQUESTS = f"{PRIVATE}/requests"
+ACTIONS = f"{PRIVATE}/actions"
+STAGING = f"{PRIVATE}/staging"
+TRASH = f"{PRIVATE}/trash"
+QUARANTINE = f"{PRIVATE}/quarantine"
+
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+_SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]*)\.([0-9a-zA-Z]+)")
+_PIN = re.compile(r"ray_ckpt\.pin\.([A-Za-z0-9_-]{1,64})\.json")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def step_dir(step: int) -> str:
+    """Folder of a checkpoint.
+
+    >>> step_dir(500)
+    'step-500'
+    """
+    return f"step-{step}"
+
+
+def parse_step(name: str) -> int | None:
+    """Step of the folder called `name`, or None if it is not a step folder.
+
+    The whole name must be what :func:`step_dir` writes, so that leftovers and other people's
+    spellings are never taken for checkpoints.
+
+    >>> parse_step("step-500"), parse_step("step-0500"), parse_step("old-step-500")
+    (500, None, None)
+    """
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def export_dir(name: str, step: int) -> str:
+    """Folder of one export of one step."""
+    return f"{EXPORTS}/{name}/{step_dir(step)}"
+
+
+def is_word(name: str) -> bool:
+    """Whether `name` may be part of a key: letters, digits, `.`, `_`, `-`; no step, not hidden."""
+    return _WORD.fullmatch(name) is not None and parse_step(name) is None
+
+
+def manifest_key(folder: str) -> str:
+    """Key of the manifest of a checkpoint or an export."""
+    return f"{folder}/{MANIFEST}"
+
+
+def pin_key(step: int, name: str) -> str:
+    """Key of a pin; `name` says who or what pins."""
+    return f"{step_dir(step)}/ray_ckpt.pin.{name}.json"
+
+
+def parse_pin(file_name: str) -> str | None:
+    """Name of the pin held by the file called `file_name`, or None if it is no pin."""
+    match = _PIN.fullmatch(file_name)
+    return match[1] if match else None
+
+
+def set_aside_dir(parent: str, step: int, save_id: str) -> str:
+    """Folder in the trash or the quarantine for one save of one step."""
+    return f"{parent}/{step_dir(step)}.{save_id}"
+
+
+def parse_set_aside(name: str) -> tuple[int, str] | None:
+    """Step and save id of a folder in the trash or the quarantine, or None."""
+    match = _SET_ASIDE.fullmatch(name)
+    return (int(match[1]), match[2]) if match else None
+
+
+def staging_dir(attempt: str) -> str:
+    """Private folder of one attempt to save or export."""
+    return f"{STAGING}/{attempt}"
+
+
+def action_key(key: str) -> str:
+    """Key of the record of one action."""
+    return f"{ACTIONS}/{key}.json"
+
+
+def request_key(key: str) -> str:
+    """Key of one request."""
+    return f"{REQUESTS}/{key}.json"
+
+
+def lease_key(role: str, epoch: int) -> str:
+    """Key of one epoch of a lease."""
+    return f"{LEASES}/{role}-{epoch}.json"
+
+
+def parse_lease(file_name: str) -> tuple[str, int] | None:
+    """Role and epoch of a lease file, or None."""
+    role, _, epoch = file_name.removesuffix(".json").rpartition("-")
+    return (
+        (role, int(epoch)) if role and epoch.isdecimal() and file_name.endswith(".json") else None
+    )
+
+
+def run_name(root: str) -> str:
+    """Short name of the run at `root`: readable first, unique by a digest of the whole location.
+
+    >>> run_name("s3://bucket/llama-8b")
+    'llama-8b-0f4bb1'
+    """
+    location = root.rstrip("/")
+    tail = re.sub(r"[^A-Za-z0-9_.-]", "-", location.rpartition("/")[2]) or "root"
+    return f"{tail}-{hashlib.sha256(location.encode()).hexdigest()[:6]}"
+
+
+def manager_name(root: str) -> str:
+    """Name of the actor that manages `root`."""
+    return f"ray_ckpt:{run_name(root)}"

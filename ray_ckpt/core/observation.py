@@ -1,0 +1,66 @@
+"""What storage shows of one run at one moment: plain records, filled in by whoever reads it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.config import LifecyclePolicy
+from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.manifest import Manifest
+
+READABLE = frozenset({CheckpointState.COMMITTED, CheckpointState.VERIFIED})
+"""States in which a checkpoint may be loaded, exported or counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointView:
+    """One step, wherever it lies: in place, in the trash or in quarantine."""
+
+    step: int
+    state: CheckpointState
+    manifest: Manifest | None = None
+    """None for a foreign folder, or where the manifest cannot be read."""
+    pins: tuple[str, ...] = ()
+    problem: str | None = None
+    """Why the step cannot be used, where its state alone does not say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportView:
+    """One finished export."""
+
+    name: str
+    step: int
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a person or a job asked for; the checkpoint may be replaced meanwhile, so by step."""
+
+    kind: ActionKind
+    step: int
+    export: ExportSpec | None = None
+    destination: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """A whole run."""
+
+    run_id: str
+    policy: LifecyclePolicy
+    checkpoints: tuple[CheckpointView, ...]
+    exports: tuple[ExportView, ...] = ()
+    records: Mapping[str, ActionRecord] = field(default_factory=dict[str, ActionRecord])
+    """Every action's record under its key."""
+    requests: tuple[Request, ...] = ()
+
+    def readable(self) -> list[CheckpointView]:
+        """Checkpoints that may be used, oldest first."""
+        return sorted((c for c in self.checkpoints if c.state in READABLE), key=lambda c: c.step)
+
+    def state_of(self, action: Action) -> ActionState | None:
+        """State of the action's record; None if it was never started."""
+        record = self.records.get(action.key)
+        return record.state if record else None

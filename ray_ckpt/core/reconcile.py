@@ -1,0 +1,202 @@
+"""What to do next, from what storage shows. Pure: no memory, no clock, no effect.
+
+    verify ──► export ──► publish          purge: once retention lets the step go,
+                                                  and nothing above still needs it
+
+The plan is computed anew every round, so a lost event, a dead manager or a deleted record can
+delay an action but never lose it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ray_ckpt.core.actions import Action, ExportSpec
+from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.observation import CheckpointView, Observation
+from ray_ckpt.core.retention import Candidate, Verdict, decide
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a round does, and why it keeps what it keeps."""
+
+    actions: tuple[Action, ...]
+    """To start now, oldest step first."""
+    verdicts: tuple[Verdict, ...]
+    """One a readable checkpoint, oldest first."""
+    problems: tuple[str, ...]
+    """Requests that cannot be served as things are, as sentences."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """Everything asked of one checkpoint, by policy or by request."""
+
+    exports: tuple[Action, ...]
+    publishes: tuple[Action, ...]
+    required: frozenset[str]
+    """Keys of the publishes without which the checkpoint may not go."""
+
+
+def plan(observed: Observation, *, now: float) -> Plan:
+    """The next round's actions, given everything that storage shows."""
+    readable = observed.readable()
+    wanted = {c.step: _wanted(c, observed) for c in readable}
+    verdicts = decide_all(observed, holds={step: _holds(w, observed) for step, w in wanted.items()})
+    doomed = {verdict.step for verdict in verdicts if not verdict.keep}
+    actions: list[Action] = []
+    for checkpoint in readable:
+        if checkpoint.step in doomed:
+            actions.append(purge_action(checkpoint, grace_s=observed.policy.keep.trash_grace_s))
+        else:
+            actions.extend(_next_steps(checkpoint, wanted[checkpoint.step], observed))
+    return Plan(
+        actions=tuple(action for action in actions if _may_start(action, observed, now)),
+        verdicts=tuple(verdicts),
+        problems=tuple(_problems(observed)),
+    )
+
+
+def decide_all(observed: Observation, *, holds: dict[int, tuple[str, ...]]) -> list[Verdict]:
+    """The retention verdict on every readable checkpoint, `holds` included."""
+    candidates = [
+        Candidate(
+            step=checkpoint.step,
+            is_verified=checkpoint.state is CheckpointState.VERIFIED,
+            metrics=_manifest(checkpoint).metrics,
+            pins=checkpoint.pins,
+            holds=holds.get(checkpoint.step, ()),
+        )
+        for checkpoint in observed.readable()
+    ]
+    return decide(candidates, observed.policy.keep.policies())
+
+
+def holds_of(observed: Observation) -> dict[int, tuple[str, ...]]:
+    """For each readable step, sentences about unfinished work that still needs it."""
+    return {c.step: _holds(_wanted(c, observed), observed) for c in observed.readable()}
+
+
+def verify_action(checkpoint: CheckpointView) -> Action:
+    """Recompute every digest of the checkpoint."""
+    return _action(ActionKind.VERIFY, checkpoint)
+
+
+def purge_action(checkpoint: CheckpointView, *, grace_s: float) -> Action:
+    """Move the checkpoint to the trash, where it stays for `grace_s` seconds."""
+    return Action(
+        kind=ActionKind.PURGE,
+        step=checkpoint.step,
+        source_id=_manifest(checkpoint).content_id,
+        grace_s=grace_s,
+    )
+
+
+def export_action(checkpoint: CheckpointView, export: ExportSpec) -> Action:
+    """Make one export of the checkpoint."""
+    return _action(ActionKind.EXPORT, checkpoint, export=export)
+
+
+def publish_action(checkpoint: CheckpointView, export: ExportSpec, destination: str) -> Action:
+    """Copy one export of the checkpoint to `destination`."""
+    return _action(ActionKind.PUBLISH, checkpoint, export=export, destination=destination)
+
+
+def _action(
+    kind: ActionKind,
+    checkpoint: CheckpointView,
+    *,
+    export: ExportSpec | None = None,
+    destination: str | None = None,
+) -> Action:
+    source_id = _manifest(checkpoint).content_id
+    return Action(
+        kind=kind, step=checkpoint.step, source_id=source_id, export=export, destination=destination
+    )
+
+
+def _manifest(checkpoint: CheckpointView) -> Manifest:
+    assert checkpoint.manifest is not None, "a readable checkpoint has a manifest"
+    return checkpoint.manifest
+
+
+def _wanted(checkpoint: CheckpointView, observed: Observation) -> _Wanted:
+    """Policies and requests alike, without repeats."""
+    due = _due_by_policy(checkpoint, observed)
+    exports = [export_action(checkpoint, spec) for spec in due.values()]
+    publishes: list[Action] = []
+    required: set[str] = set()
+    for policy in observed.policy.publish:
+        if policy.export in due:
+            publishes.append(publish_action(checkpoint, due[policy.export], policy.to))
+            required |= {publishes[-1].key} if policy.required else set()
+    for request in observed.requests:
+        if request.step == checkpoint.step and request.export is not None:
+            exports.append(export_action(checkpoint, request.export))
+            if request.destination is not None:
+                publishes.append(publish_action(checkpoint, request.export, request.destination))
+                required.add(publishes[-1].key)
+    return _Wanted(
+        exports=tuple({a.key: a for a in exports}.values()),
+        publishes=tuple({a.key: a for a in publishes}.values()),
+        required=frozenset(required),
+    )
+
+
+def _due_by_policy(checkpoint: CheckpointView, observed: Observation) -> dict[str, ExportSpec]:
+    due: dict[str, ExportSpec] = {}
+    for policy in observed.policy.export:
+        is_last = policy.last_step and _manifest(checkpoint).is_last_step
+        is_multiple = policy.every_steps is not None and checkpoint.step % policy.every_steps == 0
+        if is_last or is_multiple:
+            due[policy.name] = ExportSpec(name=policy.name, dtype=policy.dtype)
+    return due
+
+
+def _next_steps(
+    checkpoint: CheckpointView, wanted: _Wanted, observed: Observation
+) -> Iterable[Action]:
+    """Actions whose dependencies are met: verify first, then exports, then what needs these."""
+    if checkpoint.state is not CheckpointState.VERIFIED:
+        yield verify_action(checkpoint)
+        return
+    finished = {(e.name, e.manifest.lineage.source_id) for e in observed.exports}
+    source_id = _manifest(checkpoint).content_id
+    for export in wanted.exports:
+        if export.export and (export.export.name, source_id) not in finished:
+            yield export
+    for publish in wanted.publishes:
+        if publish.export and (publish.export.name, source_id) in finished:
+            yield publish
+
+
+def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
+    """Unfinished exports hold a step until they end; required copies until they exist."""
+    running = [
+        action
+        for action in wanted.exports
+        if observed.state_of(action) not in (ActionState.SUCCEEDED, ActionState.DEAD)
+    ]
+    missing = [
+        action
+        for action in wanted.publishes
+        if observed.state_of(action) is not ActionState.SUCCEEDED
+        and (action.key in wanted.required or observed.state_of(action) is not ActionState.DEAD)
+    ]
+    return tuple(f"not done yet: {action.title}" for action in (*running, *missing))
+
+
+def _may_start(action: Action, observed: Observation, now: float) -> bool:
+    record = observed.records.get(action.key)
+    if record is None or record.state is ActionState.PENDING:
+        return True
+    due = record.next_attempt_at is not None and now >= record.next_attempt_at
+    return record.state is ActionState.RETRY_WAIT and due
+
+
+def _problems(observed: Observation) -> Iterable[str]:
+    readable = {checkpoint.step for checkpoint in observed.readable()}
+    for request in observed.requests:
+        if request.step not in readable:
+            yield f"{request.kind} of step-{request.step} was asked for, but that step is not there"

@@ -1,0 +1,45 @@
+"""Which step a run resumes from, why, and why the newer ones are passed over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.observation import READABLE, CheckpointView
+
+_SILENT = frozenset({CheckpointState.TRASHED, CheckpointState.PURGED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumePlan:
+    """The same plan that `load` follows."""
+
+    step: int | None
+    """The step to load; None starts from scratch."""
+    reason: str
+    skipped: tuple[tuple[int, str], ...]
+    """Newer steps that are not used, newest first, each with the reason."""
+
+
+def plan_resume(checkpoints: Sequence[CheckpointView]) -> ResumePlan:
+    """The newest checkpoint that can be used."""
+    skipped: list[tuple[int, str]] = []
+    for checkpoint in sorted(checkpoints, key=lambda c: -c.step):
+        if checkpoint.state in READABLE and checkpoint.problem is None:
+            return ResumePlan(
+                step=checkpoint.step,
+                reason=f"newest {checkpoint.state} checkpoint",
+                skipped=tuple(skipped),
+            )
+        if checkpoint.state not in _SILENT:
+            skipped.append((checkpoint.step, _why_not(checkpoint)))
+    return ResumePlan(
+        step=None,
+        reason="no committed checkpoint is here: a new run starts",
+        skipped=tuple(skipped),
+    )
+
+
+def _why_not(checkpoint: CheckpointView) -> str:
+    if checkpoint.problem is not None:
+        return f"{checkpoint.state}: {checkpoint.problem}"
+    return str(checkpoint.state)

@@ -1,0 +1,47 @@
+"""Which backend a location belongs to. To add one: its module, and a line in `_BACKENDS`."""
+
+from collections.abc import Callable
+
+from ray_ckpt.core.errors import UsageError
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.commit import MarkerCommit, RenameCommit
+from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.s3 import S3Store
+
+
+def _open_local(uri: str) -> Catalog:
+    store = LocalStore(uri.removeprefix("file://"))
+    return Catalog(store, RenameCommit(store))
+
+
+def _open_s3(uri: str) -> Catalog:
+    store = S3Store(uri)
+    return Catalog(store, MarkerCommit(store))
+
+
+_BACKENDS: dict[str, Callable[[str], Catalog]] = {
+    "": _open_local,
+    "file": _open_local,
+    "s3": _open_s3,
+}
+
+
+def open_catalog(uri: str) -> Catalog:
+    """The catalog of the root at `uri`: a path, `file://`, or `s3://bucket/prefix`.
+
+    Touches nothing yet: a root that is not there has no checkpoints.
+
+    Raises:
+        UsageError: no backend is known for the scheme.
+    """
+    scheme = uri.partition("://")[0] if "://" in uri else ""
+    if scheme not in _BACKENDS or not uri:
+        known = ", ".join(f"{name}://" for name in _BACKENDS if name)
+        raise UsageError(f"no backend for {uri!r}", do=f"use a path or one of: {known}")
+    return _BACKENDS[scheme](uri)
+
+
+def open_store(uri: str) -> Store:
+    """The bare store at `uri`."""
+    return open_catalog(uri).store

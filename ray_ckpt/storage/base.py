@@ -1,0 +1,78 @@
+"""The verbs a backend must have. Knows nothing of checkpoints.
+
+Adding a backend: one file with a class that has these methods, one line in `storage.backends`;
+`tests/storage/test_store_contract.py` then runs over it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """One stored object."""
+
+    key: str
+    size_bytes: int
+    modified_at: float
+    """Seconds since the epoch, by the store's clock."""
+
+
+class Store(Protocol):
+    """Objects under "/"-separated string keys, relative to one root.
+
+    A key is a `str` and never a `Path`: `Path("s3://a")` is `s3:/a`. Every method may raise
+    TransientError, AuthorizationError or StorageFullError. A missing key is ObjectNotFoundError,
+    except that deleting it is no error.
+    """
+
+    @property
+    def uri(self) -> str:
+        """The root as a person types it, without a slash at the end."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """The whole object; meant for small ones."""
+        ...
+
+    def open_read(self, key: str) -> BinaryIO:
+        """A seekable stream over the object, for reading; the caller closes it."""
+        ...
+
+    def write(self, key: str, data: bytes) -> None:
+        """Put `data` under `key`, durable when this returns; readers see the old or the new."""
+        ...
+
+    def create(self, key: str, data: bytes) -> None:
+        """Like `write`, but only if nothing is there; of several at once exactly one succeeds.
+
+        Raises:
+            ObjectExistsError: something is there.
+        """
+        ...
+
+    def upload(self, source: Path, key: str) -> None:
+        """Stream a local file of any size to `key`; readers see all of it or none."""
+        ...
+
+    def download(self, key: str, target: Path) -> None:
+        """Stream the object into a local file, replacing it."""
+        ...
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        """What is under `key`, or None."""
+        ...
+
+    def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
+        """Every object below `folder`, at any depth, in no order; none if the folder is absent."""
+        ...
+
+    def list_folders(self, folder: str) -> list[str]:
+        """Names directly below `folder` that hold something, sorted. `""` is the root itself."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove the objects in the order given; absent ones are no error."""
+        ...

@@ -1,0 +1,304 @@
+"""The checkpoints and exports of one root: the only code that knows what "committed" means.
+
+A step is committed if and only if the folder `step-<n>` holds a manifest. Everything else about it
+is read from storage each time it is asked for; nothing is remembered between two calls.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ray_ckpt.core import names
+from ray_ckpt.core.errors import (
+    ConfigError,
+    ForeignFolderError,
+    IntegrityError,
+    ObjectExistsError,
+    StepExistsError,
+    StepNotFoundError,
+)
+from ray_ckpt.core.lifecycle import ActionState, CheckpointState
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation
+from ray_ckpt.core.reconcile import verify_action
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.commit import Commit
+from ray_ckpt.storage.digests import find_damage
+from ray_ckpt.storage.listing import (
+    aside_folders,
+    list_checkpoints,
+    list_exports,
+    manifest_in,
+    pins_in,
+    sizes_in,
+)
+from ray_ckpt.storage.records import Records, Run
+
+_UNCHANGED = "nothing was changed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """Keeps a checkpoint from every purge; lies in the step's folder and travels with it."""
+
+    name: str
+    reason: str
+    pinned_at: str
+
+
+class Catalog:
+    """Lists, commits, verifies, pins, trashes and erases."""
+
+    def __init__(self, store: Store, commit: Commit) -> None:
+        self.store = store
+        self.commit = commit
+        self.records = Records(store)
+
+    @property
+    def uri(self) -> str:
+        """The root as a person types it."""
+        return self.store.uri
+
+    # ---- what is there ----
+
+    def observe(self) -> Observation:
+        """All that storage shows of the run."""
+        run = self.records.run() or Run(run_id=names.run_name(self.uri))
+        observed = Observation(
+            run_id=run.run_id,
+            policy=run.policy,
+            checkpoints=tuple(list_checkpoints(self.store)),
+            exports=tuple(list_exports(self.store)),
+            records=self.records.actions(),
+            requests=self.records.requests(),
+        )
+        views = sorted(
+            (_with_verdict(v, observed) for v in observed.checkpoints), key=lambda v: v.step
+        )
+        return replace(observed, checkpoints=tuple(views))
+
+    def checkpoint(self, step: int) -> CheckpointView:
+        """A committed checkpoint, its state included.
+
+        Raises:
+            StepNotFoundError: there is none; the message lists the ones there are.
+            ForeignFolderError: a folder is there, without a manifest.
+        """
+        observed = self.observe()
+        views = [view for view in observed.checkpoints if view.step == step]
+        found = next((view for view in views if view.state in READABLE), None)
+        if found is None:
+            raise self._not_readable(step, views, observed)
+        return found
+
+    def export(self, name: str, step: int) -> ExportView:
+        """A finished export.
+
+        Raises:
+            StepNotFoundError: there is none.
+        """
+        manifest = manifest_in(self.store, names.export_dir(name, step))
+        if manifest is None:
+            raise StepNotFoundError(
+                f"step-{step} has no export called {name!r}",
+                self.uri,
+                _UNCHANGED,
+                f"ray-ckpt export {self.uri} --step {step} --name {name}",
+            )
+        return ExportView(name=name, step=step, manifest=manifest)
+
+    def manifest(self, step: int) -> Manifest:
+        """The manifest of a committed step; one read.
+
+        Raises:
+            StepNotFoundError: the step is not committed.
+            IntegrityError: its manifest cannot be read.
+        """
+        manifest = manifest_in(self.store, names.step_dir(step))
+        if manifest is None:
+            raise self._not_readable(step, [], self.observe())
+        return manifest
+
+    # ---- how it gets there ----
+
+    def refuse_existing(self, step: int) -> None:
+        """Nothing, if `step` may be saved.
+
+        Raises:
+            StepExistsError: it is committed.
+            ForeignFolderError: a folder that ray_ckpt did not write is in its place.
+        """
+        folder = names.step_dir(step)
+        if self.store.stat(names.manifest_key(folder)) is not None:
+            raise self._exists(step)
+        foreign = (v for v in list_checkpoints(self.store) if v.state is CheckpointState.FOREIGN)
+        if any(view.step == step for view in foreign):
+            raise self._foreign(step)
+
+    def commit_step(self, staging: Path, manifest: Manifest) -> None:
+        """The step is committed: visible, whole and durable.
+
+        Raises:
+            StepExistsError: it was committed before; that one is untouched.
+        """
+        try:
+            self.commit.publish(staging, names.step_dir(manifest.step), manifest.to_json())
+        except ObjectExistsError as error:
+            raise self._exists(manifest.step) from error
+
+    def commit_export(self, staging: Path, name: str, manifest: Manifest) -> None:
+        """The export is there, whole. One of the same content that came first wins."""
+        folder = names.export_dir(name, manifest.step)
+        try:
+            self.commit.publish(staging, folder, manifest.to_json())
+        except ObjectExistsError:
+            self.commit.discard(staging)
+            present = manifest_in(self.store, folder)
+            if present is None or present.content_id != manifest.content_id:
+                raise
+
+    def adopt(self, manifest: Manifest) -> None:
+        """A foreign folder whose files `manifest` describes is committed from now on."""
+        self.store.create(names.manifest_key(names.step_dir(manifest.step)), manifest.to_json())
+
+    # ---- whether it is still the same ----
+
+    def damage(self, step: int, *, part: slice = slice(None)) -> list[str]:
+        """Sentences about every file of a committed step that differs; reads every byte."""
+        return find_damage(self.store, names.step_dir(step), self.manifest(step), part=part)
+
+    def verify(self, step: int) -> Manifest:
+        """The manifest of a step whose every byte was read and is as the manifest says.
+
+        Raises:
+            IntegrityError: names each damaged file; storage is not touched.
+        """
+        damage = self.damage(step)
+        if damage:
+            raise self.corrupt(step, damage)
+        return self.manifest(step)
+
+    def corrupt(self, step: int, damage: list[str]) -> IntegrityError:
+        """The error that says so."""
+        return IntegrityError(
+            f"step-{step} is corrupt: {'; '.join(damage)}",
+            f"{self.uri}/{names.step_dir(step)}",
+            "nothing was changed; the other steps do not depend on this one",
+            f"ray-ckpt resume-plan {self.uri}    (shows the newest good step)",
+        )
+
+    # ---- pins ----
+
+    def pin(self, step: int, *, name: str, reason: str) -> Pin:
+        """The step survives every purge until it is unpinned."""
+        if not names.is_word(name):
+            raise ConfigError(f"{name!r} cannot name a pin", do="use letters, digits, '-' and '_'")
+        self.manifest(step)
+        pin = Pin(
+            name=name, reason=reason, pinned_at=datetime.now(UTC).isoformat(timespec="seconds")
+        )
+        self.store.write(
+            names.pin_key(step, name), json.dumps(asdict(pin), sort_keys=True).encode()
+        )
+        return pin
+
+    def unpin(self, step: int, *, name: str | None = None) -> list[str]:
+        """Names of the pins that are gone now: the one called `name`, or all of them."""
+        pins = pins_in(sizes_in(self.store, names.step_dir(step)))
+        present = [pin for pin in pins if name in (None, pin)]
+        self.store.delete([names.pin_key(step, pin) for pin in present])
+        return present
+
+    # ---- how it goes ----
+
+    def trash(self, step: int) -> None:
+        """No reader sees the step any more; `restore` brings it back."""
+        manifest = self.manifest(step)
+        aside = names.set_aside_dir(names.TRASH, step, manifest.save_id)
+        self.commit.set_aside(names.step_dir(step), aside)
+
+    def quarantine(self, step: int) -> None:
+        """A damaged step is out of every reader's way, and kept for a person to look at."""
+        manifest = self.manifest(step)
+        aside = names.set_aside_dir(names.QUARANTINE, step, manifest.save_id)
+        self.commit.set_aside(names.step_dir(step), aside)
+
+    def restore(self, step: int) -> None:
+        """The newest trashed save of the step is committed again.
+
+        Raises:
+            StepNotFoundError: the trash holds none.
+            StepExistsError: the step was saved anew meanwhile.
+        """
+        aside = [a for s, a in aside_folders(self.store, names.TRASH) if s == step]
+        if not aside:
+            raise StepNotFoundError(f"the trash holds no step-{step}", self.uri, _UNCHANGED)
+        try:
+            self.commit.bring_back(aside[-1], names.step_dir(step))
+        except ObjectExistsError as error:
+            raise self._exists(step) from error
+
+    def empty_trash(self, *, older_than_s: float, now: float) -> dict[int, int]:
+        """Bytes freed by step, for everything that was trashed more than `older_than_s` ago.
+
+        The time of trashing is the one of the manifest's last purge record; a step without such
+        a record was put there by hand and is left alone.
+        """
+        freed: dict[int, int] = {}
+        trashed_at = {
+            (r.action.step, r.action.source_id): r.changed_at
+            for r in self.records.actions().values()
+            if r.action.grace_s is not None and r.state is ActionState.SUCCEEDED
+        }
+        for step, aside in aside_folders(self.store, names.TRASH):
+            manifest = manifest_in(self.store, aside)
+            since = trashed_at.get((step, manifest.content_id)) if manifest else None
+            if since is not None and now - since >= older_than_s:
+                freed[step] = self.commit.erase(aside, names.step_dir(step))
+        return freed
+
+    # ---- what went wrong, and what to type ----
+
+    def _exists(self, step: int) -> StepExistsError:
+        return StepExistsError(
+            f"step-{step} is committed already and is never written again",
+            f"{self.uri}/{names.step_dir(step)}",
+            "the committed one is untouched",
+            f"ray-ckpt show {self.uri} {step}    or give this run a root of its own",
+        )
+
+    def _foreign(self, step: int) -> ForeignFolderError:
+        return ForeignFolderError(
+            f"step-{step} is a folder without a manifest: ray_ckpt did not commit it",
+            f"{self.uri}/{names.step_dir(step)}",
+            "it was neither read nor changed",
+            f"ray-ckpt adopt {self.uri}    (verifies it and writes the manifest)",
+        )
+
+    def _not_readable(
+        self, step: int, views: list[CheckpointView], observed: Observation
+    ) -> StepNotFoundError | ForeignFolderError | IntegrityError:
+        states = {view.state for view in views}
+        if CheckpointState.FOREIGN in states:
+            return self._foreign(step)
+        if CheckpointState.QUARANTINED in states:
+            return self.corrupt(step, [view.problem or "it is in quarantine" for view in views])
+        there = ", ".join(str(view.step) for view in observed.readable()) or "none"
+        trashed = CheckpointState.TRASHED in states
+        place = "in the trash" if trashed else "not there"
+        return StepNotFoundError(
+            f"step-{step} is {place}; committed steps: {there}",
+            self.uri,
+            _UNCHANGED,
+            f"ray-ckpt {'undo' if trashed else 'ls'} {self.uri}{f' {step}' if trashed else ''}",
+        )
+
+
+def _with_verdict(view: CheckpointView, observed: Observation) -> CheckpointView:
+    """COMMITTED becomes VERIFIED where a record says that this very content was verified."""
+    if view.state is not CheckpointState.COMMITTED or view.manifest is None:
+        return view
+    if observed.state_of(verify_action(view)) is ActionState.SUCCEEDED and view.problem is None:
+        return replace(view, state=CheckpointState.VERIFIED)
+    return view

@@ -1,0 +1,161 @@
+"""Digests of files: `algorithm:hex`.
+
+crc64nvme   shards: 24 GB/s a core, so that it disappears beside any write, and the one checksum
+            S3 recomputes by itself for whole objects. Finds damage, not malice.
+sha256      `.metadata` (a pickle must be the very one that was written), exports (the Hub and
+            signatures want it) and everything small: 1.7 GB/s a core.
+
+Measured with one 64 MiB buffer, median of 7, one core: crc64nvme 23.7, crc32c 23.8, xxh3_128
+23.4, zlib.crc32 4.0, sha256 1.7, blake2b 0.9 GB/s.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+from awscrt.checksums import crc64nvme  # pyright: ignore[reportMissingTypeStubs]
+
+from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError
+from ray_ckpt.core.manifest import FileEntry, Manifest
+from ray_ckpt.storage.base import Store
+
+SHARD_ALGORITHM = "crc64nvme"
+STRONG_ALGORITHM = "sha256"
+_BLOCK_BYTES = 8 << 20
+_NUM_THREADS = 4
+
+
+class Digest(Protocol):
+    """Something that eats bytes and names what it ate."""
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        ...
+
+    def text(self) -> str:
+        """`algorithm:hex` of everything so far."""
+        ...
+
+
+class Crc64Nvme:
+    """The CRC that S3 calls CRC64NVME."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        self._value = cast(Any, crc64nvme)(data, self._value)  # takes any buffer
+
+    def text(self) -> str:
+        """`crc64nvme:` and 16 hex digits."""
+        return f"crc64nvme:{self._value:016x}"
+
+
+class Sha256:
+    """SHA-256."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        self._hash.update(data)
+
+    def text(self) -> str:
+        """`sha256:` and 64 hex digits."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+
+_ALGORITHMS: dict[str, Callable[[], Digest]] = {"crc64nvme": Crc64Nvme, "sha256": Sha256}
+
+
+def new_digest(algorithm: str) -> Digest:
+    """An empty digest.
+
+    Raises:
+        IntegrityError: this version does not know the algorithm.
+    """
+    if algorithm not in _ALGORITHMS:
+        known = ", ".join(_ALGORITHMS)
+        raise IntegrityError(
+            f"digest algorithm {algorithm!r} is not known here",
+            do=f"known: {known}; install a newer ray_ckpt",
+        )
+    return _ALGORITHMS[algorithm]()
+
+
+def digest_of(data: bytes, algorithm: str = STRONG_ALGORITHM) -> str:
+    """`algorithm:hex` of `data`."""
+    digest = new_digest(algorithm)
+    digest.update(data)
+    return digest.text()
+
+
+def describe_file(path: Path, name: str, algorithm: str) -> FileEntry:
+    """The manifest's line for a local file, read once."""
+    with path.open("rb", buffering=0) as stream:
+        return _describe(cast(BinaryIO, stream), name, algorithm)
+
+
+def describe_object(store: Store, key: str, *, name: str, algorithm: str) -> FileEntry:
+    """The manifest's line for a stored object, read once."""
+    with store.open_read(key) as stream:
+        return _describe(stream, name, algorithm)
+
+
+def _describe(stream: BinaryIO, name: str, algorithm: str) -> FileEntry:
+    digest = new_digest(algorithm)
+    buffer = bytearray(_BLOCK_BYTES)
+    view = memoryview(buffer)
+    size_bytes = 0
+    while num_bytes := cast(Any, stream).readinto(buffer):
+        digest.update(view[:num_bytes])
+        size_bytes += num_bytes
+    return FileEntry(path=name, size_bytes=size_bytes, digest=digest.text())
+
+
+def find_damage(
+    store: Store, folder: str, manifest: Manifest, *, part: slice = slice(None)
+) -> list[str]:
+    """Sentences about every file that differs from the manifest; empty if all are equal.
+
+    Sizes are compared first, so that a missing or truncated file costs no read. `part` takes a
+    share of the files, so that several ranks can split the work.
+    """
+    entries = sorted(manifest.files, key=lambda entry: entry.path)[part]
+    present = {i.key.removeprefix(f"{folder}/"): i.size_bytes for i in store.list_objects(folder)}
+    by_size = [text for entry in entries if (text := size_damage(entry, present))]
+    if by_size:
+        return by_size
+    compare = functools.partial(_digest_damage, store, folder)
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return [sentence for sentence in pool.map(compare, entries) if sentence]
+
+
+def size_damage(entry: FileEntry, sizes: Mapping[str, int]) -> str | None:
+    """A sentence if the file is missing, or of another size than the manifest says.
+
+    `sizes` holds the bytes of each file that is there, by its name in the folder.
+    """
+    if entry.path not in sizes:
+        return f"{entry.path} is missing"
+    if sizes[entry.path] != entry.size_bytes:
+        return f"{entry.path} has {sizes[entry.path]} bytes, the manifest says {entry.size_bytes}"
+    return None
+
+
+def _digest_damage(store: Store, folder: str, entry: FileEntry) -> str | None:
+    algorithm = entry.digest.partition(":")[0]
+    try:
+        found = describe_object(
+            store, f"{folder}/{entry.path}", name=entry.path, algorithm=algorithm
+        )
+    except ObjectNotFoundError:
+        return f"{entry.path} is missing"
+    if found.digest != entry.digest:
+        return f"{entry.path} is {found.digest}, the manifest says {entry.digest}"
+    return None

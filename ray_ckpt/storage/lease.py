@@ -1,0 +1,154 @@
+"""Who may write to a root in one role: a row of epochs, each won by one conditional create.
+
+    .ray_ckpt/lease/trainer-7.json     the highest epoch owns; its holder rewrites it to show life
+
+No two hosts' clocks are ever compared: a challenger takes over only when it has itself watched the
+same heartbeat for longer than the holder may pause, or when it can see that the holder is dead.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ray_ckpt.core import names
+from ray_ckpt.core.errors import (
+    LeaseHeldError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StorageError,
+)
+from ray_ckpt.storage.base import Store
+
+BEAT_S = 2.0
+PATIENCE_S = 20.0
+"""A holder that has not been heard of for so long has lost its lease."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """One heartbeat of one holder."""
+
+    owner: str
+    """Equal for all incarnations of one writer: a restarted job takes its own lease at once."""
+    token: str
+    """Unlike any other holder's, even on the same host."""
+    host: str
+    pid: int
+    beat: int
+
+
+class Lease:
+    """Held from `acquire` until `release`, kept alive by a thread."""
+
+    def __init__(self, store: Store, role: str, *, owner: str) -> None:
+        self._store = store
+        self._role = role
+        self._holder = Holder(
+            owner=owner, token=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), beat=0
+        )
+        self._epoch = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> None:
+        """The lease is ours.
+
+        Raises:
+            LeaseHeldError: another writer is alive, seen by its heartbeat.
+        """
+        epoch, holder = self._current()
+        if holder is not None:
+            self._wait_until_free(epoch, holder)
+        try:
+            self._store.create(names.lease_key(self._role, epoch + 1), self._text())
+        except ObjectExistsError as error:
+            raise self._held("another writer took it a moment ago") from error
+        self._epoch = epoch + 1
+        self._thread = threading.Thread(target=self._keep_alive, name="ray_ckpt lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Nothing, as long as the lease is ours; called before anything becomes visible.
+
+        Raises:
+            LeaseHeldError: another writer has taken over since.
+        """
+        epoch, holder = self._current()
+        if holder is None or epoch != self._epoch or holder.token != self._holder.token:
+            raise self._held(f"epoch {epoch} has taken over from our epoch {self._epoch}")
+
+    def release(self) -> None:
+        """The next writer need not wait."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._store.delete([names.lease_key(self._role, self._epoch)])
+            self._thread = None
+
+    def _current(self) -> tuple[int, Holder | None]:
+        """The highest epoch and who holds it."""
+        epochs = [0]
+        for info in self._store.list_objects(names.LEASES):
+            parsed = names.parse_lease(info.key.rpartition("/")[2])
+            if parsed is not None and parsed[0] == self._role:
+                epochs.append(parsed[1])
+        try:
+            document: dict[str, Any] = json.loads(
+                self._store.read(names.lease_key(self._role, max(epochs)))
+            )
+        except ObjectNotFoundError:
+            return max(epochs), None
+        return max(epochs), Holder(**document)
+
+    def _wait_until_free(self, epoch: int, holder: Holder) -> None:
+        """Watches the heartbeat; a beat within PATIENCE_S means that the holder lives."""
+        if holder.owner == self._holder.owner or _is_dead(holder):
+            return
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(BEAT_S / 4)
+            now_epoch, now = self._current()
+            if now is None:
+                return
+            if now_epoch != epoch or now.beat != holder.beat:
+                raise self._held(f"held by process {now.pid} on {now.host} ({now.owner})")
+
+    def _keep_alive(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            try:
+                epoch, _ = self._current()
+                if epoch != self._epoch:
+                    return  # taken over: check() tells the writer before it shows anything
+                self._holder = replace(self._holder, beat=self._holder.beat + 1)
+                self._store.write(names.lease_key(self._role, self._epoch), self._text())
+            except StorageError:
+                continue  # the next beat may pass; missing too many costs the lease
+
+    def _text(self) -> bytes:
+        return json.dumps(asdict(self._holder), sort_keys=True).encode()
+
+    def _held(self, why: str) -> LeaseHeldError:
+        return LeaseHeldError(
+            f"another {self._role} writes to this root: {why}",
+            self._store.uri,
+            "nothing was changed; the other one goes on",
+            "stop it first, or give this run a root of its own",
+        )
+
+
+def _is_dead(holder: Holder) -> bool:
+    """Whether the holder ran on this host and its process is gone."""
+    if holder.host != socket.gethostname():
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

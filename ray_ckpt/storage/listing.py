@@ -1,0 +1,108 @@
+"""What one root holds, read from storage each time. Looks only, and decides nothing."""
+
+from collections.abc import Iterable, Iterator
+
+from ray_ckpt.core import names
+from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError
+from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.observation import CheckpointView, ExportView
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.digests import size_damage
+
+_ASIDE = {
+    names.TRASH: CheckpointState.TRASHED,
+    names.QUARANTINE: CheckpointState.QUARANTINED,
+}
+
+
+def manifest_in(store: Store, folder: str) -> Manifest | None:
+    """The manifest of a folder, or None; one read.
+
+    Raises:
+        IntegrityError: there is one, and it cannot be read.
+    """
+    key = names.manifest_key(folder)
+    try:
+        return Manifest.from_json(store.read(key), f"{store.uri}/{key}")
+    except ObjectNotFoundError:
+        return None
+
+
+def list_checkpoints(store: Store) -> list[CheckpointView]:
+    """Every step: in place (committed or foreign), in the trash, in quarantine."""
+    aside = [
+        CheckpointView(step=step, state=state, manifest=manifest)
+        for parent, state in _ASIDE.items()
+        for step, folder in aside_folders(store, parent)
+        if (manifest := manifest_in(store, folder)) is not None
+    ]
+    return [*_in_place(store, aside), *aside]
+
+
+def list_exports(store: Store) -> Iterator[ExportView]:
+    """Every finished export."""
+    for name in store.list_folders(names.EXPORTS):
+        for folder in store.list_folders(f"{names.EXPORTS}/{name}"):
+            step = names.parse_step(folder)
+            manifest = None if step is None else manifest_in(store, names.export_dir(name, step))
+            if step is not None and manifest is not None:
+                yield ExportView(name=name, step=step, manifest=manifest)
+
+
+def aside_folders(store: Store, parent: str) -> Iterator[tuple[int, str]]:
+    """Step and folder of each save in the trash or the quarantine."""
+    for name in store.list_folders(parent):
+        parsed = names.parse_set_aside(name)
+        if parsed is not None:
+            yield parsed[0], f"{parent}/{name}"
+
+
+def sizes_in(store: Store, folder: str) -> dict[str, int]:
+    """Size in bytes of every file below a folder, by its name there; one listing."""
+    return {i.key.removeprefix(f"{folder}/"): i.size_bytes for i in store.list_objects(folder)}
+
+
+def pins_in(files: Iterable[str]) -> tuple[str, ...]:
+    """Names of the pins among the files of a step."""
+    return tuple(sorted(pin for file in files if (pin := names.parse_pin(file))))
+
+
+def _in_place(store: Store, aside: list[CheckpointView]) -> Iterator[CheckpointView]:
+    for name in store.list_folders(""):
+        step = names.parse_step(name)
+        view = None if step is None else _view(store, step, aside)
+        if view is not None:
+            yield view
+
+
+def _view(store: Store, step: int, aside: list[CheckpointView]) -> CheckpointView | None:
+    folder = names.step_dir(step)
+    try:
+        manifest = manifest_in(store, folder)
+    except IntegrityError as error:
+        return CheckpointView(step=step, state=CheckpointState.QUARANTINED, problem=error.what)
+    sizes = sizes_in(store, folder)
+    if manifest is None:
+        return None if _are_remains(sizes, step, aside) else _foreign(step)
+    damage = [text for entry in manifest.files if (text := size_damage(entry, sizes))]
+    return CheckpointView(
+        step=step,
+        state=CheckpointState.COMMITTED,
+        manifest=manifest,
+        pins=pins_in(sizes),
+        problem="; ".join(damage) or None,
+    )
+
+
+def _foreign(step: int) -> CheckpointView:
+    text = "the folder holds no manifest"
+    return CheckpointView(step=step, state=CheckpointState.FOREIGN, problem=text)
+
+
+def _are_remains(sizes: dict[str, int], step: int, aside: list[CheckpointView]) -> bool:
+    """On an object store the objects of a trashed step stay in place: no foreign folder."""
+    known = {
+        e.path for view in aside if view.step == step and view.manifest for e in view.manifest.files
+    }
+    return set(sizes) <= known

@@ -1,0 +1,186 @@
+"""The verbs on a folder of a POSIX file system: a disk, or a share that all nodes mount.
+
+What a person calls durable here: the file is synced, then renamed into place, then its folder is
+synced. Names that start with `.tmp-` are unfinished and never listed.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from ray_ckpt.core.errors import (
+    AuthorizationError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RayCkptError,
+    StorageError,
+    StorageFullError,
+    TransientError,
+    UsageError,
+)
+from ray_ckpt.storage.base import ObjectInfo
+
+_TEMPORARY = ".tmp-"
+_KINDS: dict[int, type[StorageError]] = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), AuthorizationError),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), StorageFullError),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN), TransientError),
+    errno.ENOENT: ObjectNotFoundError,
+}
+_CURES: dict[type[StorageError], str] = {
+    AuthorizationError: "check owner and mode of the folder, or choose another root",
+    StorageFullError: "free space, then run the same command again",
+    TransientError: "look at the disk or the mount, then run the same command again",
+    ObjectNotFoundError: "check the path",
+}
+
+
+class LocalStore:
+    """Objects are files below `root`, which need not exist before the first write."""
+
+    def __init__(self, root: str) -> None:
+        self._root = Path(root).expanduser().absolute()
+
+    @property
+    def uri(self) -> str:
+        """The absolute path."""
+        return str(self._root)
+
+    def path(self, key: str) -> Path:
+        """Where `key` lies on this machine."""
+        return self._root / key
+
+    def read(self, key: str) -> bytes:
+        """The whole file."""
+        with translated(self.path(key)):
+            return self.path(key).read_bytes()
+
+    def open_read(self, key: str) -> BinaryIO:
+        """The file itself, unbuffered: callers read in large pieces or buffer themselves."""
+        with translated(self.path(key)):
+            return cast(BinaryIO, self.path(key).open("rb", buffering=0))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Written beside, synced, renamed over; then the folder is synced."""
+        with translated(self.path(key)), self._temporary(key) as temporary:
+            _write_synced(temporary, data)
+            temporary.replace(self.path(key))
+            sync_folder(self.path(key).parent)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Written beside and hard-linked into place: link, unlike rename, never replaces."""
+        with translated(self.path(key)), self._temporary(key) as temporary:
+            _write_synced(temporary, data)
+            self.path(key).hardlink_to(temporary)
+            sync_folder(self.path(key).parent)
+
+    def upload(self, source: Path, key: str) -> None:
+        """Copied beside, synced, renamed into place."""
+        with translated(self.path(key)), self._temporary(key) as temporary:
+            shutil.copyfile(source, temporary)
+            sync_file(temporary)
+            temporary.replace(self.path(key))
+            sync_folder(self.path(key).parent)
+
+    def download(self, key: str, target: Path) -> None:
+        """A plain copy."""
+        with translated(self.path(key)):
+            shutil.copyfile(self.path(key), target)
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        """Size and time of the file, or None."""
+        with contextlib.suppress(ObjectNotFoundError), translated(self.path(key)):
+            status = self.path(key).stat()
+            return ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
+        return None
+
+    def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
+        """Files below `folder`; symbolic links to folders are not followed."""
+        with translated(self.path(folder)):
+            for parent, _, names in os.walk(self.path(folder)):
+                for name in names:
+                    key = str((Path(parent) / name).relative_to(self._root))
+                    info = None if name.startswith(_TEMPORARY) else self.stat(key)
+                    if info is not None:
+                        yield info
+
+    def list_folders(self, folder: str) -> list[str]:
+        """Folders directly below `folder`; symbolic links do not count."""
+        with contextlib.suppress(ObjectNotFoundError), translated(self.path(folder)):
+            entries = list(os.scandir(self.path(folder)))
+            return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+        return []
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Unlinks, then removes the folders that this left empty."""
+        for key in keys:
+            with translated(self.path(key)):
+                self.path(key).unlink(missing_ok=True)
+        for parent in {self.path(key).parent for key in keys}:
+            self._remove_empty(parent)
+
+    def _remove_empty(self, folder: Path) -> None:
+        while folder != self._root and self._root in folder.parents:
+            try:
+                folder.rmdir()
+            except OSError:
+                return
+            folder = folder.parent
+
+    @contextlib.contextmanager
+    def _temporary(self, key: str) -> Generator[Path]:
+        """A private name beside `key`, gone afterwards whatever happens."""
+        parent = self.path(key).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """The file's bytes are on the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_folder = sync_file
+"""The folder's entries are on the device: a new name in it survives a power cut."""
+
+
+@contextlib.contextmanager
+def translated(where: Path) -> Generator[None]:
+    """Turns the operating system's errors into ours, once."""
+    try:
+        yield
+    except RayCkptError:
+        raise
+    except FileExistsError as error:
+        raise ObjectExistsError("something is there already", str(where)) from error
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise UsageError(
+            f"not usable as a place for checkpoints: {error.strerror}",
+            str(where),
+            "nothing was changed",
+            "name a folder, or one that can be made",
+        ) from error
+    except OSError as error:
+        kind = _KINDS.get(error.errno or 0, StorageError)
+        text = error.strerror or str(error)
+        raise kind(text, str(where), do=_CURES.get(kind, "")) from error
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

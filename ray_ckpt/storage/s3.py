@@ -1,0 +1,176 @@
+"""The verbs on a prefix of an S3 bucket, through s3fs.
+
+Credentials, endpoint and profile come from where everybody's do: `AWS_*`, fsspec's configuration,
+IAM. Writes use `pipe_file` and `put_file` only: an open-for-write handle publishes a truncated
+object when the code around it raises. Listings are never cached: several processes write.
+"""
+
+import contextlib
+import errno
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ray_ckpt.core.errors import (
+    AuthorizationError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RayCkptError,
+    StorageError,
+    TransientError,
+    UsageError,
+)
+from ray_ckpt.storage.base import ObjectInfo
+
+_BLOCK_BYTES = 8 << 20
+_SIGN_IN = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+_TRY_AGAIN = "run the same command again; what was sent already is not sent twice"
+_CURES: dict[type[StorageError], str] = {AuthorizationError: _SIGN_IN, TransientError: _TRY_AGAIN}
+
+
+class S3Store:
+    """Objects below `s3://bucket/prefix`."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri.rstrip("/")
+        self._base = self._uri.removeprefix("s3://")
+        if not self._base.partition("/")[0]:
+            raise UsageError("no bucket is named", uri, do="write s3://bucket/prefix")
+        import s3fs  # pyright: ignore[reportMissingTypeStubs]  # heavy, and needed only where there is an s3:// location
+
+        self._file_system: Any = s3fs.S3FileSystem(
+            use_listings_cache=False, skip_instance_cache=True
+        )
+
+    @property
+    def uri(self) -> str:
+        """`s3://bucket/prefix`."""
+        return self._uri
+
+    def _path(self, key: str) -> str:
+        return f"{self._base}/{key}".rstrip("/")
+
+    def _where(self, key: str) -> str:
+        return f"{self._uri}/{key}"
+
+    def _key(self, path: str) -> str:
+        return path.removeprefix(f"{self._base}/")
+
+    def read(self, key: str) -> bytes:
+        """One GET."""
+        with translated(self._where(key)):
+            return cast(bytes, self._file_system.cat_file(self._path(key)))
+
+    def open_read(self, key: str) -> BinaryIO:
+        """Ranged GETs, read ahead in blocks."""
+        with translated(self._where(key)):
+            stream = self._file_system.open(
+                self._path(key), "rb", block_size=_BLOCK_BYTES, cache_type="readahead"
+            )
+            return cast(BinaryIO, stream)
+
+    def write(self, key: str, data: bytes) -> None:
+        """One PUT."""
+        with translated(self._where(key)):
+            self._file_system.pipe_file(self._path(key), data)
+
+    def create(self, key: str, data: bytes) -> None:
+        """One PUT with If-None-Match."""
+        try:
+            with translated(self._where(key)):
+                self._file_system.pipe_file(self._path(key), data, mode="create")
+        except StorageError as error:
+            # s3fs gives a failed precondition as EINVAL, like other refusals: look what is there
+            if self.stat(key) is not None:
+                raise ObjectExistsError("something is there already", self._where(key)) from error
+            raise
+
+    def upload(self, source: Path, key: str) -> None:
+        """One PUT, or a multipart upload whose completion makes it visible."""
+        with translated(self._where(key)):
+            self._file_system.put_file(str(source), self._path(key))
+
+    def download(self, key: str, target: Path) -> None:
+        """One streamed GET."""
+        with translated(self._where(key)):
+            self._file_system.get_file(self._path(key), str(target))
+
+    def stat(self, key: str) -> ObjectInfo | None:
+        """One HEAD; a prefix is not an object."""
+        try:
+            with translated(self._where(key)):
+                info = cast(dict[str, Any], self._file_system.info(self._path(key)))
+        except ObjectNotFoundError:
+            return None
+        return self._info(info) if info["type"] == "file" else None
+
+    def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
+        """One LIST for a thousand objects."""
+        with translated(self._where(folder)):
+            try:
+                found = self._file_system.find(self._path(folder), detail=True)
+            except FileNotFoundError:
+                found = {}
+        for info in cast(dict[str, dict[str, Any]], found).values():
+            if info["type"] == "file":
+                yield self._info(info)
+
+    def list_folders(self, folder: str) -> list[str]:
+        """One LIST with a delimiter. May name prefixes that are just gone: look for an object."""
+        with translated(self._where(folder)):
+            try:
+                found = cast(
+                    list[dict[str, Any]], self._file_system.ls(self._path(folder), detail=True)
+                )
+            except FileNotFoundError:
+                return []
+        return sorted(
+            info["name"].rstrip("/").rpartition("/")[2]
+            for info in found
+            if info["type"] == "directory"
+        )
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """The first object by itself, so that a marker is gone before the rest; then in batches."""
+        with translated(self._where(keys[0] if keys else "")):
+            for batch in (keys[:1], keys[1:]):
+                with contextlib.suppress(FileNotFoundError):
+                    if batch:
+                        self._file_system.rm([self._path(key) for key in batch])
+
+    def _info(self, info: dict[str, Any]) -> ObjectInfo:
+        modified = info.get("LastModified")
+        return ObjectInfo(
+            key=self._key(info["name"]),
+            size_bytes=int(info["size"]),
+            modified_at=modified.timestamp() if modified else 0.0,
+        )
+
+
+@contextlib.contextmanager
+def translated(where: str) -> Generator[None]:
+    """Turns what s3fs and botocore raise into ours, once."""
+    try:
+        yield
+    except RayCkptError:
+        raise
+    except FileNotFoundError as error:
+        raise ObjectNotFoundError("not there", where, do="check bucket and prefix") from error
+    except PermissionError as error:
+        raise AuthorizationError(f"the store says no: {error}", where, do=_SIGN_IN) from error
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise StorageError(f"the store refused the request: {error}", where) from error
+        raise TransientError(f"the store failed: {error}", where, do=_TRY_AGAIN) from error
+    except Exception as error:
+        kind = _kind_of_client_error(error)
+        if kind is None:
+            raise
+        raise kind(f"the store cannot be used: {error}", where, do=_CURES[kind]) from error
+
+
+def _kind_of_client_error(error: Exception) -> type[StorageError] | None:
+    """Botocore's errors share no base class with OSError; told apart by name, not by import."""
+    if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
+        return None
+    return AuthorizationError if "Credentials" in type(error).__name__ else TransientError

@@ -1,0 +1,1 @@
+"""Tensors: what a checkpoint contains, how it is written and read, and what it becomes."""

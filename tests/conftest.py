@@ -1,0 +1,39 @@
+"""Fixtures that several folders share. Servers and clusters are started once a session."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+# read by huggingface_hub and ray when they are imported, hence before everything else
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import pytest
+
+from tests.servers.seaweed import S3Endpoint, make_bucket, seaweedfs
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
+    """A real S3 server on a free port of this machine."""
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3_root(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty `s3://` root; the environment knows the server and its keys."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    make_bucket(s3_server, bucket)
+    return f"s3://{bucket}/run"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    """An empty local root."""
+    return str(tmp_path / "run")

@@ -1,0 +1,253 @@
+"""A Hugging Face Hub for tests: the conversation of the real client, over HTTP on 127.0.0.1.
+
+Knows the endpoints that huggingface_hub 2.4.0 calls for model repositories under
+HF_HUB_DISABLE_XET=1, and how to fail on request. Refuses to know the Hub's policy (quotas, rate
+limits) and every endpoint that is not in ROUTES, which it answers with 501.
+
+    hub.py (sockets, faults, routes) -> hub_read.py, hub_write.py -> hub_wire.py -> hub_repo.py
+
+Left out: datasets and spaces, pull requests, Xet, multipart LFS uploads.
+"""
+
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tests.servers import hub_read, hub_write
+from tests.servers.hub_repo import BlobStore, RefusedError
+from tests.servers.hub_wire import (
+    Access,
+    Account,
+    Hub,
+    Request,
+    Response,
+    check_access,
+    refusal,
+)
+
+WRITE_TOKEN = "hf_test"
+READ_ONLY_TOKEN = "hf_readonly"
+ACCOUNTS = {
+    WRITE_TOKEN: Account(user="ray", access=Access.WRITE),
+    READ_ONLY_TOKEN: Account(user="ray", access=Access.READ),
+}
+BODY_IN_MEMORY_BYTES = 1024 * 1024
+STOP_POLL_SECONDS = 0.02
+
+Stream = IO[bytes] | BufferedIOBase
+
+# A slash inside a name arrives as %2F, so one part of a path never holds one.
+REPOSITORY = "(?P<name>[^/]+/[^/]+)"
+REVISION = "(?P<revision>[^/]+)"
+REFERENCE = "(?P<reference>[^/]+)"
+MODEL = f"/api/models/{REPOSITORY}"
+LFS = f"/{REPOSITORY}[.]git/info/lfs/objects"
+
+# (method, pattern of the path, least access, endpoint); named groups become its arguments.
+ROUTES: tuple[tuple[str, str, Access, Callable[..., Response]], ...] = (
+    ("GET", "/api/whoami-v2", Access.READ, hub_read.whoami),
+    ("GET", MODEL, Access.ANYONE, hub_read.info),
+    ("GET", f"{MODEL}/revision/{REVISION}", Access.ANYONE, hub_read.info),
+    ("GET", f"{MODEL}/tree/{REVISION}(?:/(?P<folder>.+))?", Access.ANYONE, hub_read.tree),
+    ("GET", f"{MODEL}/refs", Access.ANYONE, hub_read.references),
+    ("GET", f"{MODEL}/commits/{REVISION}", Access.ANYONE, hub_read.history),
+    ("GET", f"{MODEL}/auth-check", Access.ANYONE, hub_read.check_repository),
+    ("GET", f"{MODEL}/auth-check/write", Access.WRITE, hub_read.check_repository),
+    ("GET", f"/{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)", Access.ANYONE, hub_read.download),
+    ("POST", "/api/repos/create", Access.WRITE, hub_write.create_repository),
+    ("POST", f"{MODEL}/branch/{REFERENCE}", Access.WRITE, hub_write.create_branch),
+    ("DELETE", f"{MODEL}/branch/{REFERENCE}", Access.WRITE, hub_write.delete_branch),
+    ("POST", f"{MODEL}/tag/{REFERENCE}", Access.WRITE, hub_write.create_tag),
+    ("DELETE", f"{MODEL}/tag/{REFERENCE}", Access.WRITE, hub_write.delete_tag),
+    ("POST", "/api/validate-yaml", Access.ANYONE, hub_write.validate_yaml),
+    ("POST", f"{MODEL}/preupload/{REVISION}", Access.WRITE, hub_write.preupload),
+    ("POST", f"{LFS}/batch", Access.WRITE, hub_write.lfs_batch),
+    # The client sends no token here: on the Hub the URL itself is signed.
+    ("PUT", "/lfs-blobs/(?P<sha256>[^/]+)", Access.ANYONE, hub_write.put_blob),
+    ("POST", f"{LFS}/verify", Access.WRITE, hub_write.verify_blob),
+    ("POST", f"{MODEL}/commit/{REVISION}", Access.WRITE, hub_write.commit),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fault:
+    """One planned failure; `after`: the request is carried out, and only its answer is lost."""
+
+    match: re.Pattern[str]
+    status: int
+    after: bool
+
+
+class HubDouble:
+    """A Hub that answers inside its `with` block, on the port that `url` names.
+
+    LFS files lie in `folder`/lfs, each under its SHA-256.
+
+    `requests` holds "METHOD path" of all requests so far, in order, the failed ones too. Paths
+    are as they were sent: percent-encoded, without the query.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[str] = []
+        self._faults: list[_Fault] = []
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self._answer))
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), daemon=True
+        )
+        blobs = BlobStore(folder / "lfs")
+        self._hub = Hub(url=self.url, accounts=ACCOUNTS, blobs=blobs, repositories={})
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def token(self) -> str:
+        """The token of user `ray` that may change everything."""
+        return WRITE_TOKEN
+
+    @property
+    def read_only_token(self) -> str:
+        """The token of user `ray` whose changes are refused with 403."""
+        return READ_ONLY_TOKEN
+
+    def fail(self, *, match: str, times: int = 1, status: int = 500, after: bool = False) -> None:
+        """The next `times` requests whose "METHOD path" `match` is found in are answered `status`.
+
+        `after=True`: each is carried out first, and its answer lost. The client waits and retries
+        most calls on 408, 429 and 5xx (1 s, 2 s, ...), but never the commit.
+        """
+        fault = _Fault(match=re.compile(match), status=status, after=after)
+        with self._lock:
+            self._faults.extend([fault] * times)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _answer(self, request: Request) -> Response:
+        """The answer to one request; requests are carried out one at a time."""
+        line = f"{request.method} {request.path}"
+        with self._lock:
+            self.requests.append(line)
+            fault = self._take_fault(line)
+            if fault is None:
+                return _respond(self._hub, request)
+            if fault.after:
+                _respond(self._hub, request).body.close()
+            return refusal(RefusedError(fault.status, f"the test asked {line} to fail"))
+
+    def _take_fault(self, line: str) -> _Fault | None:
+        for position, fault in enumerate(self._faults):
+            if fault.match.search(line):
+                return self._faults.pop(position)
+        return None
+
+
+def _respond(hub: Hub, request: Request) -> Response:
+    """The answer of the one route that fits; a refusal is an answer too."""
+    # A HEAD is a GET whose body is not sent.
+    method = "GET" if request.method == "HEAD" else request.method
+    try:
+        for route_method, pattern, needs, endpoint in ROUTES:
+            found = re.fullmatch(pattern, request.path)
+            if found and route_method == method:
+                check_access(hub, request, needs=needs)
+                return endpoint(hub, request, **_arguments(found))
+        raise RefusedError(
+            HTTPStatus.NOT_IMPLEMENTED, f"the Hub double has no {request.method} {request.path}"
+        )
+    except RefusedError as reason:
+        return refusal(reason)
+
+
+def _arguments(found: re.Match[str]) -> dict[str, str]:
+    return {name: unquote(part) for name, part in found.groupdict().items() if part is not None}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Bytes on a socket to a Request, a Response to bytes; one request on each connection.
+
+    A connection that stayed open would be served even after the server is closed.
+    """
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, answer: Callable[[Request], Response], *arguments: Any) -> None:
+        self._answer = answer
+        super().__init__(*arguments)
+
+    def _serve(self) -> None:
+        if "Transfer-Encoding" in self.headers:
+            self.send_error(HTTPStatus.LENGTH_REQUIRED)
+            return
+        with self._body() as body:
+            response = self._answer(self._request(body))
+        with response.body:
+            self._send(response)
+
+    # BaseHTTPRequestHandler fixes these names.
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
+
+    def _request(self, body: IO[bytes]) -> Request:
+        parts = urlsplit(self.path)
+        return Request(
+            method=self.command,
+            path=parts.path,
+            query=dict(parse_qsl(parts.query, keep_blank_values=True)),
+            headers={name.lower(): value for name, value in self.headers.items()},
+            body=body,
+        )
+
+    @contextmanager
+    def _body(self) -> Iterator[IO[bytes]]:
+        """The whole body, read before any answer: a client cut off while sending sees no status."""
+        left_bytes = int(self.headers.get("Content-Length", 0))
+        with tempfile.SpooledTemporaryFile(max_size=BODY_IN_MEMORY_BYTES) as body:
+            _copy(self.rfile, body, length_bytes=left_bytes)
+            body.seek(0)
+            yield body
+
+    def _send(self, response: Response) -> None:
+        self.close_connection = True
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(response.length_bytes))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            _copy(response.body, self.wfile, length_bytes=response.length_bytes)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing is printed: `HubDouble.requests` is the log."""
+
+
+def _copy(source: Stream, target: Stream, *, length_bytes: int) -> None:
+    """`length_bytes` bytes are copied, fewer if the source ends before."""
+    while length_bytes > 0 and (piece := source.read(min(length_bytes, BODY_IN_MEMORY_BYTES))):
+        target.write(piece)
+        length_bytes -= len(piece)
