@@ -119,7 +119,7 @@ class Manifest:
 
         Raises:
             IntegrityError: it is no JSON, of a schema this version does not know, lacks a field,
-                or names a file outside its own folder.
+                names a file outside its own folder, or a tensor in a file it does not list.
         """
         try:
             document = json.loads(text)
@@ -147,13 +147,16 @@ def _refuse_unknown_schema(document: Mapping[str, Any], where: str) -> None:
 
 def _from_document(document: Mapping[str, Any]) -> Manifest:
     model = document["model"]
+    files = tuple(_file_entry(entry) for entry in document["files"])
+    tensors = tuple(_tensor_entry(entry) for entry in document["tensors"])
+    _refuse_unlisted_files(tensors, {entry.path for entry in files})
     return Manifest(
         step=int(document["step"]),
         save_id=str(document["save_id"]),
         created_at=str(document["created_at"]),
         lineage=Lineage(**document["lineage"]),
-        files=tuple(_file_entry(entry) for entry in document["files"]),
-        tensors=tuple(_tensor_entry(entry) for entry in document["tensors"]),
+        files=files,
+        tensors=tensors,
         model=ModelEntry(family=model["family"], keys=tuple(model["keys"])) if model else None,
         world_size=int(document["world_size"]),
         is_last_step=bool(document["is_last_step"]),
@@ -189,3 +192,10 @@ def _tensor_entry(entry: Mapping[str, Any]) -> TensorEntry:
             for chunk in chunks
         ),
     )
+
+
+def _refuse_unlisted_files(tensors: Sequence[TensorEntry], listed: set[str]) -> None:
+    """Readers open a chunk's file by its name: it must be one whose digest is known."""
+    unlisted = {c.file for entry in tensors for c in entry.chunks} - listed
+    if unlisted:
+        raise ValueError(f"tensors lie in {sorted(unlisted)}, which are not among the files")

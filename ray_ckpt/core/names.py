@@ -37,8 +37,8 @@ QUARANTINE = f"{PRIVATE}/quarantine"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]*)\.([0-9a-zA-Z]+)")
-_PIN = re.compile(r"ray_ckpt\.pin\.([A-Za-z0-9_-]{1,64})\.json")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PIN = re.compile(rf"ray_ckpt\.pin\.({_WORD.pattern})\.json")
 
 
 def step_dir(step: int) -> str:
@@ -132,7 +132,7 @@ def run_name(root: str) -> str:
     """Short name of the run at `root`: readable first, unique by a digest of the whole location.
 
     >>> run_name("s3://bucket/llama-8b")
-    'llama-8b-0f4bb1'
+    'llama-8b-873547'
     """
     location = root.rstrip("/")
     tail = re.sub(r"[^A-Za-z0-9_.-]", "-", location.rpartition("/")[2]) or "root"

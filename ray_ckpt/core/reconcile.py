@@ -161,14 +161,20 @@ def _next_steps(
     if checkpoint.state is not CheckpointState.VERIFIED:
         yield verify_action(checkpoint)
         return
-    finished = {(e.name, e.manifest.lineage.source_id) for e in observed.exports}
-    source_id = _manifest(checkpoint).content_id
     for export in wanted.exports:
-        if export.export and (export.export.name, source_id) not in finished:
+        if not _is_exported(export, observed):
             yield export
     for publish in wanted.publishes:
-        if publish.export and (publish.export.name, source_id) in finished:
+        if _is_exported(publish, observed):
             yield publish
+
+
+def _is_exported(action: Action, observed: Observation) -> bool:
+    """Whether the export that `action` makes or copies is on storage; no record is asked."""
+    return action.export is not None and any(
+        (export.name, export.manifest.lineage.source_id) == (action.export.name, action.source_id)
+        for export in observed.exports
+    )
 
 
 def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
@@ -176,7 +182,8 @@ def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
     running = [
         action
         for action in wanted.exports
-        if observed.state_of(action) not in (ActionState.SUCCEEDED, ActionState.DEAD)
+        if not _is_exported(action, observed)
+        and observed.state_of(action) not in (ActionState.SUCCEEDED, ActionState.DEAD)
     ]
     missing = [
         action

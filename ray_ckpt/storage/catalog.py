@@ -193,7 +193,9 @@ class Catalog:
     def pin(self, step: int, *, name: str, reason: str) -> Pin:
         """The step survives every purge until it is unpinned."""
         if not names.is_word(name):
-            raise ConfigError(f"{name!r} cannot name a pin", do="use letters, digits, '-' and '_'")
+            raise ConfigError(
+                f"{name!r} cannot name a pin", do="use letters, digits, '.', '_' and '-'"
+            )
         self.manifest(step)
         pin = Pin(
             name=name, reason=reason, pinned_at=datetime.now(UTC).isoformat(timespec="seconds")

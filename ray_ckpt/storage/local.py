@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -96,13 +97,14 @@ class LocalStore:
         """Size and time of the file, or None."""
         with contextlib.suppress(ObjectNotFoundError), translated(self.path(key)):
             status = self.path(key).stat()
-            return ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
+            if stat.S_ISREG(status.st_mode):
+                return ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
         return None
 
     def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
         """Files below `folder`; symbolic links to folders are not followed."""
         with translated(self.path(folder)):
-            for parent, _, names in os.walk(self.path(folder)):
+            for parent, _, names in os.walk(self.path(folder), onerror=_raise_unless_absent):
                 for name in names:
                     key = str((Path(parent) / name).relative_to(self._root))
                     info = None if name.startswith(_TEMPORARY) else self.stat(key)
@@ -142,6 +144,12 @@ class LocalStore:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    """For `os.walk`, which lists as empty what it may not read."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def sync_file(path: Path) -> None:

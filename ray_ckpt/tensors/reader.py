@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 
@@ -72,12 +73,15 @@ def load_into(
     state_dict: dict[str, Any], reader: StepReader, *, process_group: dist.ProcessGroup | None
 ) -> None:
     """Every tensor of `state_dict` filled in place, every other entry replaced."""
-    dcp.load(
-        state_dict,
-        storage_reader=reader,
-        process_group=process_group,
-        no_dist=process_group is None,
-    )
+    with warnings.catch_warnings():
+        # torch warns that one process loads alone, which is what was asked for
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        dcp.load(
+            state_dict,
+            storage_reader=reader,
+            process_group=process_group,
+            no_dist=process_group is None,
+        )
 
 
 def read_asset(catalog: Catalog, manifest: Manifest, name: str) -> bytes | None:

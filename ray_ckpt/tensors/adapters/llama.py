@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ray_ckpt.tensors.adapters.rules import RuleAdapter, rename, rotary
+from ray_ckpt.tensors.rules import RuleAdapter, rename, rotary
 
 
 def adapter(config: Mapping[str, Any]) -> RuleAdapter:

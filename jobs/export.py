@@ -1,0 +1,49 @@
+"""Export one checkpoint to a Hugging Face folder, on the cluster, after training or beside it.
+
+ray job submit --working-dir . -- python -m jobs.export root=/runs/a step=500 name=hf-bf16
+"""
+
+from dataclasses import dataclass
+
+from jobs.command import parse, run_job
+from ray_ckpt.cluster.perform import perform_on_cluster
+from ray_ckpt.core import names
+from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.config import Dtype
+from ray_ckpt.core.reconcile import export_action, publish_action
+from ray_ckpt.storage.backends import open_catalog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """One export."""
+
+    root: str
+    """Where the run keeps its checkpoints."""
+    step: int
+    """Which one."""
+    name: str = "hf-bf16"
+    """Folder under `exports/`."""
+    dtype: Dtype = "bfloat16"
+    """What floating-point tensors are cast to."""
+    to: str | None = None
+    """Also publish it there: `/path`, `s3://bucket/prefix` or `hf://org/repo`."""
+
+
+def main() -> None:
+    """Ask the run's manager, and wait."""
+    config = parse(ExportConfig, __doc__)
+    catalog = open_catalog(config.root)
+    spec = ExportSpec(name=config.name, dtype=config.dtype)
+    checkpoint = catalog.checkpoint(config.step)
+    action = export_action(checkpoint, spec)
+    perform_on_cluster(catalog.uri, action, address="auto", told=print)
+    print(f"{catalog.uri}/{names.export_dir(config.name, config.step)}")
+    if config.to is not None:
+        action = publish_action(checkpoint, spec, config.to)
+        record = perform_on_cluster(catalog.uri, action, address="auto", told=print)
+        print(record.result["location"])
+
+
+if __name__ == "__main__":
+    run_job(main)

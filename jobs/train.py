@@ -1,0 +1,180 @@
+"""Train a small Llama-like decoder on real text with FSDP2 on Ray Train, and keep its checkpoints.
+
+    ray job submit --working-dir . -- python -m jobs.train --config jobs/configs/demo.toml
+
+Killed at any moment and submitted again, it goes on from the newest committed step.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.optim.lr_scheduler import LambdaLR
+
+from jobs.command import parse, run_job
+from jobs.corpus import EOS_ID, VOCAB_SIZE, Windows, standard_library_text, tokenizer_files
+from jobs.decoder import Decoder, DecoderConfig, hf_config, init_weights
+from ray_ckpt.cluster.connect import start_manager_job
+from ray_ckpt.cluster.train import Reporter, run_owner
+from ray_ckpt.core.config import LifecyclePolicy, SaveConfig, build
+from ray_ckpt.core.names import run_name
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
+from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.states import TrainingState
+
+log = logging.getLogger("jobs.train")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What is learnt from."""
+
+    max_bytes: int = 4_000_000
+    """How much of the standard library's sources is used."""
+    seq_len: int = 128
+    """Tokens in one sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    root: str
+    """Where its checkpoints go: a path all nodes see, or `s3://bucket/prefix`."""
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 16
+    """Samples in one optimizer step, of all workers together."""
+    learning_rate: float = 1e-3
+    """Of AdamW, after the warm-up."""
+    warmup_steps: int = 10
+    """Optimizer steps over which the learning rate rises."""
+    seed: int = 0
+    """Of weights and data order."""
+    num_workers: int = 2
+    """Processes that train; one a GPU where there are some."""
+    max_failures: int = 3
+    """Worker deaths after which Ray Train gives up."""
+    report_every_steps: int = 10
+    """Steps between two metrics reports to Ray Train; the manager hears of every step."""
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    lifecycle: LifecyclePolicy = field(default_factory=LifecyclePolicy)
+
+
+def train_worker(values: dict[str, Any]) -> None:
+    """What each worker runs; collective in every line that matters."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = build(TrainConfig, values, where="train config")
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = get_device()
+    torch.manual_seed(config.seed)
+    model = Decoder(config.model, VOCAB_SIZE).to(device)
+    init_weights(model)
+    mesh = init_device_mesh(device.type, (world_size,))
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    warm_up = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / config.warmup_steps))
+    text = standard_library_text(config.data.max_bytes)
+    windows = Windows(text, seq_len=config.data.seq_len, seed=config.seed)
+
+    reporter = Reporter(config.root)
+    checkpoints = CheckpointManager(
+        config.root,
+        TrainingState(
+            model=ModelWrapper(model),
+            optimizer=optimizer,
+            lr_scheduler=warm_up,
+            extra={"dataloader": windows},
+        ),
+        config=config.save,
+        assets=make_assets(config.model),
+        run=Run(owner=run_owner(), policy=config.lifecycle, on_commit=reporter.committed),
+    )
+    loaded = checkpoints.load()
+    pids = [None] * world_size
+    dist.all_gather_object(pids, os.getpid(), group=dist.new_group(backend="gloo"))
+    if rank == 0:
+        reporter.progress(pids=pids, world_size=world_size, resumed_from=loaded.step, done=False)
+
+    for step in range(loaded.step + 1, config.steps + 1):
+        started = time.perf_counter()
+        batch = windows.next_batch(config.batch_size, rank=rank, world_size=world_size).to(device)
+        logits = model(batch[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        warm_up.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        value = mean.item() / world_size
+        is_last = step == config.steps
+        checkpoints.save(step, last_step=is_last, metrics={"loss": value})
+        if rank == 0:
+            reporter.progress(step=step, loss=value, step_s=time.perf_counter() - started)
+            log.info("step %d/%d loss %.6f", step, config.steps, value)
+        if is_last or step % config.report_every_steps == 0:
+            ray.train.report({"step": step, "loss": value})
+    checkpoints.close()
+    if rank == 0:
+        reporter.progress(done=True)
+
+
+def make_assets(model: DecoderConfig) -> HfAssets:
+    """What an export of this model needs beside the weights."""
+    config = hf_config(model, vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID)
+    generation = {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
+    return HfAssets(
+        family="llama",
+        files={
+            "config.json": json.dumps(config, indent=2, sort_keys=True).encode(),
+            "generation_config.json": json.dumps(generation, indent=2).encode(),
+            **tokenizer_files(model.max_seq_len),
+        },
+    )
+
+
+def main() -> None:
+    """Start the run's manager, train, and say where the checkpoints are."""
+    config = parse(TrainConfig, __doc__)
+    ray.init(address="auto", log_to_driver=True)
+    catalog = open_catalog(config.root)
+    catalog.records.begin_run(run_name(catalog.uri), config.lifecycle)
+    start_manager_job(config.root)
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_workers
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(config),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name=f"{run_name(catalog.uri)}-{int(time.time())}",
+            # Ray Train's own notes; no checkpoint is ever given to it
+            storage_path=tempfile.mkdtemp(prefix="ray_train-"),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    trainer.fit()
+    print(f"training is done; its checkpoints: ray-ckpt ls {catalog.uri}")
+
+
+if __name__ == "__main__":
+    run_job(main)

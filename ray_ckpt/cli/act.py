@@ -1,0 +1,200 @@
+"""Verbs that change something: adopt, export, publish, pin, unpin, purge, undo."""
+
+import getpass
+import os
+import re
+from typing import Any
+
+import click
+
+from ray_ckpt.cli.output import (
+    emit,
+    human_bytes,
+    json_option,
+    open_root,
+    print_table,
+    root_argument,
+    step_option,
+)
+from ray_ckpt.core import names
+from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.config import Dtype, KeepConfig
+from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.reconcile import export_action, publish_action
+from ray_ckpt.storage.catalog import Catalog
+
+_NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
+
+
+@click.command()
+@root_argument
+@click.option("--step", type=int, help="Only this folder; without it every foreign one.")
+@json_option
+def adopt(root: str, step: int | None, as_json: bool) -> None:
+    """Take over step folders that TorchTitan, Ray Train or plain DCP wrote.
+
+    Each is checked and gets a manifest. Nothing in it is executed or changed.
+    """
+    from ray_ckpt.tensors.adopt import adopt_step, foreign_steps
+
+    catalog = open_root(root)
+    adopted = [
+        adopt_step(catalog, s) for s in ([step] if step is not None else foreign_steps(catalog))
+    ]
+    document = [{"step": m.step, "bytes": m.total_bytes, "files": len(m.files)} for m in adopted]
+
+    def render() -> None:
+        for row in document:
+            size = human_bytes(row["bytes"])
+            click.echo(f"step-{row['step']} is committed now: {row['files']} files, {size}")
+        if not document:
+            click.echo("no foreign step folder is here")
+
+    emit(document, as_json=as_json, render=render)
+
+
+@click.command()
+@root_argument
+@step_option
+@click.option("--name", help="Folder under exports/; by default hf- and the dtype, as in hf-bf16.")
+@click.option(
+    "--dtype", type=click.Choice(list(_NAMES)), default="bfloat16", show_default=True,
+    help="What floating-point tensors are cast to.",
+)  # fmt: skip
+@click.option("--to", "destination", help="Also publish it there: /path, s3://..., hf://org/repo.")
+@json_option
+def export(
+    root: str, step: int, name: str | None, dtype: Dtype, destination: str | None, as_json: bool
+) -> None:
+    """Make a Hugging Face folder of one checkpoint: ROOT/exports/NAME/step-N."""
+    catalog = open_root(root)
+    spec = ExportSpec(name=name or _NAMES[dtype], dtype=dtype)
+    if not names.is_word(spec.name):
+        raise ConfigError(f"{spec.name!r} cannot be a folder name", "--name")
+    view = catalog.checkpoint(step)
+    action = export_action(view, spec)
+    _perform(catalog, action)
+    folder = f"{catalog.uri}/{names.export_dir(spec.name, step)}"
+    document: dict[str, Any] = {"step": step, "name": spec.name, "dtype": dtype, "path": folder}
+    if destination is not None:
+        record = _perform(catalog, publish_action(view, spec, destination))
+        document["published"] = {"destination": destination, **record.result}
+
+    def render() -> None:
+        click.echo(folder)
+        if "published" in document:
+            click.echo(document["published"]["location"])
+
+    emit(document, as_json=as_json, render=render)
+
+
+@click.command()
+@root_argument
+@step_option
+@click.option("--name", required=True, help="Which export.")
+@click.option("--to", "destination", required=True, help="/path, s3://bucket/prefix, hf://org/repo")
+@json_option
+def publish(root: str, step: int, name: str, destination: str, as_json: bool) -> None:
+    """Copy one export to another place: all of it or none of it, and only once."""
+    catalog = open_root(root)
+    found = catalog.export(name, step)
+    dtype: Any = found.manifest.lineage.recipe.get("dtype", "bfloat16")
+    view = catalog.checkpoint(step)
+    action = publish_action(view, ExportSpec(name=name, dtype=dtype), destination)
+    record = _perform(catalog, action)
+    document = {"step": step, "name": name, "destination": destination, **record.result}
+    emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
+
+
+@click.command()
+@root_argument
+@click.argument("step", type=int)
+@click.option("--reason", required=True, help="Why it must stay, for whoever wonders later.")
+@click.option("--name", help="Who or what pins; by default your user name.")
+@json_option
+def pin(root: str, step: int, reason: str, name: str | None, as_json: bool) -> None:
+    """Keep a checkpoint from every purge."""
+    made = open_root(root).pin(step, name=name or _user(), reason=reason)
+    document = {"step": step, "name": made.name, "reason": made.reason}
+    emit(
+        document,
+        as_json=as_json,
+        render=lambda: click.echo(f"step-{step} is pinned by {made.name}: {reason}"),
+    )
+
+
+@click.command()
+@root_argument
+@click.argument("step", type=int)
+@click.option("--name", help="Only this pin; without it all of them.")
+@json_option
+def unpin(root: str, step: int, name: str | None, as_json: bool) -> None:
+    """Let policies purge a checkpoint again."""
+    gone = open_root(root).unpin(step, name=name)
+    text = (
+        f"removed from step-{step}: {', '.join(gone)}" if gone else f"step-{step} has no such pin"
+    )
+    emit({"step": step, "removed": gone}, as_json=as_json, render=lambda: click.echo(text))
+
+
+@click.command()
+@root_argument
+@click.option("--keep-latest", type=int, help="Keep the newest so many verified checkpoints.")
+@click.option("--keep-every", type=int, help="Keep every step that is a multiple of this.")
+@click.option("--apply", is_flag=True, help="Do it. Without this nothing changes.")
+@json_option
+def purge(
+    root: str, keep_latest: int | None, keep_every: int | None, apply: bool, as_json: bool
+) -> None:
+    """Show which checkpoints would go and why; with --apply move them to the trash.
+
+    Without options the run's own policy decides. The newest two verified checkpoints, pinned ones
+    and ones with unfinished exports or copies always stay.
+    """
+    from ray_ckpt.cluster.purge import apply_purge, plan_purge
+
+    catalog = open_root(root)
+    given = keep_latest is not None or keep_every is not None
+    keep = KeepConfig(latest=keep_latest, every_steps=keep_every) if given else None
+    planned = apply_purge(catalog, keep) if apply else plan_purge(catalog, keep)
+
+    def render() -> None:
+        rows = [
+            (str(v.step), "keep" if v.keep else "purge", "; ".join(v.reasons) or planned.why_not)
+            for v in planned.verdicts
+        ]
+        print_table(("step", "verdict", "reason"), rows)
+        click.echo(planned.summary(applied=apply, root=catalog.uri))
+
+    emit(planned.to_document(applied=apply), as_json=as_json, render=render)
+
+
+@click.command()
+@root_argument
+@click.argument("step", type=int)
+@json_option
+def undo(root: str, step: int, as_json: bool) -> None:
+    """Bring a purged checkpoint back from the trash."""
+    catalog = open_root(root)
+    catalog.restore(step)
+    emit(
+        {"step": step, "restored": True},
+        as_json=as_json,
+        render=lambda: click.echo(f"step-{step} is back; pin it, or a policy may purge it again"),
+    )
+
+
+def _perform(catalog: Catalog, action: Action) -> ActionRecord:
+    """On the cluster that RAY_ADDRESS names, else in this process."""
+    from ray_ckpt.cluster.perform import ensure_verified, perform_here, perform_on_cluster
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        told = lambda text: click.echo(text, err=True)  # noqa: E731
+        return perform_on_cluster(catalog.uri, action, address=address, told=told)
+    ensure_verified(catalog, catalog.checkpoint(action.step))
+    return perform_here(catalog, action)
+
+
+def _user() -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "-", getpass.getuser())

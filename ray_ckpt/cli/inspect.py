@@ -1,0 +1,173 @@
+"""Verbs that look and change nothing: ls, show, verify, resume-plan."""
+
+import json
+from typing import Any
+
+import click
+
+from ray_ckpt.cli.output import (
+    emit,
+    human_bytes,
+    json_option,
+    open_root,
+    print_steps,
+    print_table,
+    root_argument,
+    step_rows,
+)
+from ray_ckpt.core import names
+from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.resume import plan_resume
+from ray_ckpt.storage.digests import find_damage
+
+
+@click.command()
+@root_argument
+@json_option
+def ls(root: str, as_json: bool) -> None:
+    """List every checkpoint: its state, size, pins, exports and copies."""
+    observed = open_root(root).observe()
+
+    def render() -> None:
+        print_steps(observed)
+        steps = {view.step for view in observed.checkpoints}
+        for export in observed.exports:
+            if export.step not in steps:
+                click.echo(
+                    f"export {export.name} of step-{export.step} (its checkpoint is not here)"
+                )
+
+    emit(step_rows(observed), as_json=as_json, render=render)
+
+
+@click.command()
+@root_argument
+@click.argument("step", type=int)
+@json_option
+def show(root: str, step: int, as_json: bool) -> None:
+    """Show one checkpoint: what it holds, where it comes from, what was done with it."""
+    catalog = open_root(root)
+    view = catalog.checkpoint(step)
+    manifest = view.manifest
+    assert manifest is not None, "a readable checkpoint has a manifest"
+    observed = catalog.observe()
+    actions = [
+        {"action": r.action.title, "state": str(r.state), "attempts": r.attempts, "error": r.error}
+        for r in observed.records.values()
+        if r.action.step == step
+    ]
+    document = {
+        "step": step,
+        "state": str(view.state),
+        "pins": list(view.pins),
+        "manifest": json.loads(manifest.to_json()),
+        "actions": actions,
+    }
+
+    def render() -> None:
+        facts = [
+            ("state", str(view.state)),
+            ("committed", manifest.created_at),
+            ("run", manifest.lineage.run_id),
+            ("resumed from", _or_dash(manifest.lineage.resumed_from)),
+            ("ranks", str(manifest.world_size)),
+            ("size", human_bytes(manifest.total_bytes)),
+            ("files", str(len(manifest.files))),
+            ("tensors", str(len(manifest.tensors))),
+            ("model", manifest.model.family if manifest.model else "-"),
+            ("metrics", ", ".join(f"{k} {v:.6g}" for k, v in manifest.metrics.items()) or "-"),
+            ("pins", ", ".join(view.pins) or "-"),
+            *((a["action"], f"{a['state']} after {a['attempts']} attempt(s)") for a in actions),
+        ]
+        print_table(("", f"step-{step}"), facts)
+
+    emit(document, as_json=as_json, render=render)
+
+
+@click.command()
+@root_argument
+@click.option("--step", type=int, help="Only this checkpoint; without it all, and every export.")
+@json_option
+def verify(root: str, step: int | None, as_json: bool) -> None:
+    """Recompute every digest and compare it with the manifest. Exit 1 if anything differs."""
+    from ray_ckpt.cluster.perform import verify_here
+
+    catalog = open_root(root)
+    observed = catalog.observe()
+    views = observed.readable() if step is None else [catalog.checkpoint(step)]
+    findings: list[dict[str, Any]] = []
+    for view in views:
+        damage = catalog.damage(view.step)
+        if not damage:
+            verify_here(catalog, view)
+        findings.append(_finding(f"step-{view.step}", view.step, damage))
+    for export in observed.exports:
+        if step in (None, export.step):
+            folder = names.export_dir(export.name, export.step)
+            damage = find_damage(catalog.store, folder, export.manifest)
+            findings.append(_finding(folder, export.step, damage))
+    findings.extend(_unreadable(observed) if step is None else [])
+
+    def render() -> None:
+        rows = [(f["what"], f["result"], "; ".join(f["damage"]) or "-") for f in findings]
+        print_table(("what", "result", "damage"), rows)
+
+    emit(findings, as_json=as_json, render=render)
+    if any(finding["result"] == "corrupt" for finding in findings):
+        newest = f"ray-ckpt resume-plan {catalog.uri}"
+        click.echo(
+            f"damage was found; nothing was changed. The newest good step: {newest}", err=True
+        )
+        raise click.exceptions.Exit(1)
+
+
+@click.command(name="resume-plan")
+@root_argument
+@json_option
+def resume_plan(root: str, as_json: bool) -> None:
+    """Say which step a run resumes from, why, and why newer ones are passed over."""
+    chosen = plan_resume(open_root(root).observe().checkpoints)
+    document = {
+        "step": chosen.step,
+        "reason": chosen.reason,
+        "skipped": [{"step": step, "reason": reason} for step, reason in chosen.skipped],
+    }
+
+    def render() -> None:
+        click.echo(f"resume from {_step_or_start(chosen.step)}: {chosen.reason}")
+        for step, reason in chosen.skipped:
+            click.echo(f"passed over step-{step}: {reason}")
+
+    emit(document, as_json=as_json, render=render)
+
+
+def _finding(what: str, step: int, damage: list[str]) -> dict[str, Any]:
+    result = "corrupt" if damage else "verified"
+    return {"what": what, "step": step, "result": result, "damage": damage}
+
+
+def _unreadable(observed: Observation) -> list[dict[str, Any]]:
+    """Steps that cannot be verified, so that none is passed over in silence."""
+    results = {
+        CheckpointState.FOREIGN: "foreign",
+        CheckpointState.QUARANTINED: "corrupt",
+    }
+    return [
+        {
+            "what": names.step_dir(view.step),
+            "step": view.step,
+            "result": results[view.state],
+            "damage": [view.problem or "it is in quarantine"],
+        }
+        for view in observed.checkpoints
+        if view.state in results
+    ]
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _step_or_start(step: int | None) -> str:
+    return "the start" if step is None else names.step_dir(step)

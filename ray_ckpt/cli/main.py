@@ -1,0 +1,68 @@
+"""The verbs of `ray-ckpt`, and what their ends mean to a script.
+
+exit 0  good        exit 2  usage: the message says what to type instead
+exit 1  a finding   exit 3  transient: the same command may succeed later
+                    exit 4  authorisation
+"""
+
+import logging
+import sys
+
+import click
+
+from ray_ckpt.cli import act, inspect
+from ray_ckpt.cli.demo import demo
+from ray_ckpt.core.errors import RayCkptError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ray_ckpt")
+def cli() -> None:
+    """The whole life of a checkpoint: save, verify, export, publish, resume, purge.
+
+    ROOT is where a run keeps its checkpoints: a path or s3://bucket/prefix. Every verb works from
+    it alone. Verbs that need compute run on the cluster that RAY_ADDRESS names, else in this
+    process.
+    """
+
+
+VERBS = (
+    demo,
+    inspect.ls,
+    inspect.show,
+    inspect.verify,
+    inspect.resume_plan,
+    act.adopt,
+    act.export,
+    act.publish,
+    act.pin,
+    act.unpin,
+    act.purge,
+    act.undo,
+)
+for _verb in VERBS:
+    cli.add_command(_verb)
+
+
+def main() -> None:
+    """Runs one verb; an error of ours is told in full and becomes its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except RayCkptError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; every step that was committed is safe", err=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""How answers look: a table on a terminal, tab-separated lines in a pipe, JSON where asked for."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ray_ckpt.core.errors import UsageError
+from ray_ckpt.core.observation import Observation
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.catalog import Catalog
+
+root_argument = click.argument("root")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+step_option = click.option("--step", type=int, required=True, help="Which checkpoint.")
+
+
+def open_root(root: str) -> Catalog:
+    """The catalog of a root that is there.
+
+    Raises:
+        UsageError: a local root that does not exist: most likely a misspelt one.
+    """
+    catalog = open_catalog(root)
+    if "://" not in catalog.uri and not Path(catalog.uri).is_dir():
+        raise UsageError(
+            "no such folder",
+            catalog.uri,
+            "nothing was changed",
+            "check the spelling; a root appears with the first save",
+        )
+    return catalog
+
+
+def emit(document: Any, *, as_json: bool, render: Callable[[], None]) -> None:
+    """`document` as one JSON text, or whatever `render` prints."""
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        render()
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned under headings for a person; tab-separated without headings in a pipe."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def step_rows(observed: Observation) -> list[dict[str, Any]]:
+    """What `ls` says of each step: the command line's contract."""
+    return [
+        {
+            "step": view.step,
+            "state": str(view.state),
+            "bytes": view.manifest.total_bytes if view.manifest else None,
+            "committed_at": view.manifest.created_at if view.manifest else None,
+            "pins": list(view.pins),
+            "exports": sorted(e.name for e in observed.exports if e.step == view.step),
+            "copies": sorted(_copies(observed, view.step)),
+        }
+        for view in observed.checkpoints
+    ]
+
+
+def print_steps(observed: Observation) -> None:
+    """The table of `ls`."""
+    columns = ("step", "state", "size", "committed", "pins", "exports", "copies")
+    rows = [
+        (
+            str(row["step"]),
+            row["state"],
+            "-" if row["bytes"] is None else human_bytes(row["bytes"]),
+            row["committed_at"] or "-",
+            ", ".join(row["pins"]) or "-",
+            ", ".join(row["exports"]) or "-",
+            ", ".join(row["copies"]) or "-",
+        )
+        for row in step_rows(observed)
+    ]
+    print_table(columns, rows)
+
+
+def human_bytes(count: float) -> str:
+    """A size in decimal units, as disks are sold: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} PB"
+
+
+def _copies(observed: Observation, step: int) -> set[str]:
+    return {
+        str(record.result["location"])
+        for record in observed.records.values()
+        if record.action.step == step and "location" in record.result
+    }

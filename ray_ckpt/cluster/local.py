@@ -1,0 +1,80 @@
+"""A Ray on this machine alone, and jobs submitted to it as to any other."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Generator, Mapping
+
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from ray_ckpt.cluster.manager import IO_RESOURCE
+from ray_ckpt.core.errors import RayCkptError
+
+_LOG_LINES = 25
+
+
+class LocalJobs:
+    """Submits `python -m ...` as Ray jobs and tells how they ended."""
+
+    def __init__(self, dashboard: str, environment: Mapping[str, str]) -> None:
+        self.dashboard = dashboard
+        self._environment = dict(environment)
+        self._client = JobSubmissionClient(dashboard)
+
+    def submit(self, module: str, *, run: str) -> str:
+        """Id of the job that runs `python -m module`; `run` stands on the dashboard beside it."""
+        return self._client.submit_job(
+            entrypoint=f"{sys.executable} -m {module}",
+            runtime_env={"env_vars": self._environment},
+            metadata={"run": run},
+        )
+
+    def is_over(self, job: str) -> bool:
+        """Whether the job has ended, well or not."""
+        return self._client.get_job_status(job).is_terminal()
+
+    def output(self, job: str) -> str:
+        """What the job printed.
+
+        Raises:
+            RayCkptError: it failed; the message holds the end of its log.
+        """
+        text = self._client.get_job_logs(job).strip()
+        if self._client.get_job_status(job) is not JobStatus.SUCCEEDED:
+            tail = "\n".join(text.splitlines()[-_LOG_LINES:])
+            raise RayCkptError(
+                f"the job {job} failed; the end of its log:\n{tail}",
+                safe="every committed step is safe",
+            )
+        return text
+
+    def wait(self, job: str, *, poll_s: float) -> str:
+        """What the job printed, once it is over."""
+        while not self.is_over(job):
+            time.sleep(poll_s)
+        return self.output(job)
+
+
+@contextlib.contextmanager
+def embedded_ray(environment: Mapping[str, str]) -> Generator[LocalJobs]:
+    """A Ray with a dashboard on 127.0.0.1, gone afterwards.
+
+    Workers hold a CPU each and I/O tasks none, so four CPUs are claimed even on a smaller machine:
+    two workers train while the rest of Ray goes on.
+    """
+    # no token file may be left behind that changes how another cluster of this user is reached
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    context = ray.init(
+        address="local",
+        num_cpus=max(4, os.cpu_count() or 1),
+        resources={IO_RESOURCE: 2},
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+    )
+    try:
+        yield LocalJobs(f"http://{context.dashboard_url}", environment)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,128 @@
+"""A purge that a person asks for: the plan with its reasons, and carrying it out.
+
+The plan takes for granted that checkpoints nobody has verified yet will verify; carrying it out
+verifies the ones that are to stay, first, and decides again on what was found.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray_ckpt.cluster.perform import ensure_verified, perform_here
+from ray_ckpt.core.config import KeepConfig
+from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.reconcile import decide_all, holds_of, purge_action
+from ray_ckpt.core.retention import Verdict
+from ray_ckpt.storage.catalog import Catalog
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PurgePlan:
+    """One verdict a checkpoint, oldest first, and how many bytes each holds."""
+
+    verdicts: tuple[Verdict, ...]
+    sizes: dict[int, int]
+    keep: KeepConfig
+
+    @property
+    def doomed(self) -> list[int]:
+        """Steps that go, oldest first."""
+        return [verdict.step for verdict in self.verdicts if not verdict.keep]
+
+    @property
+    def why_not(self) -> str:
+        """Why a step goes: what does not keep it."""
+        rules = [
+            f"latest {self.keep.latest}" if self.keep.latest else "",
+            f"every {self.keep.every_steps} steps" if self.keep.every_steps else "",
+            f"best {self.keep.best} by {self.keep.best_metric}" if self.keep.best else "",
+        ]
+        return f"kept by neither a pin nor: {', '.join(rule for rule in rules if rule)}"
+
+    def summary(self, *, applied: bool, root: str) -> str:
+        """One sentence with the next command."""
+        freed = sum(self.sizes[step] for step in self.doomed)
+        if not self.doomed:
+            return "nothing to purge"
+        if applied:
+            steps = f"ray-ckpt undo {root} STEP"
+            return f"{len(self.doomed)} moved to the trash ({freed} bytes); back with: {steps}"
+        return (
+            f"{len(self.doomed)} would go ({freed} bytes); nothing was changed. Do it: add --apply"
+        )
+
+    def to_document(self, *, applied: bool) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "applied": applied,
+            "keep": [{"step": v.step, "reasons": list(v.reasons)} for v in self.verdicts if v.keep],
+            "purge": [
+                {"step": step, "bytes": self.sizes[step], "reasons": [self.why_not]}
+                for step in self.doomed
+            ],
+        }
+
+
+def plan_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
+    """What would go, by `keep` or else by the run's own policy; changes nothing."""
+    observed = _with_policy(catalog.observe(), keep)
+    hopeful = replace(
+        observed,
+        checkpoints=tuple(
+            replace(view, state=CheckpointState.VERIFIED)
+            if view.state is CheckpointState.COMMITTED and view.problem is None
+            else view
+            for view in observed.checkpoints
+        ),
+    )
+    return _plan(hopeful)
+
+
+def apply_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
+    """What went: each step is in the trash, from where `undo` brings it back.
+
+    Raises:
+        IntegrityError: a checkpoint that was to stay is damaged; nothing was purged.
+    """
+    hopeful = plan_purge(catalog, keep)
+    if not hopeful.doomed:
+        return hopeful
+    for verdict in hopeful.verdicts:
+        if verdict.keep:
+            _verify_kept(catalog, verdict.step)
+    # decided again, on what is there now: a pin may have come between
+    observed = _with_policy(catalog.observe(), keep)
+    decided = _plan(observed)
+    views = {view.step: view for view in observed.readable()}
+    grace_s = observed.policy.keep.trash_grace_s
+    for step in decided.doomed:
+        perform_here(catalog, purge_action(views[step], grace_s=grace_s))
+    return decided
+
+
+def _verify_kept(catalog: Catalog, step: int) -> None:
+    try:
+        ensure_verified(catalog, catalog.checkpoint(step))
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error.what}; it was to be kept, so nothing is purged",
+            error.where,
+            error.safe,
+            error.do,
+        ) from error
+
+
+def _with_policy(observed: Observation, keep: KeepConfig | None) -> Observation:
+    if keep is None:
+        return observed
+    kept = replace(keep, trash_grace_s=observed.policy.keep.trash_grace_s)
+    return replace(observed, policy=replace(observed.policy, keep=kept))
+
+
+def _plan(observed: Observation) -> PurgePlan:
+    return PurgePlan(
+        verdicts=tuple(decide_all(observed, holds=holds_of(observed))),
+        sizes={v.step: v.manifest.total_bytes for v in observed.readable() if v.manifest},
+        keep=observed.policy.keep,
+    )

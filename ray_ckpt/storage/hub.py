@@ -1,0 +1,142 @@
+"""An export becomes one commit of a repository on the Hugging Face Hub, and a tag per step.
+
+Large files are uploaded first and are invisible; the one commit shows all files at once. Its
+message carries the content's id, which is looked for before anything is sent: a commit whose
+answer was lost is found, not made again.
+"""
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray_ckpt.core import names
+from ray_ckpt.core.errors import (
+    AuthorizationError,
+    ObjectNotFoundError,
+    RayCkptError,
+    StorageError,
+    StorageFullError,
+    TransientError,
+    UsageError,
+)
+from ray_ckpt.core.manifest import Manifest
+
+_TRAILER = "Ray-Ckpt-Content: "
+_KEPT = frozenset({".gitattributes"})
+_BY_STATUS: dict[int, type[StorageError]] = {
+    401: AuthorizationError,
+    403: AuthorizationError,
+    404: ObjectNotFoundError,
+    412: TransientError,  # the branch moved meanwhile: look again
+    413: StorageFullError,
+    507: StorageFullError,
+    **dict.fromkeys((408, 429, 500, 502, 503, 504), TransientError),
+}
+_CURES: dict[type[StorageError], str] = {
+    AuthorizationError: "hf auth login (with a token that may write), then the same command again",
+    ObjectNotFoundError: "hf repos create ORG/REPO --private, then the same command again",
+    TransientError: "run the same command again; what was sent already is not sent twice",
+    StorageFullError: "free space on the Hub, then the same command again",
+}
+
+
+def publish_to_hub(folder: Path, manifest: Manifest, destination: str) -> tuple[str, int]:
+    """Location and bytes sent; the branch holds exactly the files of `folder`, in one commit.
+
+    Raises:
+        AuthorizationError, ObjectNotFoundError, TransientError, StorageFullError
+    """
+    repository, branch = parse_hub(destination)
+    tag = names.step_dir(manifest.step)
+    location = f"hf://{repository}@{tag}"
+    with translated(destination):
+        from huggingface_hub import HfApi  # heavy, and needed for hf:// only
+
+        api = HfApi()
+        api.auth_check(repository, write=True)
+        commit = _find_commit(api, repository, branch, manifest.content_id)
+        if commit is not None:
+            api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
+            return location, 0
+        commit = _commit(api, repository, branch, folder=folder, manifest=manifest)
+        api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
+    return location, manifest.total_bytes
+
+
+def parse_hub(destination: str) -> tuple[str, str]:
+    """Repository and branch of `hf://org/repo[@branch]`.
+
+    >>> parse_hub("hf://org/repo"), parse_hub("hf://org/repo@best")
+    (('org/repo', 'main'), ('org/repo', 'best'))
+    """
+    repository, _, branch = destination.removeprefix("hf://").partition("@")
+    if len([part for part in repository.split("/") if part]) != 2:
+        raise UsageError(f"{destination!r} names no repository", do="write hf://org/repo")
+    return repository, branch or "main"
+
+
+def _find_commit(api: Any, repository: str, branch: str, content_id: str) -> str | None:
+    """The commit on the branch that holds this very content."""
+    for commit in api.list_repo_commits(repository, revision=branch):
+        if f"{_TRAILER}{content_id}" in commit.message:
+            return str(commit.commit_id)
+    return None
+
+
+def _commit(api: Any, repository: str, branch: str, *, folder: Path, manifest: Manifest) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    head = api.repo_info(repository, revision=branch).sha
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    added = {path.relative_to(folder).as_posix(): path for path in files}
+    additions = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
+        for name, path in added.items()
+    ]
+    stale = _stale(api.list_repo_files(repository, revision=head), added)
+    api.preupload_lfs_files(repository, additions=additions, revision=branch)
+    info = api.create_commit(
+        repository,
+        operations=[*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
+        commit_message=f"{names.step_dir(manifest.step)} {manifest.lineage.recipe.get('name', '')}",
+        commit_description=f"{_TRAILER}{manifest.content_id}",
+        revision=branch,
+        parent_commit=head,
+    )
+    return str(info.oid)
+
+
+def _stale(present: Iterable[str], added: dict[str, Path]) -> list[str]:
+    """Files of the step before that this one does not replace."""
+    return sorted(set(present) - set(added) - _KEPT)
+
+
+@contextmanager
+def translated(destination: str) -> Generator[None]:
+    """Turns what the Hub's client raises into ours, once."""
+    try:
+        yield
+    except RayCkptError:
+        raise
+    except Exception as error:
+        kind, text = _kind(error)
+        if kind is None:
+            raise
+        safe = "nothing became visible there; the export is untouched"
+        raise kind(text, destination, safe, _CURES.get(kind, "")) from error
+
+
+def _kind(error: BaseException) -> tuple[type[StorageError] | None, str]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return _BY_STATUS.get(status, StorageError), f"the Hub answered {status}: {error}"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _kind(error.__cause__)  # an upload that failed for good wraps its reason
+    if isinstance(error, ConnectionError) or type(error).__module__.startswith(
+        ("httpx", "httpcore")
+    ):
+        return TransientError, f"the Hub cannot be reached: {error}"
+    return None, str(error)

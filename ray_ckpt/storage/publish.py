@@ -1,0 +1,119 @@
+"""A finished export reaches a place outside its root: all of it or none of it, and only once.
+
+    /path, s3://bucket/prefix     <destination>/exports/<name>/step-<n>/, a root like any other
+    hf://org/repo[@branch]        one commit, and the tag step-<n>
+
+To add a kind of destination: a module of its own, and a line in `_PUBLISHERS`.
+"""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray_ckpt.core import names
+from ray_ckpt.core.errors import IntegrityError, ObjectExistsError
+from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.core.observation import ExportView
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.digests import describe_file, size_damage
+from ray_ckpt.storage.hub import publish_to_hub
+from ray_ckpt.storage.listing import manifest_in, sizes_in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Where an export is now."""
+
+    location: str
+    """As a person opens it: a folder, a prefix, or a repository at a revision."""
+    bytes_sent: int
+    """0 if the very same export was there already."""
+
+
+def publish_export(catalog: Catalog, export: ExportView, destination: str) -> Published:
+    """The export is at `destination`, proven equal to what left.
+
+    A second run is harmless: the same content found at the destination is left as it is, and
+    nothing is sent.
+
+    Raises:
+        ObjectExistsError: another export of that name and step is there; it is untouched.
+        IntegrityError: the export differs from its own manifest; nothing became visible.
+        AuthorizationError, TransientError, StorageFullError: from the destination.
+    """
+    scheme = destination.partition("://")[0] if "://" in destination else ""
+    publisher = _PUBLISHERS.get(scheme, _publish_to_root)
+    return publisher(catalog, export, destination)
+
+
+def _publish_to_root(catalog: Catalog, export: ExportView, destination: str) -> Published:
+    target = open_catalog(destination)
+    folder = names.export_dir(export.name, export.step)
+    location = f"{target.uri}/{folder}"
+    present = manifest_in(target.store, folder)
+    if present is not None and present.content_id == export.manifest.content_id:
+        return Published(location=location, bytes_sent=0)
+    if present is not None:
+        raise ObjectExistsError(
+            f"another export {export.name} of step-{export.step} is there",
+            location,
+            "it is untouched",
+            "publish under another --name, or to another place",
+        )
+    staging = target.commit.staging(f"publish-{uuid.uuid4().hex}")
+    try:
+        copy_files(catalog.store, folder, export.manifest.files, staging)
+        target.commit.contribute(staging, folder)
+        target.commit_export(staging, export.name, export.manifest)
+    except BaseException:
+        target.commit.discard(staging)
+        raise
+    _check_arrival(target.store, export, location)
+    return Published(location=location, bytes_sent=export.manifest.total_bytes)
+
+
+def _publish_to_hub(catalog: Catalog, export: ExportView, destination: str) -> Published:
+    staging = catalog.commit.staging(f"publish-{uuid.uuid4().hex}")
+    folder = names.export_dir(export.name, export.step)
+    try:
+        copy_files(catalog.store, folder, export.manifest.files, staging)
+        (staging / names.MANIFEST).write_bytes(export.manifest.to_json())
+        location, bytes_sent = publish_to_hub(staging, export.manifest, destination)
+    finally:
+        catalog.commit.discard(staging)
+    return Published(location=location, bytes_sent=bytes_sent)
+
+
+_PUBLISHERS: dict[str, Callable[[Catalog, ExportView, str], Published]] = {
+    "hf": _publish_to_hub,
+}
+
+
+def copy_files(store: Store, folder: str, entries: tuple[FileEntry, ...], target: Path) -> None:
+    """Local copies of these files below `target`, each proven equal to its entry.
+
+    Raises:
+        IntegrityError: a file differs from its entry.
+    """
+    for entry in entries:
+        path = target / entry.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.download(f"{folder}/{entry.path}", path)
+        found = describe_file(path, entry.path, entry.digest.partition(":")[0])
+        if found != entry:
+            raise IntegrityError(
+                f"{entry.path} is {found.digest}, its manifest says {entry.digest}",
+                f"{store.uri}/{folder}",
+                "nothing was published; the checkpoint it was made from is untouched",
+                "remove the export's folder and export the step again",
+            )
+
+
+def _check_arrival(store: Store, export: ExportView, location: str) -> None:
+    sizes = sizes_in(store, names.export_dir(export.name, export.step))
+    damage = [text for entry in export.manifest.files if (text := size_damage(entry, sizes))]
+    if damage:
+        raise IntegrityError(f"what arrived differs from what left: {'; '.join(damage)}", location)
