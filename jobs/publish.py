@@ -1,7 +1,6 @@
 """Copy a finished export to another root, to S3 or to the Hugging Face Hub.
 
-ray job submit --working-dir . -- python -m jobs.publish root=/runs/a step=500 name=hf-bf16 \\
-        to=hf://org/repo
+ray job submit --working-dir . -- python -m jobs.publish root=/r step=500 name=hf to=hf://o/r
 """
 
 from dataclasses import dataclass

@@ -13,26 +13,23 @@ Every method is collective: all ranks call it, in the same order, with the same 
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ray_ckpt.core.config import LifecyclePolicy, SaveConfig
-from ray_ckpt.core.errors import RayCkptError, StateDictError
 from ray_ckpt.core.manifest import Lineage, Manifest
 from ray_ckpt.core.names import run_name
-from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.core.schedule import SaveSchedule
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
+from ray_ckpt.tensors.loading import LoadReport, choose, choose_newest, restore
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
-from ray_ckpt.tensors.reader import StepReader, load_into
-from ray_ckpt.tensors.states import RNG, TrainingState
+from ray_ckpt.tensors.states import TrainingState, collect
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
 
 log = logging.getLogger("ray_ckpt")
@@ -59,17 +56,6 @@ class Run:
     """What is to happen after a save; None leaves the root's policy as it is."""
     on_commit: Callable[[int], None] | None = None
     """Called with the step, on rank 0, after a commit; in the save's thread, must not block."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """What `load` chose, and why."""
-
-    step: int
-    """Optimizer steps that are done; 0 for a new run."""
-    reason: str
-    skipped: tuple[tuple[int, str], ...] = field(default=())
-    """Newer steps that were passed over, newest first, each with the reason."""
 
 
 class CheckpointManager:
@@ -129,7 +115,7 @@ class CheckpointManager:
         self, step: int, *, last_step: bool, metrics: Mapping[str, float]
     ) -> PendingSave:
         job = self._job(step, last_step=last_step, metrics=metrics)
-        state_dict = self._collect()
+        state_dict = collect(self._state.model, self._parts)
         if self.config.mode == "sync":
             pending = PendingSave(step, lambda: self._write(job, state_dict))
             pending.run()
@@ -197,98 +183,17 @@ class CheckpointManager:
             IntegrityError: the step asked for is damaged; storage is not touched.
             StateDictError: keys differ from the model's; found before a tensor is read.
         """
-        if step != NEWEST:
-            self._verify(step)
-            self._restore(step)
-            return self._loaded(LoadReport(step=step, reason="asked for by number"))
-        damaged: list[tuple[int, str]] = []
-        while True:
-            plan = self._ranks.on_coordinator(
-                lambda: plan_resume(self._catalog.observe().checkpoints)
+        if step == NEWEST:
+            report = choose_newest(self._catalog, self._ranks)
+        else:
+            report = choose(self._catalog, self._ranks, step)
+        if report.step:
+            restore(
+                self._catalog, self._ranks, report.step, model=self._state.model, parts=self._parts
             )
-            if plan.step is None:
-                return self._loaded(LoadReport(step=0, reason=plan.reason, skipped=plan.skipped))
-            damage = self._damage(plan.step)
-            if not damage:
-                self._restore(plan.step)
-                skipped = tuple(dict([*plan.skipped, *damaged]).items())
-                return self._loaded(LoadReport(step=plan.step, reason=plan.reason, skipped=skipped))
-            damaged.append((plan.step, "; ".join(damage)))
-            self._set_aside(plan.step, damage)
-
-    def _restore(self, step: int) -> None:
-        reader = StepReader(self._catalog, self._catalog.manifest(step))
-        state_dict = self._collect()
-        self._fit(state_dict, reader)
-        load_into(state_dict, reader, process_group=self._ranks.group)
-        parts = {name: state_dict.pop(name) for name in list(self._parts) if name in state_dict}
-        self._state.model.load_state_dict(state_dict)
-        for name, values in parts.items():
-            self._parts[name].load_state_dict(values)
-        self._resumed_from = step
-
-    def _fit(self, state_dict: dict[str, Any], reader: StepReader) -> None:
-        """Keys agree, found out on the index alone; random numbers of new ranks start afresh."""
-        available = set(reader.read_metadata().state_dict_metadata)
-        own_rng = f"{RNG}.rank_{self._ranks.rank}."
-        if not any(key.startswith(own_rng) for key in available):
-            del state_dict[RNG]
-            log.warning(
-                "no random state for rank %d: its generators start afresh", self._ranks.rank
-            )
-        wanted = set(flatten_state_dict(state_dict)[0])
-        everyone = set().union(*self._ranks.gather(wanted))
-        prefixes = tuple(f"{name}." for name in self._parts)
-        missing = sorted(everyone - available)
-        unexpected = sorted(k for k in available - everyone if not k.startswith(prefixes))
-        if missing or unexpected:
-            raise StateDictError(
-                f"the checkpoint does not fit the model: it lacks {missing or 'nothing'} and "
-                f"brings unexpected {unexpected or 'nothing'}",
-                self._catalog.uri,
-                "no tensor was read, the model is as it was",
-                "load it with the model and optimizer it was saved from",
-            )
-
-    def _verify(self, step: int) -> None:
-        damage = self._damage(step)
-        if damage:
-            raise self._catalog.corrupt(step, damage)
-
-    def _damage(self, step: int) -> list[str]:
-        """Each rank reads its share of the files; all hear of all damage."""
-
-        def own_share() -> list[str] | RayCkptError:
-            try:
-                return self._catalog.damage(
-                    step, part=slice(self._ranks.rank, None, self._ranks.size)
-                )
-            except RayCkptError as error:
-                return error
-
-        damage: list[str] = []
-        for share in self._ranks.gather(own_share()):
-            if isinstance(share, RayCkptError):
-                raise share
-            damage.extend(share)
-        return damage
-
-    def _set_aside(self, step: int, damage: list[str]) -> None:
-        def quarantine() -> None:
-            self._catalog.quarantine(step)
-            log.warning(
-                "step-%d is damaged and was moved to quarantine; trying the one before: %s",
-                step,
-                "; ".join(damage),
-            )
-
-        self._ranks.on_coordinator(quarantine)
-
-    def _loaded(self, report: LoadReport) -> LoadReport:
+            self._resumed_from = report.step
         if self._ranks.is_coordinator:
-            log.info("resuming from step-%d: %s", report.step, report.reason)
-            for step, why in report.skipped:
-                log.warning("passed over step-%d: %s", step, why)
+            report.log()
         return report
 
     # ---- parts ----
@@ -298,10 +203,6 @@ class CheckpointManager:
         self._lease.acquire()
         name = run_name(self._catalog.uri)
         return self._catalog.records.begin_run(f"{name}-{self._token}", self._run.policy).run_id
-
-    def _collect(self) -> dict[str, Any]:
-        model = self._state.model.state_dict()
-        return {**model, **{name: part.state_dict() for name, part in self._parts.items()}}
 
     def _job(self, step: int, *, last_step: bool, metrics: Mapping[str, float]) -> SaveJob:
         self._num_saves += 1

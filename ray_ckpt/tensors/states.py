@@ -57,6 +57,11 @@ class TrainingState:
         return {**parts, **self.extra}
 
 
+def collect(model: ModelWrapper, parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    """Model tensors under their FQNs, every other part under its name: what DCP writes and fills."""
+    return {**model.state_dict(), **{name: part.state_dict() for name, part in parts.items()}}
+
+
 class OptimizerState:
     """An optimizer's state by parameter name, so that it survives another sharding or grouping."""
 
