@@ -1,4 +1,4 @@
-"""The edge all jobs share: arguments in, configuration out, and an exit code that scripts can use."""
+"""The edge that all jobs share: arguments in, configuration out, an exit code for scripts."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ Config = TypeVar("Config")
 
 
 def parse(config_type: type[Config], doc: str | None) -> Config:
-    """The configuration that `--config FILE` and `field=value` words on the command line describe."""
+    """The configuration that `--config FILE` and `field=value` words describe."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -37,3 +37,20 @@ def s3_root(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> str:
 def root(tmp_path: Path) -> str:
     """An empty local root."""
     return str(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A real Ray on this machine, with a dashboard, so that jobs can be submitted; its address."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        resources={"ckpt_io": 2},
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()

@@ -1,6 +1,7 @@
 """Who may write to a root in one role: a row of epochs, each won by one conditional create.
 
     .ray_ckpt/lease/trainer-7.json     the highest epoch owns; its holder rewrites it to show life
+                                       and, with its last word, that it is released
 
 No two hosts' clocks are ever compared: a challenger takes over only when it has itself watched the
 same heartbeat for longer than the holder may pause, or when it can see that the holder is dead.
@@ -40,6 +41,8 @@ class Holder:
     host: str
     pid: int
     beat: int
+    is_released: bool = False
+    """The last word of a holder that ended well: an epoch is never used twice."""
 
 
 class Lease:
@@ -69,6 +72,7 @@ class Lease:
         except ObjectExistsError as error:
             raise self._held("another writer took it a moment ago") from error
         self._epoch = epoch + 1
+        self._store.delete([names.lease_key(self._role, epoch)] if epoch else [])
         self._thread = threading.Thread(target=self._keep_alive, name="ray_ckpt lease", daemon=True)
         self._thread.start()
 
@@ -79,7 +83,7 @@ class Lease:
             LeaseHeldError: another writer has taken over since.
         """
         epoch, holder = self._current()
-        if holder is None or epoch != self._epoch or holder.token != self._holder.token:
+        if holder is None or holder.is_released or epoch != self._epoch:
             raise self._held(f"epoch {epoch} has taken over from our epoch {self._epoch}")
 
     def release(self) -> None:
@@ -87,8 +91,10 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-            self._store.delete([names.lease_key(self._role, self._epoch)])
             self._thread = None
+            # must stay: without it an earlier holder that was taken over would be the highest again
+            self._holder = replace(self._holder, is_released=True)
+            self._store.write(names.lease_key(self._role, self._epoch), self._text())
 
     def _current(self) -> tuple[int, Holder | None]:
         """The highest epoch and who holds it."""
@@ -107,13 +113,13 @@ class Lease:
 
     def _wait_until_free(self, epoch: int, holder: Holder) -> None:
         """Watches the heartbeat; a beat within PATIENCE_S means that the holder lives."""
-        if holder.owner == self._holder.owner or _is_dead(holder):
+        if holder.is_released or holder.owner == self._holder.owner or _is_dead(holder):
             return
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(BEAT_S / 4)
             now_epoch, now = self._current()
-            if now is None:
+            if now is None or (now_epoch == epoch and now.is_released):
                 return
             if now_epoch != epoch or now.beat != holder.beat:
                 raise self._held(f"held by process {now.pid} on {now.host} ({now.owner})")

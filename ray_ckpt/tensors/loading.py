@@ -1,4 +1,4 @@
-"""Which step is loaded, and getting it into place. Nothing is used before all of it was verified."""
+"""Which step is loaded, and getting it into place: nothing is used before it was verified."""
 
 import logging
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class LoadReport:
 
 
 def choose(catalog: Catalog, ranks: Ranks, step: int) -> LoadReport:
-    """This very step, every byte of which was read and is as committed.
+    """The very step, every byte of which was read and is as committed.
 
     Raises:
         StepNotFoundError: it is not there.

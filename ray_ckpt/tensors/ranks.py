@@ -1,5 +1,6 @@
 """The processes that train together, as far as saving and loading need them to agree."""
 
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -7,6 +8,11 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+def expect_one_process() -> None:
+    """Torch's warning that one process saves or loads alone is not shown: it was asked for."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 class Ranks:
@@ -21,6 +27,8 @@ class Ranks:
             self.group = cast(dist.ProcessGroup, group)
             self.rank = dist.get_rank()
             self.size = dist.get_world_size()
+        else:
+            expect_one_process()
 
     @property
     def is_coordinator(self) -> bool:

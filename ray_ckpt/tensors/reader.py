@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import pickle
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, cast
 
@@ -22,6 +21,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
+from ray_ckpt.tensors.ranks import expect_one_process
 
 _BUFFER_BYTES = 1 << 16
 
@@ -73,15 +73,14 @@ def load_into(
     state_dict: dict[str, Any], reader: StepReader, *, process_group: dist.ProcessGroup | None
 ) -> None:
     """Every tensor of `state_dict` filled in place, every other entry replaced."""
-    with warnings.catch_warnings():
-        # torch warns that one process loads alone, which is what was asked for
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        dcp.load(
-            state_dict,
-            storage_reader=reader,
-            process_group=process_group,
-            no_dist=process_group is None,
-        )
+    if process_group is None:
+        expect_one_process()
+    dcp.load(
+        state_dict,
+        storage_reader=reader,
+        process_group=process_group,
+        no_dist=process_group is None,
+    )
 
 
 def read_asset(catalog: Catalog, manifest: Manifest, name: str) -> bytes | None:

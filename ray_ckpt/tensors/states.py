@@ -58,7 +58,7 @@ class TrainingState:
 
 
 def collect(model: ModelWrapper, parts: Mapping[str, Stateful]) -> dict[str, Any]:
-    """Model tensors under their FQNs, every other part under its name: what DCP writes and fills."""
+    """Model tensors under their FQNs, the other parts under their names: what DCP takes."""
     return {**model.state_dict(), **{name: part.state_dict() for name, part in parts.items()}}
 
 

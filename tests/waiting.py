@@ -1,0 +1,18 @@
+"""Waiting for something to become true, with a deadline instead of a sleep of a guessed length."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(look: Callable[[], T | None], *, timeout_s: float = 60.0) -> T:
+    """The first thing `look` returns that is not None or False."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = look()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{look} had nothing to show within {timeout_s} s; last: {found!r}")
