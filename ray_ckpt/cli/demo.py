@@ -21,6 +21,7 @@ from ray_ckpt.cli.output import print_steps
 from ray_ckpt.cli.progress import Screen
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, UsageError
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.names import run_name
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
@@ -83,7 +84,7 @@ def demo(root: str | None, destination: str | None, hold: bool, as_json: bool) -
     screen.say("starting a local Ray")
     from ray_ckpt.cluster.local import embedded_ray
 
-    with embedded_ray(_ENVIRONMENT) as jobs:
+    with embedded_ray("ray-ckpt demo", _ENVIRONMENT) as jobs:
         screen.say(f"Ray dashboard: {jobs.dashboard}")
         try:
             _train(jobs, catalog, destination, story=story, screen=screen)
@@ -116,7 +117,8 @@ def _train(
     publish = f'[{{export = "{EXPORT}", to = {json.dumps(destination)}}}]'
     config = _jobs_folder() / "configs" / "demo.toml"
     arguments = (f"--config {config}", f"root={catalog.uri}", f"'lifecycle.publish={publish}'")
-    job = jobs.submit(f"jobs.train {' '.join(arguments)}", run=catalog.uri)
+    command = f"jobs.train {' '.join(arguments)}"
+    job = jobs.submit(command, name=f"train {run_name(catalog.uri)}")
     screen.say(f"training {STEPS} steps on 2 workers, saving every 10; root {catalog.uri}")
     while not jobs.is_over(job):
         _watch(catalog, story, screen)
@@ -177,8 +179,9 @@ def _look_at_export(jobs: "LocalJobs", catalog: Catalog, *, story: Story, screen
     """The last export, loaded with transformers by a job of its own."""
     screen.say("loading the last export with transformers")
     sizes = "model.dim=128 model.num_heads=4 model.num_kv_heads=2 model.ffn_dim=352"
-    entry = f"jobs.sample root={catalog.uri} step={STEPS} name={EXPORT} {sizes}"
-    output = jobs.wait(jobs.submit(entry, run=catalog.uri), poll_s=POLL_S)
+    command = f"jobs.sample root={catalog.uri} step={STEPS} name={EXPORT} {sizes}"
+    job = jobs.submit(command, name=f"look at {EXPORT} step-{STEPS}")
+    output = jobs.wait(job, poll_s=POLL_S)
     story.sample = json.loads(output.splitlines()[-1])
 
 

@@ -75,7 +75,7 @@ def start_manager_job(root: str) -> Any:
         client = JobSubmissionClient()
         job = client.submit_job(
             entrypoint=f"{sys.executable} -m ray_ckpt.cluster.connect {uri}",
-            metadata={"run": run_name(uri), "what": "starts the run's manager"},
+            metadata={"job_name": f"manager of {run_name(uri)}", "run": uri},
             runtime_env=_runtime_env(),
         )
     except (ConnectionError, RuntimeError) as error:

@@ -1,12 +1,15 @@
 """A Ray on this machine alone, and jobs submitted to it as to any other."""
 
 import contextlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Generator, Mapping
+from pathlib import Path
 
 import ray
+from ray.job_config import JobConfig
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ray_ckpt.cluster.manager import IO_RESOURCE
@@ -20,15 +23,17 @@ class LocalJobs:
 
     def __init__(self, dashboard: str, environment: Mapping[str, str]) -> None:
         self.dashboard = dashboard
-        self._environment = dict(environment)
+        # `python` in a job is the one that runs here
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        self._environment = {**environment, "PATH": path}
         self._client = JobSubmissionClient(dashboard)
 
-    def submit(self, module: str, *, run: str) -> str:
-        """Id of the job that runs `python -m module`; `run` stands on the dashboard beside it."""
+    def submit(self, command: str, *, name: str) -> str:
+        """Id of the job that runs `python -m command`; `name` is what the dashboard calls it."""
         return self._client.submit_job(
-            entrypoint=f"{sys.executable} -m {module}",
+            entrypoint=f"python -m {command}",
             runtime_env={"env_vars": self._environment},
-            metadata={"run": run},
+            metadata={"job_name": name},
         )
 
     def is_over(self, job: str) -> bool:
@@ -58,8 +63,8 @@ class LocalJobs:
 
 
 @contextlib.contextmanager
-def embedded_ray(environment: Mapping[str, str]) -> Generator[LocalJobs]:
-    """A Ray with a dashboard on 127.0.0.1, gone afterwards.
+def embedded_ray(name: str, environment: Mapping[str, str]) -> Generator[LocalJobs]:
+    """A Ray with a dashboard on 127.0.0.1, gone afterwards; `name` is what it calls this process.
 
     Workers hold a CPU each and I/O tasks none, so four CPUs are claimed even on a smaller machine:
     two workers train while the rest of Ray goes on.
@@ -73,6 +78,8 @@ def embedded_ray(environment: Mapping[str, str]) -> Generator[LocalJobs]:
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         log_to_driver=False,
+        logging_level=logging.ERROR,
+        job_config=JobConfig(metadata={"job_name": name}),
     )
     try:
         yield LocalJobs(f"http://{context.dashboard_url}", environment)

@@ -12,6 +12,7 @@
         requests/<key>.json            what was asked for
         actions/<key>.json             what became of it
         staging/<attempt>/             unfinished work, private to one attempt
+        staging/step-500.begun         object stores: what lies in step-500/ is ours and unfinished
         trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
@@ -103,6 +104,11 @@ def parse_set_aside(name: str) -> tuple[int, str] | None:
 def staging_dir(attempt: str) -> str:
     """Private folder of one attempt to save or export."""
     return f"{STAGING}/{attempt}"
+
+
+def begun_key(folder: str) -> str:
+    """Key that tells the remains of our own save in `folder` from somebody else's files."""
+    return f"{STAGING}/{folder}.begun"
 
 
 def action_key(key: str) -> str:

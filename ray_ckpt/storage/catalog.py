@@ -20,7 +20,7 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation
+from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
 from ray_ckpt.core.reconcile import verify_action
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
@@ -32,6 +32,7 @@ from ray_ckpt.storage.listing import (
     manifest_in,
     pins_in,
     sizes_in,
+    view_aside,
 )
 from ray_ckpt.storage.records import Records, Run
 
@@ -86,10 +87,9 @@ class Catalog:
             ForeignFolderError: a folder is there, without a manifest.
         """
         observed = self.observe()
-        views = [view for view in observed.checkpoints if view.step == step]
-        found = next((view for view in views if view.state in READABLE), None)
+        found = next((view for view in observed.readable() if view.step == step), None)
         if found is None:
-            raise self._not_readable(step, views, observed)
+            raise self._not_readable(step, observed)
         return found
 
     def export(self, name: str, step: int) -> ExportView:
@@ -117,7 +117,7 @@ class Catalog:
         """
         manifest = manifest_in(self.store, names.step_dir(step))
         if manifest is None:
-            raise self._not_readable(step, [], self.observe())
+            raise self._not_readable(step, self.observe())
         return manifest
 
     # ---- how it gets there ----
@@ -250,11 +250,11 @@ class Catalog:
         freed: dict[int, int] = {}
         trashed_at = {
             (r.action.step, r.action.source_id): r.changed_at
-            for r in self.records.actions().values()
+            for r in sorted(self.records.actions().values(), key=lambda r: r.changed_at)
             if r.action.grace_s is not None and r.state is ActionState.SUCCEEDED
         }
         for step, aside in aside_folders(self.store, names.TRASH):
-            manifest = manifest_in(self.store, aside)
+            manifest = view_aside(self.store, step, aside).manifest
             since = trashed_at.get((step, manifest.content_id)) if manifest else None
             if since is not None and now - since >= older_than_s:
                 freed[step] = self.commit.erase(aside, names.step_dir(step))
@@ -279,8 +279,9 @@ class Catalog:
         )
 
     def _not_readable(
-        self, step: int, views: list[CheckpointView], observed: Observation
+        self, step: int, observed: Observation
     ) -> StepNotFoundError | ForeignFolderError | IntegrityError:
+        views = [view for view in observed.checkpoints if view.step == step]
         states = {view.state for view in views}
         if CheckpointState.FOREIGN in states:
             return self._foreign(step)

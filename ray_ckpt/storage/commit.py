@@ -1,8 +1,8 @@
 """How a folder with a manifest appears and disappears: the order of writes, and nothing else.
 
                     a folder                            an object store
-    appears     built in .ray_ckpt/staging/         objects are put in place,
-                one rename                          the manifest is the last PUT
+    appears     built in .ray_ckpt/staging/         a note that it has begun, then the objects
+                one rename                          in place; the manifest is the last PUT
     is trashed  one rename into .ray_ckpt/trash/    the manifest is copied to the trash,
                                                     then removed; the rest stays in place
     comes back  one rename                          the manifest is copied back
@@ -139,11 +139,16 @@ class MarkerCommit:
         return Path(tempfile.mkdtemp(prefix=f"ray_ckpt-{attempt}-"))
 
     def contribute(self, staging: Path, folder: str) -> None:
-        """Uploads the files; without a manifest nobody counts them."""
-        for path in sorted(staging.rglob("*")):
-            if path.is_file():
-                self._store.upload(path, f"{folder}/{path.relative_to(staging).as_posix()}")
-                path.unlink()
+        """Uploads the files; without a manifest nobody counts them.
+
+        The note comes first, so that the remains of a dead save are not taken for foreign files.
+        """
+        paths = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        if paths:
+            self._store.write(names.begun_key(folder), b"")
+        for path in paths:
+            self._store.upload(path, f"{folder}/{path.relative_to(staging).as_posix()}")
+            path.unlink()
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
         """Remaining files first, then the manifest, which must not be there yet."""
@@ -151,6 +156,7 @@ class MarkerCommit:
             raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
         self.contribute(staging, folder)
         self._store.create(names.manifest_key(folder), manifest)
+        self._store.delete([names.begun_key(folder)])
         self.discard(staging)
 
     def discard(self, staging: Path) -> None:

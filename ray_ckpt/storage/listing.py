@@ -1,5 +1,6 @@
 """What one root holds, read from storage each time. Looks only, and decides nothing."""
 
+import logging
 from collections.abc import Iterable, Iterator
 
 from ray_ckpt.core import names
@@ -9,6 +10,8 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import size_damage
+
+log = logging.getLogger("ray_ckpt")
 
 _ASIDE = {
     names.TRASH: CheckpointState.TRASHED,
@@ -32,22 +35,39 @@ def manifest_in(store: Store, folder: str) -> Manifest | None:
 def list_checkpoints(store: Store) -> list[CheckpointView]:
     """Every step: in place (committed or foreign), in the trash, in quarantine."""
     aside = [
-        CheckpointView(step=step, state=state, manifest=manifest)
-        for parent, state in _ASIDE.items()
+        view
+        for parent in _ASIDE
         for step, folder in aside_folders(store, parent)
-        if (manifest := manifest_in(store, folder)) is not None
+        if (view := view_aside(store, step, folder)).manifest or view.problem
     ]
     return [*_in_place(store, aside), *aside]
 
 
+def view_aside(store: Store, step: int, folder: str) -> CheckpointView:
+    """One save in the trash or the quarantine; one that cannot be read says why."""
+    state = _ASIDE[folder.rpartition("/")[0]]
+    try:
+        return CheckpointView(step=step, state=state, manifest=manifest_in(store, folder))
+    except IntegrityError as error:
+        return CheckpointView(step=step, state=state, problem=error.what)
+
+
 def list_exports(store: Store) -> Iterator[ExportView]:
-    """Every finished export."""
+    """Every finished export; one whose manifest cannot be read is left out, with a warning."""
     for name in store.list_folders(names.EXPORTS):
         for folder in store.list_folders(f"{names.EXPORTS}/{name}"):
             step = names.parse_step(folder)
-            manifest = None if step is None else manifest_in(store, names.export_dir(name, step))
+            manifest = None if step is None else _readable_export(store, name, step)
             if step is not None and manifest is not None:
                 yield ExportView(name=name, step=step, manifest=manifest)
+
+
+def _readable_export(store: Store, name: str, step: int) -> Manifest | None:
+    try:
+        return manifest_in(store, names.export_dir(name, step))
+    except IntegrityError as error:
+        log.warning("the export %s of step-%d does not count: %s", name, step, error)
+        return None
 
 
 def aside_folders(store: Store, parent: str) -> Iterator[tuple[int, str]]:
@@ -84,7 +104,7 @@ def _view(store: Store, step: int, aside: list[CheckpointView]) -> CheckpointVie
         return CheckpointView(step=step, state=CheckpointState.QUARANTINED, problem=error.what)
     sizes = sizes_in(store, folder)
     if manifest is None:
-        return None if _are_remains(sizes, step, aside) else _foreign(step)
+        return None if _are_remains(sizes, step, aside) else _not_ours_yet(store, step)
     damage = [text for entry in manifest.files if (text := size_damage(entry, sizes))]
     return CheckpointView(
         step=step,
@@ -95,14 +115,18 @@ def _view(store: Store, step: int, aside: list[CheckpointView]) -> CheckpointVie
     )
 
 
-def _foreign(step: int) -> CheckpointView:
+def _not_ours_yet(store: Store, step: int) -> CheckpointView:
+    """A save in flight or dead, where a note says that one has begun; else somebody else's."""
+    if store.stat(names.begun_key(names.step_dir(step))) is not None:
+        text = "a save has begun and has not committed it"
+        return CheckpointView(step=step, state=CheckpointState.SAVING, problem=text)
     text = "the folder holds no manifest"
     return CheckpointView(step=step, state=CheckpointState.FOREIGN, problem=text)
 
 
 def _are_remains(sizes: dict[str, int], step: int, aside: list[CheckpointView]) -> bool:
-    """On an object store the objects of a trashed step stay in place: no foreign folder."""
+    """On an object store the objects and pins of a trashed step stay in place: not foreign."""
     known = {
         e.path for view in aside if view.step == step and view.manifest for e in view.manifest.files
     }
-    return set(sizes) <= known
+    return {name for name in sizes if names.parse_pin(name) is None} <= known

@@ -1,0 +1,266 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from ray_ckpt.cli.main import VERBS
+from ray_ckpt.cli.main import cli as command_group
+from ray_ckpt.storage.backends import open_catalog
+from tests.cli.conftest import Answer
+from tests.roots import flip_byte, make_root, snapshot
+
+Cli = Callable[..., Answer]
+
+
+@pytest.fixture
+def run_root(root: str) -> str:
+    make_root(root, (10, 20, 30, 40))
+    return root
+
+
+def test_ls_lists_every_step_with_the_promised_keys(cli: Cli, run_root: str) -> None:
+    rows = cli("ls", run_root, "--json").json
+    assert [row["step"] for row in rows] == [10, 20, 30, 40]
+    assert set(rows[0]) == {"step", "state", "bytes", "committed_at", "pins", "exports", "copies"}
+    assert {row["state"] for row in rows} == {"committed"}
+    assert all(row["bytes"] > 10_000 for row in rows)
+
+
+def test_ls_in_a_pipe_is_plain_lines(cli: Cli, run_root: str) -> None:
+    lines = cli("ls", run_root).out.splitlines()
+    assert [line.split("\t")[:2] for line in lines] == [
+        [str(s), "committed"] for s in (10, 20, 30, 40)
+    ]
+
+
+def test_show_tells_what_a_step_holds(cli: Cli, run_root: str) -> None:
+    document = cli("show", run_root, 20, "--json").json
+    assert document["state"] == "committed"
+    assert document["manifest"]["metrics"] == {"loss": 0.05}
+    assert document["manifest"]["model"]["family"] == "llama"
+    assert "step-20" not in cli("show", run_root, 10).out
+
+
+def test_verify_makes_steps_verified(cli: Cli, run_root: str) -> None:
+    answer = cli("verify", run_root, "--json")
+    assert answer.code == 0
+    assert {finding["result"] for finding in answer.json} == {"verified"}
+    assert {row["state"] for row in cli("ls", run_root, "--json").json} == {"verified"}
+
+
+def test_verify_finds_a_flipped_byte_and_changes_nothing(cli: Cli, run_root: str) -> None:
+    flip_byte(Path(run_root) / "step-40" / "__0_0.distcp")
+    before = snapshot(run_root)
+    answer = cli("verify", run_root, "--step", 40)
+    assert answer.code == 1
+    assert "__0_0.distcp" in answer.out
+    assert f"ray-ckpt resume-plan {run_root}" in answer.err
+    assert snapshot(run_root) == before
+
+
+def test_verify_names_a_missing_file(cli: Cli, run_root: str) -> None:
+    (Path(run_root) / "step-30" / "__0_0.distcp").unlink()
+    answer = cli("verify", run_root)
+    assert answer.code == 1
+    assert "__0_0.distcp is missing" in answer.out
+
+
+def test_resume_plan_passes_over_what_cannot_be_used(cli: Cli, run_root: str) -> None:
+    (Path(run_root) / "step-40" / "__0_0.distcp").unlink()
+    (Path(run_root) / "step-50").mkdir()
+    (Path(run_root) / "step-50" / ".metadata").write_bytes(b"torn")
+    plan = cli("resume-plan", run_root, "--json").json
+    assert plan["step"] == 30
+    assert [skipped["step"] for skipped in plan["skipped"]] == [50, 40]
+    assert "no manifest" in plan["skipped"][0]["reason"]
+    assert "is missing" in plan["skipped"][1]["reason"]
+
+
+def test_export_writes_a_folder_that_transformers_loads(cli: Cli, root: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make_root(root, (10, 20))
+    answer = cli("export", root, "--step", 20, "--name", "hf-fp32", "--dtype", "float32", "--json")
+    assert answer.code == 0
+    assert answer.json["path"] == f"{root}/exports/hf-fp32/step-20"
+    loaded = AutoModelForCausalLM.from_pretrained(answer.json["path"])
+    assert torch.equal(loaded.lm_head.weight, model.output.weight)
+    assert cli("ls", root, "--json").json[1]["exports"] == ["hf-fp32"]
+    before = snapshot(f"{root}/exports")
+    assert cli("export", root, "--step", 20, "--name", "hf-fp32", "--dtype", "float32").code == 0
+    assert snapshot(f"{root}/exports") == before
+
+
+def test_export_of_a_corrupt_step_is_refused_and_changes_no_checkpoint(
+    cli: Cli, run_root: str
+) -> None:
+    flip_byte(Path(run_root) / "step-20" / "__0_0.distcp")
+    before = snapshot(run_root)
+    answer = cli("export", run_root, "--step", 20)
+    assert answer.code == 1
+    assert "step-20 is corrupt" in answer.err
+    assert "do:" in answer.err
+    assert snapshot(run_root) == before
+
+
+def test_export_to_a_destination_publishes_it(cli: Cli, run_root: str, tmp_path: Path) -> None:
+    answer = cli("export", run_root, "--step", 40, "--to", tmp_path / "copies", "--json")
+    location = answer.json["published"]["location"]
+    assert location == f"{tmp_path}/copies/exports/hf-bf16/step-40"
+    made = {k: v for k, v in snapshot(f"{run_root}/exports/hf-bf16/step-40").items()}
+    assert snapshot(location) == made
+    assert cli("ls", run_root, "--json").json[-1]["copies"] == [location]
+
+
+def test_publishing_twice_sends_nothing_the_second_time(
+    cli: Cli, run_root: str, tmp_path: Path
+) -> None:
+    cli("export", run_root, "--step", 40)
+    arguments = ("publish", run_root, "--step", 40, "--name", "hf-bf16", "--to", tmp_path / "c")
+    assert cli(*arguments, "--json").json["bytes"] > 0
+    assert cli(*arguments, "--json").json["bytes"] == 0
+
+
+def test_publishing_an_export_that_is_not_there_says_how_to_make_it(
+    cli: Cli, run_root: str
+) -> None:
+    answer = cli("publish", run_root, "--step", 40, "--name", "hf-bf16", "--to", "/nowhere")
+    assert answer.code == 2
+    assert f"ray-ckpt export {run_root} --step 40 --name hf-bf16" in answer.err
+
+
+def test_purge_without_apply_changes_nothing_and_gives_reasons(cli: Cli, run_root: str) -> None:
+    before = snapshot(run_root)
+    plan = cli("purge", run_root, "--keep-latest", 2, "--keep-every", 20, "--json").json
+    assert [row["step"] for row in plan["purge"]] == [10]
+    assert {row["step"]: row["reasons"] for row in plan["keep"]}[20] == ["every 20 steps"]
+    assert not plan["applied"]
+    assert snapshot(run_root) == before
+
+
+def test_purge_with_apply_moves_to_the_trash_and_undo_brings_back(cli: Cli, run_root: str) -> None:
+    before = snapshot(f"{run_root}/step-10")
+    assert cli("purge", run_root, "--keep-latest", 2, "--apply").code == 0
+    states = {row["step"]: row["state"] for row in cli("ls", run_root, "--json").json}
+    assert states == {10: "trashed", 20: "trashed", 30: "verified", 40: "verified"}
+    assert cli("undo", run_root, 10).code == 0
+    assert snapshot(f"{run_root}/step-10") == before
+
+
+def test_purge_without_any_rule_keeps_everything(cli: Cli, run_root: str) -> None:
+    assert "nothing to purge" in cli("purge", run_root, "--apply").out
+
+
+def test_purge_keeps_what_is_pinned(cli: Cli, run_root: str) -> None:
+    assert cli("pin", run_root, 10, "--reason", "the paper", "--name", "ada").code == 0
+    cli("purge", run_root, "--keep-latest", 2, "--apply")
+    rows = {row["step"]: row for row in cli("ls", run_root, "--json").json}
+    assert rows[10]["state"] == "committed"
+    assert rows[10]["pins"] == ["ada"]
+    assert cli("unpin", run_root, 10, "--json").json == {"step": 10, "removed": ["ada"]}
+    cli("purge", run_root, "--keep-latest", 2, "--apply")
+    assert cli("ls", run_root, "--json").json[0]["state"] == "trashed"
+
+
+def test_purge_stops_when_a_step_that_should_stay_is_damaged(cli: Cli, run_root: str) -> None:
+    flip_byte(Path(run_root) / "step-40" / "__0_0.distcp")
+    answer = cli("purge", run_root, "--keep-latest", 2, "--apply")
+    assert answer.code == 1
+    assert "nothing is purged" in answer.err
+    assert {row["state"] for row in cli("ls", run_root, "--json").json} <= {"committed", "verified"}
+
+
+def test_no_option_keeps_fewer_than_two(cli: Cli, run_root: str) -> None:
+    answer = cli("purge", run_root, "--keep-latest", 1, "--apply")
+    assert answer.code == 2
+    assert "at least 2" in answer.err
+
+
+def test_adopt_takes_over_a_plain_dcp_folder(cli: Cli, root: str) -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+    with pytest.warns(UserWarning):
+        dcp.save({"weight": weight}, checkpoint_id=f"{root}/step-7", no_dist=True)
+    assert cli("ls", root, "--json").json[0]["state"] == "foreign"
+    before = snapshot(f"{root}/step-7")
+    assert cli("adopt", root, "--json").json[0]["step"] == 7
+    assert cli("verify", root).code == 0
+    after = snapshot(f"{root}/step-7")
+    assert set(after) - set(before) == {"ray_ckpt.manifest.json"}
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("show", "{root}", 99), 2, "committed steps: 10, 20, 30, 40"),
+        (("export", "{root}", "--step", 99), 2, "step-99 is not there"),
+        (("pin", "{root}", 99, "--reason", "x"), 2, "step-99 is not there"),
+        (("undo", "{root}", 10), 2, "the trash holds no step-10"),
+        (("ls", "{root}-misspelt"), 2, "no such folder"),
+        (("ls", "ftp://host/x"), 2, "no backend"),
+        (("export", "{root}", "--step", 10, "--name", "step-1"), 2, "cannot be a folder name"),
+        (("export", "{root}", "--step", 10, "--dtype", "float8"), 2, "Invalid value"),
+        (("frobnicate",), 2, "No such command"),
+    ],
+)
+def test_bad_input_gets_a_clear_error_and_changes_nothing(
+    cli: Cli, run_root: str, arguments: tuple[object, ...], code: int, says: str
+) -> None:
+    before = snapshot(run_root)
+    answer = cli(*(str(a).replace("{root}", run_root) for a in arguments))
+    assert answer.code == code
+    assert says in answer.err
+    assert snapshot(run_root) == before
+
+
+def test_a_folder_without_manifest_is_named_with_the_way_out(cli: Cli, run_root: str) -> None:
+    (Path(run_root) / "step-50").mkdir()
+    answer = cli("export", run_root, "--step", 50)
+    assert answer.code == 2
+    assert f"ray-ckpt adopt {run_root}" in answer.err
+
+
+def test_every_verb_helps_and_takes_json() -> None:
+    for verb in VERBS:
+        assert verb.help
+        assert "--json" in [flag for param in verb.params for flag in param.opts]
+    assert set(command_group.commands) == {
+        *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish"),
+        *("pin", "unpin", "purge", "undo"),
+    }
+
+
+def test_python_dash_m_is_the_same_command(run_root: str) -> None:
+    command = [sys.executable, "-m", "ray_ckpt", "ls", run_root, "--json"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert [row["step"] for row in json.loads(out)] == [10, 20, 30, 40]
+
+
+def test_looking_at_a_root_imports_neither_torch_nor_ray(run_root: str) -> None:
+    code = (
+        "import sys; from ray_ckpt.cli.main import main; sys.argv = ['x', 'ls', sys.argv[1]]; main();"
+        "assert not {'torch', 'ray'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, run_root], check=True, timeout=60)
+
+
+@pytest.mark.s3
+def test_the_same_verbs_work_on_s3(cli: Cli, s3_root: str, tmp_path: Path) -> None:
+    make_root(s3_root, (10, 20, 30))
+    assert cli("verify", s3_root).code == 0
+    assert cli("export", s3_root, "--step", 30, "--to", tmp_path / "copies").code == 0
+    assert cli("purge", s3_root, "--keep-latest", 2, "--apply").code == 0
+    rows = cli("ls", s3_root, "--json").json
+    assert {row["step"]: row["state"] for row in rows} == {
+        10: "trashed",
+        20: "verified",
+        30: "verified",
+    }
+    assert rows[-1]["exports"] == ["hf-bf16"]
+    assert cli("undo", s3_root, 10).code == 0
+    assert open_catalog(s3_root).damage(10) == []

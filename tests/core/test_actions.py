@@ -1,0 +1,142 @@
+"""An action's key, its record on storage, and what follows from its failure."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from ray_ckpt.core.actions import MAX_ATTEMPTS, Action, ActionRecord, ExportSpec, backoff_s
+from ray_ckpt.core.errors import (
+    AuthorizationError,
+    ConfigError,
+    IntegrityError,
+    StorageFullError,
+    TransientError,
+    TransitionError,
+)
+from ray_ckpt.core.lifecycle import ActionKind, ActionState
+
+ACTION = Action(
+    kind=ActionKind.PUBLISH,
+    step=500,
+    source_id="c0ffee",
+    export=ExportSpec(name="hf-bf16"),
+    destination="hf://org/repo",
+    grace_s=60.0,
+)
+OTHERS = [
+    replace(ACTION, kind=ActionKind.EXPORT),
+    replace(ACTION, step=501),
+    replace(ACTION, source_id="decaf"),
+    replace(ACTION, export=None),
+    replace(ACTION, export=ExportSpec(name="hf")),
+    replace(ACTION, export=ExportSpec(name="hf-bf16", dtype="float32")),
+    replace(ACTION, destination=None),
+    replace(ACTION, destination="hf://org/other"),
+    replace(ACTION, grace_s=None),
+    replace(ACTION, grace_s=61.0),
+]
+
+
+def running(attempts: int = 1) -> ActionRecord:
+    return ActionRecord(action=ACTION, state=ActionState.RUNNING, attempts=attempts)
+
+
+def test_equal_actions_have_equal_keys() -> None:
+    assert replace(ACTION).key == ACTION.key
+    assert len(ACTION.key) == 16
+
+
+def test_the_key_differs_in_every_field() -> None:
+    keys = [action.key for action in (ACTION, *OTHERS)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_stays_the_same_in_every_version() -> None:
+    plain = Action(kind=ActionKind.VERIFY, step=1, source_id="a")
+    assert plain.key == "c57a77bf5265e8fc"
+
+
+@pytest.mark.parametrize("action", [ACTION, *OTHERS], ids=lambda action: action.key)
+def test_an_action_is_read_back_as_it_was_written(action: Action) -> None:
+    assert Action.from_document(action.to_document()) == action
+
+
+def test_the_title_says_what_is_done_to_what() -> None:
+    assert ACTION.title == "publish step-500 hf-bf16 to hf://org/repo"
+    assert Action(kind=ActionKind.VERIFY, step=7, source_id="a").title == "verify step-7"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        ActionRecord(action=ACTION),
+        ActionRecord(action=ACTION).started(10.0),
+        ActionRecord(action=ACTION).started(10.0).succeeded({"bytes": 7, "at": "here"}, 11.0),
+        ActionRecord(action=ACTION).started(10.0).failed(TransientError("slow", "s3"), 11.0),
+        ActionRecord(action=OTHERS[3]).started(10.0).failed(ConfigError("wrong"), 11.0),
+    ],
+    ids=lambda record: record.state.value,
+)
+def test_a_record_is_read_back_as_it_was_written(record: ActionRecord) -> None:
+    assert ActionRecord.from_json(record.to_json()) == record
+
+
+def test_a_start_counts_the_attempt() -> None:
+    record = ActionRecord(action=ACTION).started(10.0)
+    assert (record.state, record.attempts, record.changed_at) == (ActionState.RUNNING, 1, 10.0)
+
+
+def test_success_forgets_the_errors_before_it() -> None:
+    record = running().failed(TransientError("slow"), 1.0).started(5.0).succeeded({"bytes": 7}, 6.0)
+    assert record.state is ActionState.SUCCEEDED
+    assert (record.error, record.error_kind, record.next_attempt_at) == (None, None, None)
+    assert (record.attempts, record.result, record.changed_at) == (2, {"bytes": 7}, 6.0)
+
+
+def test_an_interrupted_action_waits_as_if_it_were_new() -> None:
+    record = running(attempts=3).interrupted(9.0)
+    assert (record.state, record.attempts, record.changed_at) == (ActionState.PENDING, 3, 9.0)
+
+
+@pytest.mark.parametrize(
+    "error", [TransientError("slow"), StorageFullError("full"), OSError("reset"), KeyError("odd")]
+)
+def test_what_may_pass_is_tried_again_later(error: Exception) -> None:
+    record = running(attempts=3).failed(error, 100.0)
+    assert record.state is ActionState.RETRY_WAIT
+    assert record.next_attempt_at == 100.0 + backoff_s(3)
+    assert record.error_kind == type(error).__name__
+    assert record.error == str(error)
+
+
+@pytest.mark.parametrize(
+    "error", [AuthorizationError("no"), IntegrityError("differs"), ConfigError("wrong")]
+)
+def test_what_will_not_pass_is_dead_at_once(error: Exception) -> None:
+    record = running().failed(error, 100.0)
+    assert (record.state, record.next_attempt_at) == (ActionState.DEAD, None)
+    assert record.error_kind == type(error).__name__
+
+
+def test_an_action_that_keeps_failing_is_dead_after_its_last_attempt() -> None:
+    record = ActionRecord(action=ACTION)
+    states: list[ActionState] = []
+    for attempt in range(MAX_ATTEMPTS):
+        record = record.started(float(attempt)).failed(TransientError("slow"), float(attempt))
+        states.append(record.state)
+    assert states == [ActionState.RETRY_WAIT] * (MAX_ATTEMPTS - 1) + [ActionState.DEAD]
+    assert record.attempts == MAX_ATTEMPTS
+    with pytest.raises(TransitionError):
+        record.started(99.0)
+
+
+def test_an_error_without_words_is_told_by_its_class() -> None:
+    assert running().failed(TimeoutError(), 0.0).error == "TimeoutError"
+
+
+def test_the_backoff_grows_up_to_a_cap() -> None:
+    waits = [backoff_s(attempt) for attempt in range(1, 20)]
+    assert waits[:3] == [2.0, 4.0, 8.0]
+    assert all(a < b or a == b == 300.0 for a, b in itertools.pairwise(waits))
+    assert max(waits) == 300.0

@@ -1,0 +1,22 @@
+"""One bucket for all tests of this folder: making one takes up to five seconds."""
+
+import uuid
+
+import pytest
+
+from tests.servers.seaweed import S3Endpoint, make_bucket
+
+
+@pytest.fixture(scope="package")
+def s3_bucket(s3_server: S3Endpoint) -> str:
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    make_bucket(s3_server, bucket)
+    return bucket
+
+
+@pytest.fixture
+def s3_root(s3_server: S3Endpoint, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty prefix of that bucket; the environment knows the server and its keys."""
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_bucket}/run-{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,73 @@
+"""A small committed step or export, made by the same calls as a real save."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ray_ckpt.core import names
+from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file
+
+FILES: Mapping[str, bytes] = {
+    ".metadata": b"index",
+    "__0_0.distcp": b"weights of rank 0",
+    "hf_assets/config.json": b"{}",
+}
+
+
+def stage(catalog: Catalog, step: int, *, files: Mapping[str, bytes], save_id: str) -> Path:
+    """The staging folder of the attempt, with `files` written to it."""
+    staging = catalog.commit.staging(f"save-{save_id}")
+    for name, data in files.items():
+        path = staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return staging
+
+
+def describe(staging: Path, step: int, *, files: Mapping[str, bytes], save_id: str) -> Manifest:
+    """The manifest of what `stage` wrote."""
+    return Manifest(
+        step=step,
+        save_id=save_id,
+        created_at="2030-01-02T03:04:05+00:00",
+        lineage=Lineage(run_id="run"),
+        files=tuple(_entry(staging / name, name) for name in files),
+        metrics={"loss": 1.0 / step},
+    )
+
+
+def save_step(
+    catalog: Catalog, step: int, *, files: Mapping[str, bytes] = FILES, save_id: str = ""
+) -> Manifest:
+    """The step is committed; raises as `commit_step` does."""
+    save_id = save_id or f"save{step}"
+    catalog.refuse_existing(step)
+    staging = stage(catalog, step, files=files, save_id=save_id)
+    manifest = describe(staging, step, files=files, save_id=save_id)
+    catalog.commit_step(staging, manifest)
+    return manifest
+
+
+def save_export(
+    catalog: Catalog, name: str, step: int, *, files: Mapping[str, bytes], save_id: str
+) -> Manifest:
+    """The export is there; raises as `commit_export` does."""
+    staging = stage(catalog, step, files=files, save_id=save_id)
+    manifest = describe(staging, step, files=files, save_id=save_id)
+    catalog.commit_export(staging, name, manifest)
+    return manifest
+
+
+def content_of(catalog: Catalog, step: int) -> dict[str, bytes]:
+    """Every file of a committed step, read back through its manifest."""
+    folder = names.step_dir(step)
+    return {
+        entry.path: catalog.store.read(f"{folder}/{entry.path}")
+        for entry in catalog.manifest(step).files
+    }
+
+
+def _entry(path: Path, name: str) -> FileEntry:
+    is_shard = name.endswith(".distcp")
+    return describe_file(path, name, SHARD_ALGORITHM if is_shard else STRONG_ALGORITHM)

@@ -1,0 +1,322 @@
+"""What every backend must do; a new one is a line in `store`."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from ray_ckpt.core.errors import (
+    AuthorizationError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    TransientError,
+    UsageError,
+)
+from ray_ckpt.storage.backends import open_store
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.s3 import S3Store
+from tests.servers.seaweed import S3Endpoint
+
+LARGE_BYTES = 12 << 20
+
+
+@pytest.fixture(params=["root", pytest.param("s3_root", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest) -> Store:
+    return open_store(request.getfixturevalue(request.param))
+
+
+def keys_below(store: Store, folder: str) -> set[str]:
+    return {info.key for info in store.list_objects(folder)}
+
+
+def test_the_uri_has_no_slash_at_the_end(store: Store) -> None:
+    assert open_store(f"{store.uri}/").uri == store.uri
+    assert not store.uri.endswith("/")
+
+
+def test_what_was_written_is_read(store: Store) -> None:
+    store.write("a/b", b"old")
+    store.write("a/b", b"new and longer")
+    assert store.read("a/b") == b"new and longer"
+
+
+def test_an_empty_object_is_an_object(store: Store) -> None:
+    store.write("empty", b"")
+    assert store.read("empty") == b""
+    info = store.stat("empty")
+    assert info is not None
+    assert info.size_bytes == 0
+
+
+def test_stat_tells_size_and_time(store: Store) -> None:
+    store.write("a/b", b"12345")
+    info = store.stat("a/b")
+    assert info is not None
+    assert (info.key, info.size_bytes) == ("a/b", 5)
+    assert info.modified_at > 1.7e9
+
+
+def test_stat_of_nothing_and_of_a_folder_is_none(store: Store) -> None:
+    store.write("a/b", b"12345")
+    assert store.stat("a/c") is None
+    assert store.stat("a") is None
+
+
+def test_create_is_refused_the_second_time(store: Store) -> None:
+    store.create("claim", b"first")
+    with pytest.raises(ObjectExistsError) as caught:
+        store.create("claim", b"second")
+    assert store.read("claim") == b"first"
+    assert caught.value.where == f"{store.uri}/claim"
+
+
+def test_of_several_creates_at_once_exactly_one_succeeds(store: Store) -> None:
+    store.write("other", b"")
+    barrier, winners, losers = threading.Barrier(4), list[bytes](), list[bytes]()
+
+    def claim(mine: bytes) -> None:
+        barrier.wait()
+        try:
+            store.create("claim", mine)
+            winners.append(mine)
+        except ObjectExistsError:
+            losers.append(mine)
+
+    threads = [threading.Thread(target=claim, args=(bytes([n]) * 9,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(winners), len(losers)) == (1, 3)
+    assert store.read("claim") == winners[0]
+
+
+def test_a_stream_can_seek(store: Store) -> None:
+    store.write("a", bytes(range(200)))
+    with store.open_read("a") as stream:
+        stream.seek(100)
+        assert stream.read(3) == bytes([100, 101, 102])
+        stream.seek(0)
+        assert stream.read(2) == bytes([0, 1])
+        stream.seek(-1, os.SEEK_END)
+        assert stream.read() == bytes([199])
+
+
+@pytest.mark.parametrize("verb", ["read", "open_read"])
+def test_a_missing_object_is_not_found(store: Store, verb: str) -> None:
+    with pytest.raises(ObjectNotFoundError) as caught:
+        getattr(store, verb)("a/missing")
+    assert caught.value.where == f"{store.uri}/a/missing"
+
+
+def test_a_missing_object_cannot_be_downloaded(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ObjectNotFoundError):
+        store.download("a/missing", tmp_path / "target")
+
+
+def test_a_large_file_goes_up_and_comes_down(store: Store, tmp_path: Path) -> None:
+    data = os.urandom(1 << 20) * (LARGE_BYTES >> 20)
+    (tmp_path / "source").write_bytes(data)
+    (tmp_path / "target").write_bytes(b"to be replaced")
+    store.upload(tmp_path / "source", "deep/er/shard")
+    info = store.stat("deep/er/shard")
+    assert info is not None
+    assert info.size_bytes == LARGE_BYTES
+    store.download("deep/er/shard", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == data
+    with store.open_read("deep/er/shard") as stream:
+        stream.seek(LARGE_BYTES - 5)
+        assert stream.read() == data[-5:]
+
+
+def test_an_upload_replaces_what_was_there(store: Store, tmp_path: Path) -> None:
+    store.write("a", b"old and longer")
+    (tmp_path / "source").write_bytes(b"new")
+    store.upload(tmp_path / "source", "a")
+    assert store.read("a") == b"new"
+
+
+def test_a_listing_has_every_object_at_any_depth(store: Store) -> None:
+    for key in ("a/1", "a/b/2", "a/b/c/3", "ab/4", "5"):
+        store.write(key, key.encode())
+    assert keys_below(store, "a") == {"a/1", "a/b/2", "a/b/c/3"}
+    assert keys_below(store, "a/b") == {"a/b/2", "a/b/c/3"}
+    assert keys_below(store, "") == {"a/1", "a/b/2", "a/b/c/3", "ab/4", "5"}
+    assert {i.key: i.size_bytes for i in store.list_objects("a/b")} == {"a/b/2": 5, "a/b/c/3": 7}
+
+
+def test_folders_are_listed_by_name_and_objects_are_not(store: Store) -> None:
+    for key in ("b/1", "a/deep/2", "file", ".hidden/3", "a-b/4"):
+        store.write(key, b"x")
+    assert store.list_folders("") == [".hidden", "a", "a-b", "b"]
+    assert store.list_folders("a") == ["deep"]
+    assert store.list_folders("b") == []
+
+
+def test_what_is_not_there_lists_as_nothing(store: Store) -> None:
+    assert list(store.list_objects("absent")) == []
+    assert list(store.list_objects("")) == []
+    assert store.list_folders("") == []
+    store.write("a/1", b"")
+    assert store.list_folders("absent/deeper") == []
+
+
+def test_a_listing_is_never_stale(store: Store) -> None:
+    store.write("a/1", b"")
+    assert keys_below(store, "a") == {"a/1"}
+    open_store(store.uri).write("a/2", b"")
+    assert keys_below(store, "a") == {"a/1", "a/2"}
+    assert store.list_folders("") == ["a"]
+
+
+def test_what_was_deleted_is_gone_and_absent_keys_are_no_error(store: Store) -> None:
+    for key in ("a/1", "a/2", "a/3", "b/4"):
+        store.write(key, b"x")
+    store.delete(["a/absent", "a/1", "a/3", "b/4", "never/there"])
+    assert keys_below(store, "") == {"a/2"}
+    assert "a" in store.list_folders("")
+    store.delete(["a/1"])
+    store.delete([])
+    assert keys_below(store, "") == {"a/2"}
+
+
+def test_a_thousand_objects_and_more_are_deleted(store: Store, tmp_path: Path) -> None:
+    store.write("a/keep", b"x")
+    store.write("a/1001", b"x")
+    store.delete([f"a/{n}" for n in range(1100)])
+    assert keys_below(store, "a") == {"a/keep"}
+
+
+def test_a_name_with_a_star_or_brackets_means_itself(store: Store) -> None:
+    for key in ("a/x1", "a/[x]1", "a/*", "a/x?"):
+        store.write(key, key.encode())
+    assert store.read("a/[x]1") == b"a/[x]1"
+    store.delete(["a/[x]1", "a/*", "a/x?"])
+    assert keys_below(store, "a") == {"a/x1"}
+
+
+def test_the_unfinished_file_of_a_dead_process_is_not_listed(root: str) -> None:
+    store = LocalStore(root)
+    store.write("a/1", b"x")
+    (Path(root) / "a" / ".tmp-dead").write_bytes(b"half")
+    assert keys_below(store, "a") == {"a/1"}
+
+
+def test_deleting_the_last_file_removes_its_empty_folders_but_not_the_root(root: str) -> None:
+    store = LocalStore(root)
+    store.write("a/b/c/1", b"x")
+    store.write("a/2", b"x")
+    store.delete(["a/b/c/1"])
+    assert [path.name for path in Path(root).rglob("*")] == ["a", "2"]
+    store.delete(["a/2"])
+    assert list(Path(root).iterdir()) == []
+
+
+def test_a_local_delete_keeps_the_order_given(root: str) -> None:
+    store = LocalStore(root)
+    for key in ("last", "first"):
+        store.write(key, b"x")
+    Path(root, "wall").mkdir()
+    with pytest.raises(UsageError):
+        store.delete(["first", "wall", "last"])
+    assert keys_below(store, "") == {"last"}
+
+
+@pytest.fixture
+def below_a_file(tmp_path: Path) -> LocalStore:
+    (tmp_path / "file").write_bytes(b"not a folder")
+    return LocalStore(str(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda store: store.write("a", b""),
+        lambda store: store.create("a", b""),
+        lambda store: store.read("a"),
+        lambda store: store.stat("a"),
+        lambda store: list(store.list_objects("a")),
+        lambda store: store.list_folders(""),
+        lambda store: store.delete(["a"]),
+        lambda store: store.upload(Path(__file__), "a"),
+    ],
+    ids=["write", "create", "read", "stat", "list_objects", "list_folders", "delete", "upload"],
+)
+def test_a_root_below_a_file_is_the_users_mistake(below_a_file: LocalStore, use) -> None:
+    with pytest.raises(UsageError, match="not usable as a place for checkpoints") as caught:
+        use(below_a_file)
+    assert caught.value.do
+
+
+@pytest.mark.s3
+def test_an_s3_delete_removes_the_first_key_before_the_rest(s3_root: str) -> None:
+    store = S3Store(s3_root)
+    for key in ("a/1", "a/2"):
+        store.write(key, b"x")
+    store.delete(["a/2", "a/1"])
+    assert keys_below(store, "") == set()
+
+
+@pytest.fixture
+def read_only(s3_root: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> Store:
+    S3Store(s3_root).write("a", b"there")
+    S3Store(s3_root).write("b", b"there")
+    for name, value in s3_server.read_only().environment().items():
+        monkeypatch.setenv(name, value)
+    return S3Store(s3_root)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda store: store.write("a", b""),
+        lambda store: store.create("c", b""),
+        lambda store: store.upload(Path(__file__), "a"),
+        lambda store: store.delete(["a"]),
+        lambda store: store.delete(["absent", "a", "b"]),
+    ],
+    ids=["write", "create", "upload", "delete", "delete several"],
+)
+def test_a_reader_may_not_change_anything(read_only: Store, use) -> None:
+    with pytest.raises(AuthorizationError) as caught:
+        use(read_only)
+    assert "AWS_ACCESS_KEY_ID" in caught.value.do
+    assert read_only.read("a") == read_only.read("b") == b"there"
+
+
+@pytest.mark.s3
+def test_wrong_keys_are_an_authorization_error(
+    s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(AuthorizationError):
+        S3Store(s3_root).write("a", b"")
+
+
+@pytest.mark.s3
+def test_a_bucket_that_is_not_there_is_not_found(s3_root: str) -> None:
+    store = S3Store("s3://no-such-bucket/run")
+    for use in (lambda: store.read("a"), lambda: store.write("a", b"")):
+        with pytest.raises(ObjectNotFoundError, match="not there"):
+            use()
+
+
+def test_a_server_that_does_not_answer_is_worth_another_try(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(TransientError) as caught:
+        S3Store("s3://bucket/run").read("a")
+    assert caught.value.do
+
+
+def test_a_location_without_a_bucket_or_a_backend_is_refused() -> None:
+    for uri in ("s3://", "gs://bucket/run", ""):
+        with pytest.raises(UsageError):
+            open_store(uri)

@@ -1,0 +1,210 @@
+"""A training that is as real as any, in miniature: FSDP2, AdamW, a schedule, data, checkpoints."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812  what everybody calls it
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from jobs.corpus import EOS_ID, VOCAB_SIZE, Windows, tokenizer_files
+from jobs.decoder import Decoder, DecoderConfig, hf_config, init_weights
+from ray_ckpt.core.config import SaveConfig
+from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.tensors.loading import LoadReport
+from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
+from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.states import TrainingState
+
+SIZES = DecoderConfig(
+    dim=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=24, max_seq_len=32
+)
+BATCH_SIZE = 4
+SEQ_LEN = 8
+TEXT = random.Random(0).randbytes(4000)
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """What a training script holds in its main function."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    windows: Windows
+    checkpoints: CheckpointManager
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one rank knows when training has ended."""
+
+    report: LoadReport
+    losses: dict[int, float]
+    draws: dict[int, tuple[float, float]]
+    """After each step the next random number of torch and of Python."""
+    state: dict[str, Tensor]
+    num_samples: int
+    committed: list[int]
+    """Steps that `on_commit` was called with, in this order."""
+    log: list[str]
+
+
+def train(
+    root: str,
+    last_step: int,
+    save: SaveConfig,
+    seed: int = 0,
+    sizes: DecoderConfig = SIZES,
+) -> Outcome:
+    """Loads, trains until `last_step` and saves on the way; `seed` is of everything but the data."""
+    told = record_log()
+    torch.manual_seed(seed)
+    committed: list[int] = []
+    trainer = make_trainer(root, save, sizes=sizes, on_commit=committed.append)
+    random.seed(1000 * seed + dist.get_rank())
+    torch.manual_seed(1000 * seed + dist.get_rank())
+    report = trainer.checkpoints.load()
+    losses: dict[int, float] = {}
+    draws: dict[int, tuple[float, float]] = {}
+    for step in range(report.step + 1, last_step + 1):
+        losses[step] = train_step(trainer)
+        draws[step] = (torch.rand(()).item(), random.random())
+        trainer.checkpoints.save(
+            step, last_step=step == last_step, metrics={"loss": losses[step], "step": float(step)}
+        )
+    trainer.checkpoints.close()
+    return Outcome(
+        report=report,
+        losses=losses,
+        draws=draws,
+        state=full_state(trainer),
+        num_samples=trainer.windows.num_samples,
+        committed=committed,
+        log=told,
+    )
+
+
+def make_trainer(
+    root: str,
+    save: SaveConfig,
+    *,
+    sizes: DecoderConfig = SIZES,
+    on_commit: Callable[[int], None] | None = None,
+) -> Trainer:
+    """Built as in any script; nothing is loaded yet. Collective."""
+    model = Decoder(sizes, VOCAB_SIZE)
+    init_weights(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+    windows = Windows(TEXT, seq_len=SEQ_LEN, seed=0)
+    checkpoints = CheckpointManager(
+        root,
+        TrainingState(
+            model=ModelWrapper(model),
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            extra={"dataloader": windows},
+        ),
+        config=save,
+        assets=make_assets(sizes),
+        run=Run(on_commit=on_commit),
+    )
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        windows=windows,
+        checkpoints=checkpoints,
+    )
+
+
+def train_step(trainer: Trainer) -> float:
+    """The loss of one optimizer step, the mean over all ranks."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    batch = trainer.windows.next_batch(BATCH_SIZE, rank=rank, world_size=world_size)
+    logits = trainer.model(batch[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    trainer.optimizer.step()
+    trainer.schedule.step()
+    trainer.optimizer.zero_grad()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return mean.item() / world_size
+
+
+def full_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and optimizer moments by name, whole, however they are sharded. Collective."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in trainer.model.named_parameters():
+        state[name] = _whole(parameter.detach())
+        for key, value in trainer.optimizer.state[parameter].items():
+            state[f"{name}:{key}"] = _whole(value)
+    return state
+
+
+def make_assets(sizes: DecoderConfig = SIZES) -> HfAssets:
+    """Config and tokenizer of the tiny decoder."""
+    config = hf_config(sizes, vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID)
+    files = {"config.json": json.dumps(config).encode(), **tokenizer_files(sizes.max_seq_len)}
+    return HfAssets(family="llama", files=files)
+
+
+def record_log() -> list[str]:
+    """Filled with every line that ray_ckpt logs in this process from now on."""
+    lines: list[str] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(f"{record.levelname} {record.getMessage()}")
+
+    logger = logging.getLogger("ray_ckpt")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Recorder())
+    return lines
+
+
+def error_of(function: Callable[[], Any]) -> RayCkptError | None:
+    """What the call raised, if it is one of ours."""
+    try:
+        function()
+    except RayCkptError as error:
+        return error
+    return None
+
+
+def files_in(folder: Path | str) -> dict[str, str]:
+    """Every file below `folder` and its digest, leases left out: they come and go."""
+    root = Path(folder)
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and "lease" not in path.parts
+    }
+
+
+def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    """Whether names and all bits are equal."""
+    return left.keys() == right.keys() and all(
+        left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]) for key in left
+    )
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
