@@ -50,9 +50,7 @@ def main() -> None:
     """Runs one verb; an error of ours is told in full and becomes its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
+        sys.exit(cli(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

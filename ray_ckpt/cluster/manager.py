@@ -105,6 +105,8 @@ class Manager:
         for action in planned.actions:
             if len(self._in_flight) < MAX_RUNNING and action.key not in self._in_flight:
                 self._start(action, observed.records.get(action.key), now)
+        for request in planned.settled:
+            self._catalog.records.settle_request(request)
         self._catalog.empty_trash(older_than_s=observed.policy.keep.trash_grace_s, now=now)
         self._status = self._describe(observed, planned)
 
@@ -119,7 +121,9 @@ class Manager:
 
     def _start(self, action: Action, record: ActionRecord | None, now: float) -> None:
         """The record says RUNNING before the task exists, so that no crash hides an attempt."""
-        started = (record or ActionRecord(action=action)).started(now)
+        if record is None or record.state.is_terminal:
+            record = ActionRecord(action=action)
+        started = record.started(now)
         self._catalog.records.write_action(started)
         task = _remote(action).remote(self._root, action.to_document())
         self._in_flight[action.key] = _InFlight(record=started, task=task)

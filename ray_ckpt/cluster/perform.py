@@ -5,7 +5,8 @@ know of it, and both are safe to interrupt and to repeat.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,12 +16,13 @@ from ray_ckpt.cluster.tasks import run_action
 from ray_ckpt.core import errors
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import RayCkptError, StorageError
-from ray_ckpt.core.lifecycle import ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Request
-from ray_ckpt.core.reconcile import verify_action
+from ray_ckpt.core.reconcile import is_result, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 
+POLL_S = 0.3
 Told = Callable[[str], None]
 """Called with a sentence whenever there is something new to say."""
 
@@ -72,9 +74,10 @@ def ensure_verified(catalog: Catalog, checkpoint: CheckpointView) -> None:
 def perform_on_cluster(
     root: str, action: Action, *, address: str, told: Told = lambda _: None
 ) -> ActionRecord:
-    """The action is done, by the root's manager on the cluster at `address`.
+    """The export or publish is done, by the root's manager on the cluster at `address`.
 
-    The request is on storage before the manager hears of it: whatever dies, it is not lost.
+    The request is on storage before the manager hears of it: whatever dies, it is not lost. What
+    failed before gets a fresh start, and a copy that was made before is looked for again.
 
     Raises:
         RayCkptError: the action is DEAD, for the reason that its record names.
@@ -82,46 +85,55 @@ def perform_on_cluster(
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False)
     catalog = open_catalog(root)
-    _forget_dead(catalog, action)
-    catalog.records.add_request(
-        Request(
-            kind=action.kind, step=action.step, export=action.export, destination=action.destination
-        )
-    )
-    manager = start_manager_job(root)
-    manager.wake.remote()
-    return _wait(catalog, action, told)
+    if action.kind is ActionKind.EXPORT and _is_exported(catalog, action):
+        return catalog.records.action(action)
+    _start_afresh(catalog, action)
+    return _wait(catalog, action, start_manager_job(root), told)
 
 
-def _forget_dead(catalog: Catalog, action: Action) -> None:
-    """Asking again is a fresh start for whatever failed before."""
-    for record in catalog.records.actions().values():
-        same_export = record.action.export == action.export and record.action.step == action.step
-        if record.state is ActionState.DEAD and same_export:
+def _start_afresh(catalog: Catalog, action: Action) -> None:
+    for record in _concerned(catalog, action):
+        is_own = record.action.key == action.key
+        if record.state.is_terminal and (is_own or record.state is not ActionState.SUCCEEDED):
             catalog.records.forget_action(record.action)
 
 
-def _wait(catalog: Catalog, action: Action, told: Told) -> ActionRecord:
+def _wait(catalog: Catalog, action: Action, manager: Any, told: Told) -> ActionRecord:
+    assert action.export is not None, "only exports and copies are asked for"
+    request = Request(step=action.step, export=action.export, destination=action.destination)
     said = ""
     while True:
-        record = catalog.records.action(action)
+        found = {record.action.key: record for record in _concerned(catalog, action)}
+        record = found.get(action.key, ActionRecord(action=action))
         if record.state is ActionState.SUCCEEDED:
             return record
-        for other in catalog.records.actions().values():
-            concerned = other.action.step == action.step and other.action.kind in _NEEDED_BEFORE
-            if other.state is ActionState.DEAD and (concerned or other.action.key == action.key):
-                raise _error_of(other)
+        _raise_if_dead(found.values())
+        catalog.records.add_request(request)  # once more is not twice
+        manager.wake.remote()
         sentence = f"{action.title}: {record.state}"
         if sentence != said:
             told(sentence)
             said = sentence
-        time.sleep(0.3)
+        time.sleep(POLL_S)
 
 
-_NEEDED_BEFORE = frozenset({"verify", "export"})
+def _raise_if_dead(records: Iterable[ActionRecord]) -> None:
+    """The error that a dead record tells of, of its own class where that is ours."""
+    for record in records:
+        if record.state is ActionState.DEAD:
+            kind: Any = getattr(errors, record.error_kind or "", RayCkptError)
+            raise kind(f"{record.action.title} failed: {record.error}")
 
 
-def _error_of(record: ActionRecord) -> RayCkptError:
-    """The error that the record tells of, of its own class where that is ours."""
-    kind: Any = getattr(errors, record.error_kind or "", RayCkptError)
-    return kind(f"{record.action.title} failed: {record.error}")
+def _is_exported(catalog: Catalog, action: Action) -> bool:
+    return any(is_result(export.manifest, action) for export in catalog.observe().exports)
+
+
+def _concerned(catalog: Catalog, action: Action) -> list[ActionRecord]:
+    """Records of the action and of what must come before it: the verify, and the export."""
+    before = (
+        replace(action, kind=ActionKind.VERIFY, export=None, destination=None),
+        replace(action, kind=ActionKind.EXPORT, destination=None),
+    )
+    keys = {needed.key for needed in (*before, action)}
+    return [r for r in catalog.records.actions().values() if r.action.key in keys]

@@ -105,7 +105,12 @@ class ActionRecord:
         )
 
     def interrupted(self, now: float) -> "ActionRecord":
-        """The record after its manager died: the task died with it and runs again."""
+        """The record after its manager died, and the task with it: it runs again.
+
+        A task that was running each time a manager died is given up in the end.
+        """
+        if self.attempts >= MAX_ATTEMPTS:
+            return self.failed(_interrupted_too_often(self.attempts), now)
         return replace(self, state=move_action(self.state, ActionState.PENDING), changed_at=now)
 
     def succeeded(self, result: Mapping[str, Any], now: float) -> "ActionRecord":
@@ -139,6 +144,14 @@ class ActionRecord:
         document["action"] = Action.from_document(document["action"])
         document["state"] = ActionState(document["state"])
         return cls(**document)
+
+
+def _interrupted_too_often(attempts: int) -> RayCkptError:
+    return RayCkptError(
+        f"the manager died during each of {attempts} attempts",
+        safe="the checkpoint is untouched",
+        do="look at the manager's log on the dashboard, then ask for the action again",
+    )
 
 
 def backoff_s(attempts: int) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import LifecyclePolicy
-from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 
 READABLE = frozenset({CheckpointState.COMMITTED, CheckpointState.VERIFIED})
@@ -36,12 +36,18 @@ class ExportView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a person or a job asked for; the checkpoint may be replaced meanwhile, so by step."""
+    """An export or a copy that a person or a job asked for; by step, which may be saved anew."""
 
-    kind: ActionKind
     step: int
-    export: ExportSpec | None = None
+    export: ExportSpec
     destination: str | None = None
+    """Where a copy goes; None asks for the export alone."""
+
+    @property
+    def title(self) -> str:
+        """The request as a sentence."""
+        to = f" to {self.destination}" if self.destination is not None else ""
+        return f"{self.export.name} of step-{self.step}{to}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

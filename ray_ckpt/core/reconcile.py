@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ray_ckpt.core.actions import Action, ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.core.observation import CheckpointView, Observation
+from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.retention import Candidate, Verdict, decide
 
 
@@ -25,8 +25,10 @@ class Plan:
     """To start now, oldest step first."""
     verdicts: tuple[Verdict, ...]
     """One a readable checkpoint, oldest first."""
+    settled: tuple[Request, ...]
+    """Requests that need no further action: done, dead, or for a step that is not there."""
     problems: tuple[str, ...]
-    """Requests that cannot be served as things are, as sentences."""
+    """Requests that cannot be served, as sentences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ def plan(observed: Observation, *, now: float) -> Plan:
     return Plan(
         actions=tuple(action for action in actions if _may_start(action, observed, now)),
         verdicts=tuple(verdicts),
+        settled=tuple(request for request in observed.requests if _is_settled(request, observed)),
         problems=tuple(_problems(observed)),
     )
 
@@ -132,7 +135,7 @@ def _wanted(checkpoint: CheckpointView, observed: Observation) -> _Wanted:
             publishes.append(publish_action(checkpoint, due[policy.export], policy.to))
             required |= {publishes[-1].key} if policy.required else set()
     for request in observed.requests:
-        if request.step == checkpoint.step and request.export is not None:
+        if request.step == checkpoint.step:
             exports.append(export_action(checkpoint, request.export))
             if request.destination is not None:
                 publishes.append(publish_action(checkpoint, request.export, request.destination))
@@ -171,10 +174,15 @@ def _next_steps(
 
 def _is_exported(action: Action, observed: Observation) -> bool:
     """Whether the export that `action` makes or copies is on storage; no record is asked."""
-    return action.export is not None and any(
-        (export.name, export.manifest.lineage.source_id) == (action.export.name, action.source_id)
-        for export in observed.exports
-    )
+    return any(is_result(export.manifest, action) for export in observed.exports)
+
+
+def is_result(manifest: Manifest, action: Action) -> bool:
+    """Whether an export with this manifest is what `action` makes or copies."""
+    recipe, spec = manifest.lineage.recipe, action.export
+    if spec is None or manifest.lineage.source_id != action.source_id:
+        return False
+    return (recipe.get("name"), recipe.get("dtype")) == (spec.name, spec.dtype)
 
 
 def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
@@ -182,8 +190,7 @@ def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
     running = [
         action
         for action in wanted.exports
-        if not _is_exported(action, observed)
-        and observed.state_of(action) not in (ActionState.SUCCEEDED, ActionState.DEAD)
+        if not _is_exported(action, observed) and observed.state_of(action) is not ActionState.DEAD
     ]
     missing = [
         action
@@ -195,15 +202,34 @@ def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
 
 
 def _may_start(action: Action, observed: Observation, now: float) -> bool:
+    """Whether the action's record lets it run now.
+
+    A record of success proves only what storage here cannot show: a copy elsewhere. The others
+    are planned because their effect is not there, whatever was recorded before.
+    """
     record = observed.records.get(action.key)
     if record is None or record.state is ActionState.PENDING:
         return True
+    if record.state is ActionState.SUCCEEDED:
+        return action.kind is not ActionKind.PUBLISH
     due = record.next_attempt_at is not None and now >= record.next_attempt_at
     return record.state is ActionState.RETRY_WAIT and due
+
+
+def _is_settled(request: Request, observed: Observation) -> bool:
+    checkpoint = next((c for c in observed.readable() if c.step == request.step), None)
+    if checkpoint is None:
+        return True
+    export = export_action(checkpoint, request.export)
+    is_dead = observed.state_of(export) is ActionState.DEAD
+    if request.destination is None:
+        return is_dead or _is_exported(export, observed)
+    publish = publish_action(checkpoint, request.export, request.destination)
+    return is_dead or observed.state_of(publish) in (ActionState.SUCCEEDED, ActionState.DEAD)
 
 
 def _problems(observed: Observation) -> Iterable[str]:
     readable = {checkpoint.step for checkpoint in observed.readable()}
     for request in observed.requests:
         if request.step not in readable:
-            yield f"{request.kind} of step-{request.step} was asked for, but that step is not there"
+            yield f"{request.title} was asked for, but that step is not there"

@@ -18,7 +18,7 @@ from ray_ckpt.core.errors import (
     StepExistsError,
     StepNotFoundError,
 )
-from ray_ckpt.core.lifecycle import ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
 from ray_ckpt.core.reconcile import verify_action
@@ -233,13 +233,26 @@ class Catalog:
             StepNotFoundError: the trash holds none.
             StepExistsError: the step was saved anew meanwhile.
         """
-        aside = [a for s, a in aside_folders(self.store, names.TRASH) if s == step]
-        if not aside:
+        trashed = {
+            manifest.created_at: (folder, manifest)
+            for found, folder in aside_folders(self.store, names.TRASH)
+            if found == step and (manifest := view_aside(self.store, step, folder).manifest)
+        }
+        if not trashed:
             raise StepNotFoundError(f"the trash holds no step-{step}", self.uri, _UNCHANGED)
+        folder, manifest = trashed[max(trashed)]
         try:
-            self.commit.bring_back(aside[-1], names.step_dir(step))
+            self.commit.bring_back(folder, names.step_dir(step))
         except ObjectExistsError as error:
             raise self._exists(step) from error
+        self._forget(manifest)
+
+    def _forget(self, manifest: Manifest) -> None:
+        """What was recorded of a save before it was trashed: it is to be verified again."""
+        for record in self.records.actions().values():
+            is_about_it = record.action.source_id == manifest.content_id
+            if is_about_it and record.action.kind in (ActionKind.VERIFY, ActionKind.PURGE):
+                self.records.forget_action(record.action)
 
     def empty_trash(self, *, older_than_s: float, now: float) -> dict[int, int]:
         """Bytes freed by step, for everything that was trashed more than `older_than_s` ago.

@@ -125,7 +125,11 @@ def _not_ours_yet(store: Store, step: int) -> CheckpointView:
 
 
 def _are_remains(sizes: dict[str, int], step: int, aside: list[CheckpointView]) -> bool:
-    """On an object store the objects and pins of a trashed step stay in place: not foreign."""
+    """Whether nothing in place is anybody's.
+
+    A folder without files (object stores list prefixes that are
+    just gone), or the objects and pins of a trashed step, which stay in place on an object store.
+    """
     known = {
         e.path for view in aside if view.step == step and view.manifest for e in view.manifest.files
     }

@@ -3,17 +3,22 @@
 All of it can be lost without losing a checkpoint or a pin. One object holds one fact.
 """
 
+import hashlib
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import LifecyclePolicy, build
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
-from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.observation import Request
 from ray_ckpt.storage.base import Store
+
+log = logging.getLogger("ray_ckpt")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +60,7 @@ class Records:
 
     def actions(self) -> dict[str, ActionRecord]:
         """Every action's record under its key."""
-        records = (ActionRecord.from_json(text) for text in self._all(names.ACTIONS))
+        records = self._all(names.ACTIONS, ActionRecord.from_json)
         return {record.action.key: record for record in records}
 
     def action(self, action: Action) -> ActionRecord:
@@ -74,46 +79,47 @@ class Records:
         self._store.delete([names.action_key(action.key)])
 
     def requests(self) -> tuple[Request, ...]:
-        """Everything that was asked for."""
-        return tuple(_request(json.loads(text)) for text in self._all(names.REQUESTS))
+        """Everything that was asked for and is not settled yet."""
+        return tuple(self._all(names.REQUESTS, _request))
 
     def add_request(self, request: Request) -> None:
         """Asked for from now on; asking twice is asking once."""
         text = _json(asdict(request))
         try:
-            self._store.create(names.request_key(_request_key(request)), text)
+            self._store.create(_request_key(request), text)
         except ObjectExistsError:
             return
 
-    def _all(self, folder: str) -> list[bytes]:
-        texts: list[bytes] = []
+    def settle_request(self, request: Request) -> None:
+        """No longer asked for: what became of it is in its action's record."""
+        self._store.delete([_request_key(request)])
+
+    def _all(self, folder: str, parse: Callable[[bytes], T]) -> list[T]:
+        """Every record of a folder; a damaged one is told of and left out, as if it were lost."""
+        found: list[T] = []
         for info in sorted(self._store.list_objects(folder), key=lambda info: info.key):
             try:
-                texts.append(self._store.read(info.key))
+                found.append(parse(self._store.read(info.key)))
             except ObjectNotFoundError:
                 continue  # removed since it was listed
-        return texts
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("%s/%s cannot be read: %r", self._store.uri, info.key, error)
+        return found
 
 
-def _request(document: dict[str, Any]) -> Request:
-    export = document["export"]
+def _request(text: bytes) -> Request:
+    document = json.loads(text)
     return Request(
-        kind=ActionKind(document["kind"]),
-        step=document["step"],
-        export=ExportSpec(**export) if export else None,
+        step=int(document["step"]),
+        export=ExportSpec(**document["export"]),
         destination=document["destination"],
     )
 
 
 def _request_key(request: Request) -> str:
-    """The key such an action would have for any source: a request outlives a re-save."""
-    return Action(
-        kind=request.kind,
-        step=request.step,
-        source_id="",
-        export=request.export,
-        destination=request.destination,
-    ).key
+    """Named by what is asked for, so that asking twice writes one object."""
+    text = json.dumps(asdict(request), sort_keys=True)
+    return names.request_key(hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def _json(document: dict[str, Any]) -> bytes:

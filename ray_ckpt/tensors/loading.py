@@ -9,7 +9,8 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
 from ray_ckpt.core.errors import RayCkptError, StateDictError
-from ray_ckpt.core.resume import plan_resume
+from ray_ckpt.core.observation import READABLE
+from ray_ckpt.core.resume import ResumePlan, plan_resume
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.ranks import Ranks
@@ -53,7 +54,10 @@ def choose_newest(catalog: Catalog, ranks: Ranks) -> LoadReport:
     """The newest step whose every byte was read and is as committed; damaged ones are set aside."""
     damaged: dict[int, str] = {}
     while True:
-        plan = ranks.on_coordinator(lambda: plan_resume(catalog.observe().checkpoints))
+        plan, visibly_damaged = ranks.on_coordinator(lambda: _plan(catalog))
+        for step, why in visibly_damaged.items():
+            _set_aside(catalog, ranks, step, why)
+        damaged.update(visibly_damaged)
         damage = [] if plan.step is None else _damage(catalog, ranks, plan.step)
         if plan.step is None or not damage:
             skipped = {**dict(plan.skipped), **damaged}
@@ -87,6 +91,17 @@ def restore(
     model.load_state_dict(state_dict)
     for name, values in loaded.items():
         parts[name].load_state_dict(values)
+
+
+def _plan(catalog: Catalog) -> tuple[ResumePlan, dict[int, str]]:
+    """What to resume from, and newer committed steps whose sizes alone show damage.
+
+    These must go out of the way: the run that goes on from an older step will save them again.
+    """
+    views = catalog.observe().checkpoints
+    plan = plan_resume(views)
+    newer = (view for view in views if view.step > (plan.step or 0) and view.state in READABLE)
+    return plan, {view.step: view.problem for view in newer if view.problem is not None}
 
 
 def _fit(

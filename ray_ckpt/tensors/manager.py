@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -135,13 +136,22 @@ class CheckpointManager:
                 process_group=self._ranks.group,
                 no_dist=self._ranks.group is None,
             )
-        except BaseException:
-            writer.discard()
+        except BaseException as error:
+            # without an error that every rank has heard of, rank 0 may be committing the folder now
+            if self._ranks.is_coordinator or isinstance(error, CheckpointException):
+                writer.discard()
             raise
         if self._ranks.is_coordinator:
             log.info("step-%d is committed at %s", job.draft.step, self._catalog.uri)
+            self._tell(job.draft.step)
+
+    def _tell(self, step: int) -> None:
+        """`on_commit` was called; the step is committed whatever it raises."""
+        try:
             if self._run.on_commit is not None:
-                self._run.on_commit(job.draft.step)
+                self._run.on_commit(step)
+        except Exception as error:  # noqa: BLE001  the listener's fault, and training goes on
+            log.error("step-%d is committed, but on_commit failed: %r", step, error)
 
     def wait(self) -> None:
         """No save is in flight; the last one is committed.

@@ -56,11 +56,12 @@ class PendingSave:
     def _attempt(self) -> None:
         try:
             self._write()
-        except Exception as error:  # noqa: BLE001  kept for whoever waits; a thread has no caller
+        # CheckpointException derives from BaseException; kept for wait(): a thread has no caller
+        except (Exception, CheckpointException) as error:  # noqa: BLE001
             self._error = _cause(error, self.step)
 
 
-def _cause(error: Exception, step: int) -> RayCkptError:
+def _cause(error: BaseException, step: int) -> RayCkptError:
     """The error that was meant: ours if any rank raised one, else a SaveError that names it."""
     if isinstance(error, RayCkptError):
         return error

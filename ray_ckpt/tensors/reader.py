@@ -12,11 +12,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
@@ -72,15 +73,39 @@ def read_tensors(catalog: Catalog, manifest: Manifest, keys: Sequence[str]) -> d
 def load_into(
     state_dict: dict[str, Any], reader: StepReader, *, process_group: dist.ProcessGroup | None
 ) -> None:
-    """Every tensor of `state_dict` filled in place, every other entry replaced."""
+    """Every tensor of `state_dict` filled in place, every other entry replaced.
+
+    Raises:
+        StateDictError: a tensor has another shape on storage; no tensor was read.
+        IntegrityError: it cannot be read.
+    """
     if process_group is None:
         expect_one_process()
-    dcp.load(
-        state_dict,
-        storage_reader=reader,
-        process_group=process_group,
-        no_dist=process_group is None,
-    )
+    try:
+        dcp.load(
+            state_dict,
+            storage_reader=reader,
+            process_group=process_group,
+            no_dist=process_group is None,
+        )
+    except CheckpointException as error:
+        raise _cause(error, str(reader.path)) from error
+
+
+def _cause(error: CheckpointException, step: str) -> RayCkptError:
+    """The error that was meant: torch's derives from BaseException and passes every handler."""
+    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+    ours = [cause for cause in causes.values() if isinstance(cause, RayCkptError)]
+    if ours:
+        return ours[0]
+    text = ", ".join(f"rank {rank}: {cause!r}" for rank, cause in causes.items())
+    if all(isinstance(cause, ValueError) for cause in causes.values()):
+        return StateDictError(
+            f"{step} does not fit the model: {text}",
+            safe="no tensor was read, the model is as it was",
+            do="load it with the model and optimizer it was saved from",
+        )
+    return IntegrityError(f"{step} cannot be read: {text}", step, "storage was not changed")
 
 
 def read_asset(catalog: Catalog, manifest: Manifest, name: str) -> bytes | None:

@@ -160,7 +160,8 @@ def test_purge_keeps_what_is_pinned(cli: Cli, run_root: str) -> None:
     assert cli("pin", run_root, 10, "--reason", "the paper", "--name", "ada").code == 0
     cli("purge", run_root, "--keep-latest", 2, "--apply")
     rows = {row["step"]: row for row in cli("ls", run_root, "--json").json}
-    assert rows[10]["state"] == "committed"
+    assert rows[10]["state"] == "verified"
+    assert rows[20]["state"] == "trashed"
     assert rows[10]["pins"] == ["ada"]
     assert cli("unpin", run_root, 10, "--json").json == {"step": 10, "removed": ["ada"]}
     cli("purge", run_root, "--keep-latest", 2, "--apply")
@@ -220,6 +221,7 @@ def test_bad_input_gets_a_clear_error_and_changes_nothing(
 
 def test_a_folder_without_manifest_is_named_with_the_way_out(cli: Cli, run_root: str) -> None:
     (Path(run_root) / "step-50").mkdir()
+    (Path(run_root) / "step-50" / ".metadata").write_bytes(b"torn")
     answer = cli("export", run_root, "--step", 50)
     assert answer.code == 2
     assert f"ray-ckpt adopt {run_root}" in answer.err
@@ -243,7 +245,8 @@ def test_python_dash_m_is_the_same_command(run_root: str) -> None:
 
 def test_looking_at_a_root_imports_neither_torch_nor_ray(run_root: str) -> None:
     code = (
-        "import sys; from ray_ckpt.cli.main import main; sys.argv = ['x', 'ls', sys.argv[1]]; main();"
+        "import sys; from ray_ckpt.cli.main import cli;"
+        "cli(['ls', sys.argv[1]], standalone_mode=False);"
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, run_root], check=True, timeout=60)

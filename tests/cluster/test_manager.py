@@ -103,9 +103,7 @@ def test_the_manager_outlives_the_driver_that_started_it(root: str, ray_cluster:
         "ray.get(handle.status.remote())"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
-    open_catalog(root).records.add_request(
-        Request(kind=ActionKind.EXPORT, step=10, export=export_spec("hf-late"))
-    )
+    open_catalog(root).records.add_request(Request(step=10, export=export_spec("hf-late")))
     wait_for(lambda: ended(root, ActionKind.EXPORT, ActionState.SUCCEEDED))
     assert open_catalog(root).export("hf-late", 10).step == 10
     ray.kill(find_manager(root))

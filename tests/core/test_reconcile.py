@@ -31,12 +31,12 @@ KEEP_TWO = KeepConfig(latest=2, trash_grace_s=60.0)
 MAX_ROUNDS = 60
 
 
-def manifest(step: int, *, source_id: str | None = None, is_last_step: bool = False) -> Manifest:
+def manifest(step: int, *, is_last_step: bool = False) -> Manifest:
     return Manifest(
         step=step,
         save_id=f"save{step}",
         created_at="",
-        lineage=Lineage(run_id="run", source_id=source_id),
+        lineage=Lineage(run_id="run"),
         files=(FileEntry(path="f", size_bytes=step, digest=f"sha256:{step:02x}"),),
         is_last_step=is_last_step,
     )
@@ -72,7 +72,9 @@ def with_record(
 
 def with_export(observed: Observation, checkpoint: CheckpointView, name: str) -> Observation:
     assert checkpoint.manifest is not None
-    made = manifest(checkpoint.step, source_id=checkpoint.manifest.content_id)
+    recipe = {"name": name, "dtype": "bfloat16"}
+    lineage = Lineage(run_id="run", source_id=checkpoint.manifest.content_id, recipe=recipe)
+    made = replace(manifest(checkpoint.step), lineage=lineage)
     export = ExportView(name=name, step=checkpoint.step, manifest=made)
     return replace(observed, exports=(*observed.exports, export))
 
@@ -176,7 +178,9 @@ def test_the_last_step_is_exported_although_it_is_no_multiple() -> None:
 
 def test_an_export_of_an_earlier_save_of_the_step_does_not_count() -> None:
     observed = observe(view(5), policy=LifecyclePolicy(export=EXPORT_ALL))
-    stale = ExportView(name="hf", step=5, manifest=manifest(5, source_id="another save"))
+    recipe = {"name": "hf", "dtype": "bfloat16"}
+    made = replace(manifest(5), lineage=Lineage(run_id="run", source_id="other", recipe=recipe))
+    stale = ExportView(name="hf", step=5, manifest=made)
     assert titles(replace(observed, exports=(stale,))) == ["export step-5 hf"]
 
 
@@ -232,7 +236,7 @@ def test_a_step_is_not_purged_before_its_required_copy_is_there(
 
 
 def test_a_request_is_served_like_a_policy_and_only_for_its_step() -> None:
-    request = Request(kind=ActionKind.PUBLISH, step=1, export=HF, destination="/mine")
+    request = Request(step=1, export=HF, destination="/mine")
     observed = observe(view(1, COMMITTED), view(2, COMMITTED), requests=(request,))
     done = settle(observed, lambda _: False)
     succeeded = {record.action.title for record in done.records.values()}
@@ -245,7 +249,7 @@ def test_a_request_is_served_like_a_policy_and_only_for_its_step() -> None:
 
 
 def test_a_request_that_equals_the_policy_is_done_once() -> None:
-    request = Request(kind=ActionKind.EXPORT, step=1, export=HF)
+    request = Request(step=1, export=HF)
     observed = observe(
         view(1), policy=LifecyclePolicy(export=EXPORT_ALL), requests=(request, request)
     )
@@ -253,7 +257,7 @@ def test_a_request_that_equals_the_policy_is_done_once() -> None:
 
 
 def test_a_requested_copy_holds_its_step() -> None:
-    request = Request(kind=ActionKind.PUBLISH, step=1, export=HF, destination="/mine")
+    request = Request(step=1, export=HF, destination="/mine")
     policy = LifecyclePolicy(keep=KEEP_TWO)
     observed = observe(view(1), view(2), view(3), policy=policy, requests=(request,))
     assert titles(observed) == ["export step-1 hf"]
@@ -263,10 +267,11 @@ def test_a_requested_copy_holds_its_step() -> None:
 
 
 def test_a_request_for_a_step_that_is_not_there_is_a_problem() -> None:
-    request = Request(kind=ActionKind.EXPORT, step=9, export=HF)
+    request = Request(step=9, export=HF)
     planned = plan(observe(view(1), requests=(request,)), now=0.0)
     assert planned.actions == ()
-    assert planned.problems == ("export of step-9 was asked for, but that step is not there",)
+    assert planned.problems == ("hf of step-9 was asked for, but that step is not there",)
+    assert planned.settled == (request,)
 
 
 def test_a_held_step_names_what_holds_it() -> None:
@@ -280,7 +285,6 @@ def test_a_held_step_names_what_holds_it() -> None:
 STEPS = st.lists(st.integers(1, 12), unique=True, max_size=6)
 REQUESTS = st.builds(
     Request,
-    kind=st.just(ActionKind.PUBLISH),
     step=st.integers(1, 12),
     export=st.just(ExportSpec(name="asked")),
     destination=st.sampled_from([None, "/asked"]),

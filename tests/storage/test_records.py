@@ -84,22 +84,32 @@ def test_a_forgotten_action_counts_as_never_started(records: Records) -> None:
 
 
 def test_asking_twice_is_asking_once(records: Records) -> None:
-    export = Request(kind=ActionKind.EXPORT, step=5, export=ExportSpec(name="hf"))
-    copy = Request(
-        kind=ActionKind.PUBLISH, step=5, export=ExportSpec(name="hf"), destination="/copies"
-    )
-    plain = Request(kind=ActionKind.VERIFY, step=6)
-    for request in (export, copy, export, plain):
+    export = Request(step=5, export=ExportSpec(name="hf"))
+    copy = Request(step=5, export=ExportSpec(name="hf"), destination="/copies")
+    for request in (export, copy, export):
         records.add_request(request)
     found = records.requests()
-    assert len(found) == 3
-    assert {export, copy, plain} == set(found)
+    assert len(found) == 2
+    assert {export, copy} == set(found)
+    records.settle_request(copy)
+    assert records.requests() == (export,)
+
+
+def test_a_damaged_record_is_told_of_and_left_out(
+    root: str, records: Records, caplog: pytest.LogCaptureFixture
+) -> None:
+    records.add_request(Request(step=5, export=ExportSpec(name="hf")))
+    open_store(root).write(names.request_key("damaged"), b"{")
+    open_store(root).write(names.action_key("damaged"), b"[]")
+    assert len(records.requests()) == 1
+    assert records.actions() == {}
+    assert caplog.text.count("cannot be read") == 2
 
 
 def test_losing_all_records_leaves_an_empty_memory(root: str, records: Records) -> None:
     records.begin_run("llama-1", POLICY)
     records.write_action(ActionRecord(action=VERIFY))
-    records.add_request(Request(kind=ActionKind.VERIFY, step=6))
+    records.add_request(Request(step=6, export=ExportSpec(name="hf")))
     store = open_store(root)
     store.delete([info.key for info in store.list_objects(names.PRIVATE)])
     assert (records.run(), records.actions(), records.requests()) == (None, {}, ())

@@ -161,6 +161,20 @@ def test_a_damaged_step_is_logged_once_with_file_and_reason(saved_root: Path) ->
     assert all("step-12" in line and "__1_0.distcp" in line for line in warnings)
 
 
+def test_a_step_whose_manifest_cannot_be_read_is_passed_over_and_refused_by_number(
+    saved_root: Path,
+) -> None:
+    os.truncate(saved_root / "step-12" / names.MANIFEST, 500)
+    before = files_in(saved_root)
+    manager = _plain_manager(saved_root, nn.Linear(2, 2))
+    with pytest.raises(IntegrityError, match="manifest"):
+        manager.load(step=12)
+    manager.close()
+    assert files_in(saved_root) == before
+    report = run(train, str(saved_root), 9, NEVER)[0].report
+    assert (report.step, [step for step, _ in report.skipped]) == (9, [12])
+
+
 def test_all_steps_damaged_start_a_new_run_and_say_so(saved_root: Path) -> None:
     for step in STEPS:
         _flip(saved_root / names.step_dir(step) / "__0_0.distcp")
@@ -186,6 +200,19 @@ def test_a_model_of_another_shape_of_keys_is_refused_before_a_tensor_is_read(
         manager.load()
     manager.close()
     assert same_tensors(dict(model.state_dict()), before)
+
+
+def test_a_model_of_other_shapes_is_refused_before_a_tensor_is_read(tmp_path: Path) -> None:
+    manager = _plain_manager(tmp_path, nn.Linear(2, 2), SaveConfig(every_steps=1))
+    manager.save(1)
+    manager.close()
+    wider = nn.Linear(3, 2)
+    before = {key: value.clone() for key, value in wider.state_dict().items()}
+    manager = _plain_manager(tmp_path, wider)
+    with pytest.raises(StateDictError, match="weight"):
+        manager.load()
+    manager.close()
+    assert same_tensors(dict(wider.state_dict()), before)
 
 
 # ---- what may not be overwritten ----
@@ -369,7 +396,8 @@ def test_plain_torch_reads_a_step_under_torchtitan_names(saved_run: SavedRun) ->
         assert f"optimizer.param_groups.{fqn}.lr" in stored
     assert {"lr_scheduler.last_epoch", "dataloader.num_samples"} <= set(stored)
     weights = {key: torch.empty(stored[key].size) for key in fqns}
-    dcp.load(weights, checkpoint_id=folder, no_dist=True)
+    with pytest.warns(UserWarning, match="load in a single process"):
+        dcp.load(weights, checkpoint_id=folder)
     expected = {key: value for key, value in saved_run.ranks[0].state.items() if key in fqns}
     assert same_tensors(weights, expected)
 

@@ -27,9 +27,7 @@ from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.states import TrainingState
 
-SIZES = DecoderConfig(
-    dim=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=24, max_seq_len=32
-)
+SIZES = DecoderConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=24, max_seq_len=32)
 BATCH_SIZE = 4
 SEQ_LEN = 8
 TEXT = random.Random(0).randbytes(4000)
