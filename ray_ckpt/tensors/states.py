@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ray_ckpt.core.errors import StateDictError
-from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.model_wrapper import ModelWrapper, canonical_fqn
 
 RNG = "rng"
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -66,20 +66,35 @@ class OptimizerState:
     """An optimizer's state by parameter name, so that it survives another sharding or grouping."""
 
     def __init__(self, parts: list[nn.Module], optimizer: Optimizer) -> None:
-        self._parts = parts
+        # torch wants one module that holds every parameter of the optimizer
+        self._whole = nn.ModuleList(parts)
         self._optimizer = optimizer
+        self._part_of = {
+            canonical_fqn(name): str(index)
+            for index, part in enumerate(parts)
+            for name, _ in part.named_parameters()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """`state.<fqn>.<name>` and `param_groups.<fqn>.<key>`."""
-        found: dict[str, Any] = {}
-        for part in self._parts:
-            found.update(get_optimizer_state_dict(part, self._optimizer, options=_FLAT))
-        return found
+        found = get_optimizer_state_dict(self._whole, self._optimizer, options=_FLAT)
+        return {self._outside(key): value for key, value in found.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undoes :meth:`state_dict`."""
-        for part in self._parts:
-            set_optimizer_state_dict(part, self._optimizer, state_dict, options=_FLAT)
+        inside = {self._inside(key): value for key, value in state_dict.items()}
+        set_optimizer_state_dict(self._whole, self._optimizer, inside, options=_FLAT)
+
+    def _outside(self, key: str) -> str:
+        """`state.0.front.weight.step` without the number of the part."""
+        kind, _, rest = key.partition(".")
+        return f"{kind}.{rest.partition('.')[2]}"
+
+    def _inside(self, key: str) -> str:
+        """Undoes :meth:`_outside`; an unknown parameter keeps its name, and torch complains."""
+        kind, _, rest = key.partition(".")
+        part = self._part_of.get(rest.rpartition(".")[0])
+        return key if part is None else f"{kind}.{part}.{rest}"
 
 
 class RngState:

@@ -324,11 +324,11 @@ def test_a_rank_killed_at_any_moment_of_a_save_costs_no_step_that_was_said_commi
     catalog = open_catalog(str(root))
     for _ in range(5):
         said = len(journal.read_text().split())
-        moment = chance.uniform(0.0, 1.1)  # of a whole save, measured in bytes staged
+        moment = chance.uniform(0.0, 0.99)  # of a whole save, measured in bytes staged
         with RankGroup(_train_and_note_commits, str(root), str(journal), num_ranks=2) as group:
             wait_until(lambda said=said: len(journal.read_text().split()) > said)
             whole = catalog.observe().readable()[-1].manifest.total_bytes
-            wait_until(lambda m=moment, w=whole: _staged_bytes(root) >= min(m * w, 0.99 * w))
+            wait_until(lambda m=moment, w=whole: _staged_bytes(root) >= m * w)
             group.kill(1)
             assert group.wait(20.0) == [False, False], "rank 0 must not hang on a dead rank"
         for step in {int(line) for line in journal.read_text().split()}:

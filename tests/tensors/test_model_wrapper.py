@@ -90,6 +90,7 @@ def test_an_unknown_mode_is_answered_with_the_three_there_are() -> None:
         ModelWrapper(_model()).state_dict("ful")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, on import
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile])
 def test_wrappers_leave_no_trace_in_names_and_load_again(
     wrap: Callable[[nn.Module], nn.Module],
@@ -120,7 +121,7 @@ def test_parts_are_one_model_and_each_gets_its_own_back() -> None:
 
 
 def test_two_parts_with_the_same_key_are_refused() -> None:
-    with pytest.raises(StateDictError, match="two parts.*weight"):
+    with pytest.raises(StateDictError, match=r"two parts.*weight"):
         ModelWrapper([nn.Linear(2, 2), nn.Linear(2, 2)]).state_dict()
 
 

@@ -66,7 +66,7 @@ def train(
     seed: int = 0,
     sizes: DecoderConfig = SIZES,
 ) -> Outcome:
-    """Loads, trains until `last_step` and saves on the way; `seed` is of everything but the data."""
+    """Loads, trains until `last_step`, saves on the way; `seed` is of everything but the data."""
     told = record_log()
     torch.manual_seed(seed)
     committed: list[int] = []
