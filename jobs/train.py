@@ -31,6 +31,7 @@ from ray_ckpt.cluster.train import Reporter, run_owner
 from ray_ckpt.core.config import LifecyclePolicy, SaveConfig, build
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.lease import Lease
 from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.states import TrainingState
@@ -155,9 +156,12 @@ def make_assets(model: DecoderConfig) -> HfAssets:
 def main() -> None:
     """Start the run's manager, train, and say where the checkpoints are."""
     config = parse(TrainConfig, __doc__)
-    ray.init(address="auto", log_to_driver=True)
     catalog = open_catalog(config.root)
+    name = f"{run_name(catalog.uri)}-{int(time.time())}"
+    # found out before anything is started: whether the root can be written, and is nobody else's
     catalog.records.begin_run(run_name(catalog.uri), config.lifecycle)
+    Lease(catalog.store, "trainer", owner=name).wait_until_free()
+    ray.init(address="auto")
     start_manager_job(config.root)
     use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_workers
     trainer = TorchTrainer(
@@ -166,7 +170,7 @@ def main() -> None:
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
         run_config=ray.train.RunConfig(
-            name=f"{run_name(catalog.uri)}-{int(time.time())}",
+            name=name,
             # Ray Train's own notes; no checkpoint is ever given to it
             storage_path=tempfile.mkdtemp(prefix="ray_train-"),
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),

@@ -64,9 +64,7 @@ class Lease:
         Raises:
             LeaseHeldError: another writer is alive, seen by its heartbeat.
         """
-        epoch, holder = self._current()
-        if holder is not None:
-            self._wait_until_free(epoch, holder)
+        epoch = self.wait_until_free()
         try:
             self._store.create(names.lease_key(self._role, epoch + 1), self._text())
         except ObjectExistsError as error:
@@ -75,6 +73,17 @@ class Lease:
         self._store.delete([names.lease_key(self._role, epoch)] if epoch else [])
         self._thread = threading.Thread(target=self._keep_alive, name="ray_ckpt lease", daemon=True)
         self._thread.start()
+
+    def wait_until_free(self) -> int:
+        """The last epoch, which nobody holds any more; the lease itself is not taken.
+
+        Raises:
+            LeaseHeldError: another writer is alive, seen by its heartbeat.
+        """
+        epoch, holder = self._current()
+        if holder is not None:
+            self._watch(epoch, holder)
+        return epoch
 
     def check(self) -> None:
         """Nothing, as long as the lease is ours; called before anything becomes visible.
@@ -111,7 +120,7 @@ class Lease:
             return max(epochs), None
         return max(epochs), Holder(**document)
 
-    def _wait_until_free(self, epoch: int, holder: Holder) -> None:
+    def _watch(self, epoch: int, holder: Holder) -> None:
         """Watches the heartbeat; a beat within PATIENCE_S means that the holder lives."""
         if holder.is_released or holder.owner == self._holder.owner or _is_dead(holder):
             return

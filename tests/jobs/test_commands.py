@@ -1,0 +1,52 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ray_ckpt.core.config import load_toml
+
+JOBS = ("train", "export", "publish", "purge", "sample")
+
+
+def run(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+
+
+def test_the_demo_config_is_valid_and_says_what_the_demo_says() -> None:
+    from jobs.train import TrainConfig
+
+    path = Path("jobs/configs/demo.toml")
+    config = load_toml(TrainConfig, path.read_text(), where=str(path))
+    assert config.steps == 60
+    assert config.save.every_steps == 10
+    assert config.lifecycle.keep.latest == 2
+    assert [export.name for export in config.lifecycle.export] == ["hf-bf16"]
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "says"),
+    [
+        ("train", ("--config", "missing.toml"), "cannot be read"),
+        ("train", (), "'root' is missing"),
+        ("train", ("root=/x", "save.every_stepz=5"), "did you mean 'every_steps'"),
+        ("train", ("root=/x", "steps=many"), "expected int"),
+        ("export", ("root=/nowhere", "step=1"), "step-1 is not there"),
+        ("purge", ("root=/nowhere", "keep.latest=1"), "at least 2"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_a_sentence(
+    job: str, arguments: tuple[str, ...], says: str
+) -> None:
+    done = run(job, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_job_is_in_the_readme() -> None:
+    readme = Path("README.md").read_text()
+    present = {p.stem for p in Path("jobs").glob("*.py") if "run_job(main)" in p.read_text()}
+    assert present == set(JOBS)
+    assert all(f"jobs/{job}.py" in readme for job in JOBS)
