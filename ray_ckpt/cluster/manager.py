@@ -30,6 +30,8 @@ IO_RESOURCE = "ckpt_io"
 """Custom resource of the nodes that run tasks after a save. They ask for no CPU, so that a trainer
 which holds every CPU never starves them."""
 MAX_RUNNING = 2
+ABANDONED_AFTER_S = 6 * 3600.0
+"""A save or an export whose files have not changed for so long is given up and swept."""
 LOSSES_KEPT = 256
 """So many of the last steps' losses, repeated steps included, are held for people to look at."""
 
@@ -108,6 +110,7 @@ class Manager:
         for request in planned.settled:
             self._catalog.records.settle_request(request)
         self._catalog.empty_trash(older_than_s=observed.policy.keep.trash_grace_s, now=now)
+        self._catalog.commit.sweep(prefix="", idle_s=ABANDONED_AFTER_S, now=now)
         self._status = self._describe(observed, planned)
 
     def _resume_orphans(self, observed: Observation, now: float) -> Observation:

@@ -107,28 +107,46 @@ class Manifest:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def to_json(self) -> bytes:
-        """Canonical UTF-8 JSON: keys sorted, files and tensors ordered by name."""
+        """Canonical UTF-8 JSON: keys sorted, files and tensors ordered by name.
+
+        It carries a SHA-256 of itself, so that a damaged manifest is told from a sound one.
+        """
         document = {"schema": SCHEMA, **asdict(self)}
         document["files"] = [asdict(e) for e in sorted(self.files, key=lambda e: e.path)]
         document["tensors"] = [asdict(e) for e in sorted(self.tensors, key=lambda e: e.name)]
-        return (json.dumps(document, sort_keys=True, separators=(",", ":")) + "\n").encode()
+        return _canonical({**document, _CHECKSUM: _checksum(document)}) + b"\n"
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
         """The manifest in `text`, read from `where`.
 
         Raises:
-            IntegrityError: it is no JSON, of a schema this version does not know, lacks a field,
-                names a file outside its own folder, or a tensor in a file it does not list.
+            IntegrityError: it is no JSON, of a schema this version does not know, damaged, lacks
+                a field, names a file outside its own folder, or a tensor in a file it does not
+                list.
         """
         try:
             document = json.loads(text)
             _refuse_unknown_schema(document, where)
+            if document.pop(_CHECKSUM) != _checksum(document):
+                raise ValueError("its own checksum does not match")
             return _from_document(document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(
                 f"the manifest cannot be read: {error!r}", where, _UNTOUCHED, _LOOK
             ) from error
+
+
+_CHECKSUM = "self_sha256"
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    """SHA-256 over everything but the checksum itself."""
+    return hashlib.sha256(_canonical(document)).hexdigest()
 
 
 _UNTOUCHED = "nothing was changed; the other steps do not depend on this one"

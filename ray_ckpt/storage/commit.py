@@ -11,6 +11,7 @@
 A reader who decides by the manifest alone sees all of a folder or none of it, whatever dies when.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -49,6 +50,14 @@ class Commit(Protocol):
 
     def discard(self, staging: Path) -> None:
         """Nothing of `staging` is left on this machine."""
+        ...
+
+    def sweep(self, *, prefix: str, idle_s: float, now: float) -> list[str]:
+        """Attempts of dead processes are gone; returns their names.
+
+        An attempt whose name starts with `prefix` is dead if nothing in its folder has changed
+        for `idle_s` seconds.
+        """
         ...
 
     def set_aside(self, folder: str, aside: str) -> None:
@@ -94,6 +103,16 @@ class RenameCommit:
     def discard(self, staging: Path) -> None:
         """The folder and what is in it are removed."""
         shutil.rmtree(staging, ignore_errors=True)
+
+    def sweep(self, *, prefix: str, idle_s: float, now: float) -> list[str]:
+        """Looks at the newest change anywhere in each attempt's folder."""
+        swept: list[str] = []
+        for attempt in self._store.list_folders(names.STAGING):
+            folder = self._store.path(names.staging_dir(attempt))
+            if attempt.startswith(prefix) and now - _changed_at(folder) >= idle_s:
+                self.discard(folder)
+                swept.append(attempt)
+        return swept
 
     def set_aside(self, folder: str, aside: str) -> None:
         """One rename."""
@@ -163,6 +182,10 @@ class MarkerCommit:
         """The local folder is removed; objects already put are overwritten by the next attempt."""
         shutil.rmtree(staging, ignore_errors=True)
 
+    def sweep(self, *, prefix: str, idle_s: float, now: float) -> list[str]:
+        """Nothing: attempts are on the disks of the processes that made them."""
+        return []
+
     def set_aside(self, folder: str, aside: str) -> None:
         """The manifest is copied, then removed: in between both are there, and a rerun ends it."""
         marker = self._store.read(names.manifest_key(folder))
@@ -187,3 +210,12 @@ class MarkerCommit:
             freed = manifest.total_bytes
         self._store.delete([info.key for info in self._store.list_objects(aside)])
         return freed
+
+
+def _changed_at(folder: Path) -> float:
+    """Time of the newest change in the folder, 0 if it is gone; in seconds since the epoch."""
+    times = [0.0]
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # published or discarded meanwhile
+            times.append(path.stat().st_mtime)
+    return max(times)

@@ -70,6 +70,8 @@ def export_step(
 ) -> Manifest:
     """The export is in `exports/<name>/step-<n>`, whole; returns its manifest.
 
+    The caller has verified the step: shards are read once, for the export, not twice.
+
     A second run is harmless: an export of the same source and spec that is there is returned as it
     is, and two at once work in folders of their own until one of them commits.
 

@@ -11,6 +11,7 @@ Every method is collective: all ranks call it, in the same order, with the same 
 """
 
 import logging
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -211,6 +212,9 @@ class CheckpointManager:
     def _begin(self) -> str:
         """On rank 0: the root is writable and ours; returns the run's id."""
         self._lease.acquire()
+        # the lease is exclusive: whatever another trainer left in staging will never be finished
+        for attempt in self._catalog.commit.sweep(prefix="save-", idle_s=0.0, now=time.time()):
+            log.warning("removed %s, a save that died before its commit", attempt)
         name = run_name(self._catalog.uri)
         return self._catalog.records.begin_run(f"{name}-{self._token}", self._run.policy).run_id
 

@@ -63,10 +63,16 @@ class CommittingWriter(FileSystemWriter):
     """A DCP storage writer for exactly one save."""
 
     def __init__(self, job: SaveJob) -> None:
-        self._staging = job.catalog.commit.staging(job.attempt)
-        super().__init__(self._staging, single_file_per_rank=True, sync_files=True)
+        super().__init__(job.attempt, single_file_per_rank=True, sync_files=True)
         self._job = job
+        self._staging: Path | None = None
         self.fs = _DigestingFileSystem()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Makes the staging folder; here, where DCP carries a rank's error to all of them."""
+        self._staging = self._job.catalog.commit.staging(self._job.attempt)
+        self.path = self._staging
+        return super().prepare_local_plan(plan)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuses a step that is there already, before a byte is written."""
@@ -77,7 +83,7 @@ class CommittingWriter(FileSystemWriter):
         """Shards written, synced and handed over; each result knows its file's digest."""
         results = super().write_data(plan, planner).value()
         files = cast(_DigestingFileSystem, self.fs).described
-        self._job.catalog.commit.contribute(self._staging, self._folder)
+        self._job.catalog.commit.contribute(self._folder_of_attempt, self._folder)
         described: Future[list[WriteResult]] = Future()
         described.set_result([_describe(result, files) for result in results])
         return described
@@ -97,25 +103,33 @@ class CommittingWriter(FileSystemWriter):
             model=self._model_entry(metadata),
         )
         self._job.check_lease()
-        self._job.catalog.commit_step(self._staging, manifest)
+        self._job.catalog.commit_step(self._folder_of_attempt, manifest)
 
     def storage_meta(self) -> StorageMeta:
-        """The save's id, and the step's name instead of a path of this machine."""
-        return StorageMeta(checkpoint_id=self._folder, save_id=self._job.draft.save_id)
+        """The step's name instead of a path of this machine; equal for equal content."""
+        return StorageMeta(checkpoint_id=self._folder)
 
     def discard(self) -> None:
         """Nothing of this attempt is left."""
-        self._job.catalog.commit.discard(self._staging)
+        if self._staging is not None:
+            self._job.catalog.commit.discard(self._staging)
+
+    @property
+    def _folder_of_attempt(self) -> Path:
+        assert self._staging is not None, "DCP plans before it writes"
+        return self._staging
 
     @property
     def _folder(self) -> str:
         return names.step_dir(self._job.draft.step)
 
     def _describe_metadata(self) -> FileEntry:
-        return describe_file(self._staging / names.METADATA, names.METADATA, STRONG_ALGORITHM)
+        return describe_file(
+            self._folder_of_attempt / names.METADATA, names.METADATA, STRONG_ALGORITHM
+        )
 
     def _write_assets(self) -> list[FileEntry]:
-        folder = self._staging / names.ASSETS
+        folder = self._folder_of_attempt / names.ASSETS
         for name, data in self._job.assets.items():
             folder.mkdir(exist_ok=True)
             _write_synced(folder / name, data)
