@@ -55,6 +55,8 @@ def start_manager(root: str, *, interval_s: float = 2.0) -> Any:
         max_restarts=-1,
         max_task_retries=3,
         num_cpus=0,
+        # the dashboard's task table is for actions, not for every report and every look
+        enable_task_events=False,
     )
     return options.remote(uri, interval_s)
 

@@ -22,7 +22,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.local import LocalStore, sync_file, sync_folder, translated
+from ray_ckpt.storage.local import LocalStore, sync_folder, translated, write_synced
 
 
 class Commit(Protocol):
@@ -93,9 +93,7 @@ class RenameCommit:
         """Manifest last, everything synced, then the rename, then the parent synced."""
         target = self._store.path(folder)
         with translated(target):
-            marker = staging / names.MANIFEST
-            marker.write_bytes(manifest)
-            sync_file(marker)
+            write_synced(staging / names.MANIFEST, manifest)
             for parent, _, _ in os.walk(staging):
                 sync_folder(Path(parent))
             self._rename(staging, target)

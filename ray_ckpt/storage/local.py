@@ -69,14 +69,14 @@ class LocalStore:
     def write(self, key: str, data: bytes) -> None:
         """Written beside, synced, renamed over; then the folder is synced."""
         with translated(self.path(key)), self._temporary(key) as temporary:
-            _write_synced(temporary, data)
+            write_synced(temporary, data)
             temporary.replace(self.path(key))
             sync_folder(self.path(key).parent)
 
     def create(self, key: str, data: bytes) -> None:
         """Written beside and hard-linked into place: link, unlike rename, never replaces."""
         with translated(self.path(key)), self._temporary(key) as temporary:
-            _write_synced(temporary, data)
+            write_synced(temporary, data)
             self.path(key).hardlink_to(temporary)
             sync_folder(self.path(key).parent)
 
@@ -187,7 +187,8 @@ def translated(where: Path) -> Generator[None]:
         raise kind(text, str(where), do=_CURES.get(kind, "")) from error
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
+    """The file holds `data`, on the device."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

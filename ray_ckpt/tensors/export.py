@@ -8,7 +8,6 @@ Works in a private folder; what is visible is whole. Memory is bounded by one ou
 """
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest, TensorEntry
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.listing import manifest_in
-from ray_ckpt.storage.local import sync_file
+from ray_ckpt.storage.local import sync_file, write_synced
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.model_card import model_card
 from ray_ckpt.tensors.reader import read_asset, read_tensors
@@ -228,14 +227,14 @@ def _write_companions(catalog: Catalog, manifest: Manifest, plan: ExportPlan, fo
             name = entry.path.removeprefix(prefix)
             data = read_asset(catalog, manifest, name)
             assert data is not None, "the manifest lists it"
-            _write(folder / name, data)
+            write_synced(folder / name, data)
     # transformers 4 reads torch_dtype, transformers 5 reads dtype
     dtype = plan.transforms.dtype
-    _write(folder / CONFIG, _json({**plan.config, "torch_dtype": dtype, "dtype": dtype}))
+    write_synced(folder / CONFIG, _json({**plan.config, "torch_dtype": dtype, "dtype": dtype}))
     weight_map = {name: shard.file for shard in plan.shards for name in shard.outputs}
     index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map}
-    _write(folder / INDEX, _json(index))
-    _write(folder / "README.md", model_card(manifest, dtype).encode())
+    write_synced(folder / INDEX, _json(index))
+    write_synced(folder / "README.md", model_card(manifest, dtype).encode())
 
 
 def _manifest(source: Manifest, spec: ExportSpec, folder: Path) -> Manifest:
@@ -259,13 +258,6 @@ def _manifest(source: Manifest, spec: ExportSpec, folder: Path) -> Manifest:
         metrics=source.metrics,
         versions=source.versions,
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

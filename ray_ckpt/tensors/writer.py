@@ -27,6 +27,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
+from ray_ckpt.storage.local import write_synced
 from ray_ckpt.tensors.index import model_keys, tensor_index
 
 
@@ -132,7 +133,7 @@ class CommittingWriter(FileSystemWriter):
         folder = self._folder_of_attempt / names.ASSETS
         for name, data in self._job.assets.items():
             folder.mkdir(exist_ok=True)
-            _write_synced(folder / name, data)
+            write_synced(folder / name, data)
         return [
             describe_file(folder / name, f"{names.ASSETS}/{name}", STRONG_ALGORITHM)
             for name in self._job.assets
@@ -215,10 +216,3 @@ def _plain(result: _DescribedResult) -> WriteResult:
     return WriteResult(
         index=result.index, size_in_bytes=result.size_in_bytes, storage_data=result.storage_data
     )
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
