@@ -34,7 +34,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
 from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
-from ray_ckpt.tensors.states import TrainingState
+from ray_ckpt.tensors.states import TrainingState, TrainState
 
 log = logging.getLogger("jobs.train")
 
@@ -95,6 +95,7 @@ def train_worker(values: dict[str, Any]) -> None:
     warm_up = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / config.warmup_steps))
     text = standard_library_text(config.data.max_bytes)
     windows = Windows(text, seq_len=config.data.seq_len, seed=config.seed)
+    progress = TrainState()
 
     reporter = Reporter(config.root)
     checkpoints = CheckpointManager(
@@ -103,7 +104,7 @@ def train_worker(values: dict[str, Any]) -> None:
             model=ModelWrapper(model),
             optimizer=optimizer,
             lr_scheduler=warm_up,
-            extra={"dataloader": windows},
+            extra={"dataloader": windows, "train_state": progress},
         ),
         config=config.save,
         assets=make_assets(config.model),
@@ -127,6 +128,7 @@ def train_worker(values: dict[str, Any]) -> None:
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         value = mean.item() / world_size
+        progress.step, progress.num_samples = step, windows.num_samples
         is_last = step == config.steps
         checkpoints.save(step, last_step=is_last, metrics={"loss": value})
         if rank == 0:

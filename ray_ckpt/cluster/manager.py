@@ -18,7 +18,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_ckpt.cluster.tasks import run_action
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.lifecycle import ActionState
+from ray_ckpt.core.errors import TransitionError
+from ray_ckpt.core.lifecycle import ActionState, CheckpointState, move_checkpoint
 from ray_ckpt.core.names import run_name
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
@@ -29,6 +30,7 @@ log = logging.getLogger("ray_ckpt")
 IO_RESOURCE = "ckpt_io"
 """Custom resource of the nodes that run tasks after a save. They ask for no CPU, so that a trainer
 which holds every CPU never starves them."""
+_TRASHED = CheckpointState.TRASHED
 MAX_RUNNING = 2
 ABANDONED_AFTER_S = 6 * 3600.0
 """A save or an export whose files have not changed for so long is given up and swept."""
@@ -46,10 +48,13 @@ class Manager:
     """Drives every action of one root; its methods answer at once."""
 
     def __init__(self, root: str, interval_s: float = 2.0) -> None:
+        # an actor's process has no other place where logging is set up
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         self._root = root
         self._catalog = open_catalog(root)
         self._interval_s = interval_s
         self._in_flight: dict[str, _InFlight] = {}
+        self._seen: dict[int, CheckpointState] = {}
         self._progress: dict[str, Any] = {}
         self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
         self._status: dict[str, Any] = {"root": root, "rounds": 0, "problems": [], "actions": []}
@@ -103,6 +108,7 @@ class Manager:
     def _round(self, now: float) -> None:
         self._collect(now)
         observed = self._resume_orphans(self._catalog.observe(), now)
+        self._note_changes(observed)
         planned = plan(observed, now=now)
         for action in planned.actions:
             if len(self._in_flight) < MAX_RUNNING and action.key not in self._in_flight:
@@ -112,6 +118,20 @@ class Manager:
         self._catalog.empty_trash(older_than_s=observed.policy.keep.trash_grace_s, now=now)
         self._catalog.commit.sweep(prefix="", idle_s=ABANDONED_AFTER_S, now=now)
         self._status = self._describe(observed, planned)
+
+    def _note_changes(self, observed: Observation) -> None:
+        """Tells every move of a checkpoint since the last round; an illegal one is a warning."""
+        states = {view.step: view.state for view in observed.checkpoints}
+        for step, before in self._seen.items():
+            gone = CheckpointState.PURGED if before is _TRASHED else CheckpointState.MISSING
+            after = states.get(step, gone)
+            if after is before:
+                continue
+            try:
+                log.info("step-%d: %s -> %s", step, before, move_checkpoint(before, after))
+            except TransitionError as error:
+                log.warning("step-%d was changed by somebody else: %s", step, error.what)
+        self._seen = states
 
     def _resume_orphans(self, observed: Observation, now: float) -> Observation:
         """Records that say RUNNING under a manager that died: its tasks died with it."""

@@ -42,15 +42,13 @@ class PurgePlan:
 
     def summary(self, *, applied: bool, root: str) -> str:
         """One sentence with the next command."""
-        freed = sum(self.sizes[step] for step in self.doomed)
+        freed = f"{sum(self.sizes[step] for step in self.doomed) / 1e6:.1f} MB"
         if not self.doomed:
             return "nothing to purge"
         if applied:
             steps = f"ray-ckpt undo {root} STEP"
-            return f"{len(self.doomed)} moved to the trash ({freed} bytes); back with: {steps}"
-        return (
-            f"{len(self.doomed)} would go ({freed} bytes); nothing was changed. Do it: add --apply"
-        )
+            return f"{len(self.doomed)} moved to the trash ({freed}); back with: {steps}"
+        return f"{len(self.doomed)} would go ({freed}); nothing was changed. Do it: add --apply"
 
     def to_document(self, *, applied: bool) -> dict[str, Any]:
         """For `--json`."""

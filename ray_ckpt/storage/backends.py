@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from ray_ckpt.core.errors import UsageError
-from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import MarkerCommit, RenameCommit
 from ray_ckpt.storage.local import LocalStore
@@ -40,8 +39,3 @@ def open_catalog(uri: str) -> Catalog:
         known = ", ".join(f"{name}://" for name in _BACKENDS if name)
         raise UsageError(f"no backend for {uri!r}", do=f"use a path or one of: {known}")
     return _BACKENDS[scheme](uri)
-
-
-def open_store(uri: str) -> Store:
-    """The bare store at `uri`."""
-    return open_catalog(uri).store

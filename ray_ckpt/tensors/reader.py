@@ -53,11 +53,6 @@ class StepReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Always: the manifest was read before this reader was made."""
-        return True
-
 
 def read_tensors(catalog: Catalog, manifest: Manifest, keys: Sequence[str]) -> dict[str, Tensor]:
     """These tensors, whole and on the CPU, in this process alone."""

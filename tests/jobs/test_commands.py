@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from ray_ckpt.core.config import load_toml
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.lease import Lease
 
 JOBS = ("train", "export", "publish", "purge", "sample")
 
@@ -50,3 +53,15 @@ def test_every_job_is_in_the_readme() -> None:
     present = {p.stem for p in Path("jobs").glob("*.py") if "run_job(main)" in p.read_text()}
     assert present == set(JOBS)
     assert all(f"jobs/{job}.py" in readme for job in JOBS)
+
+
+def test_a_second_trainer_on_the_same_root_is_refused_before_anything_starts(root: str) -> None:
+    lease = Lease(open_catalog(root).store, "trainer", owner="somebody else")
+    lease.acquire()
+    try:
+        done = run("train", f"root={root}")
+    finally:
+        lease.release()
+    assert done.returncode == 2, done.stderr
+    assert f"held by process {os.getpid()}" in done.stderr
+    assert "give this run a root of its own" in done.stderr

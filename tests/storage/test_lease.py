@@ -11,16 +11,16 @@ import pytest
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.storage import lease as lease_module
-from ray_ckpt.storage.backends import open_store
+from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.lease import Holder, Lease
 
 HOLD_UNTIL_KILLED = """
 import sys
-from ray_ckpt.storage.backends import open_store
+from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
 
-Lease(open_store(sys.argv[1]), "trainer", owner="other job").acquire()
+Lease(open_catalog(sys.argv[1]).store, "trainer", owner="other job").acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -28,7 +28,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def store(root: str) -> Store:
-    return open_store(root)
+    return open_catalog(root).store
 
 
 @pytest.fixture(autouse=True)

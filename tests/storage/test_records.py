@@ -8,7 +8,7 @@ from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, Publ
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import Request
-from ray_ckpt.storage.backends import open_store
+from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.records import Records, Run
 
 POLICY = LifecyclePolicy(
@@ -22,7 +22,7 @@ EXPORT = Action(kind=ActionKind.EXPORT, step=5, source_id="a", export=ExportSpec
 
 @pytest.fixture
 def records(root: str) -> Records:
-    return Records(open_store(root))
+    return Records(open_catalog(root).store)
 
 
 def test_a_root_that_no_run_has_written_to_has_no_run(records: Records) -> None:
@@ -54,7 +54,7 @@ def test_a_run_without_a_policy_keeps_everything(records: Records) -> None:
 
 def test_a_policy_of_another_version_is_refused_by_name(root: str, records: Records) -> None:
     text = b'{"run_id": "llama-1", "policy": {"kep": {}}}'
-    open_store(root).write(names.RUN, text)
+    open_catalog(root).store.write(names.RUN, text)
     with pytest.raises(ConfigError, match="unknown key 'kep'") as caught:
         records.run()
     assert caught.value.where == f"{root}/{names.RUN}"
@@ -99,8 +99,8 @@ def test_a_damaged_record_is_told_of_and_left_out(
     root: str, records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
     records.add_request(Request(step=5, export=ExportSpec(name="hf")))
-    open_store(root).write(names.request_key("damaged"), b"{")
-    open_store(root).write(names.action_key("damaged"), b"[]")
+    open_catalog(root).store.write(names.request_key("damaged"), b"{")
+    open_catalog(root).store.write(names.action_key("damaged"), b"[]")
     assert len(records.requests()) == 1
     assert records.actions() == {}
     assert caplog.text.count("cannot be read") == 2
@@ -110,6 +110,6 @@ def test_losing_all_records_leaves_an_empty_memory(root: str, records: Records) 
     records.begin_run("llama-1", POLICY)
     records.write_action(ActionRecord(action=VERIFY))
     records.add_request(Request(step=6, export=ExportSpec(name="hf")))
-    store = open_store(root)
+    store = open_catalog(root).store
     store.delete([info.key for info in store.list_objects(names.PRIVATE)])
     assert (records.run(), records.actions(), records.requests()) == (None, {}, ())

@@ -13,7 +13,7 @@ from ray_ckpt.core.errors import (
     TransientError,
     UsageError,
 )
-from ray_ckpt.storage.backends import open_store
+from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.local import LocalStore
 from ray_ckpt.storage.s3 import S3Store
@@ -24,7 +24,7 @@ LARGE_BYTES = 12 << 20
 
 @pytest.fixture(params=["root", pytest.param("s3_root", marks=pytest.mark.s3)])
 def store(request: pytest.FixtureRequest) -> Store:
-    return open_store(request.getfixturevalue(request.param))
+    return open_catalog(request.getfixturevalue(request.param)).store
 
 
 def keys_below(store: Store, folder: str) -> set[str]:
@@ -32,7 +32,7 @@ def keys_below(store: Store, folder: str) -> set[str]:
 
 
 def test_the_uri_has_no_slash_at_the_end(store: Store) -> None:
-    assert open_store(f"{store.uri}/").uri == store.uri
+    assert open_catalog(f"{store.uri}/").store.uri == store.uri
     assert not store.uri.endswith("/")
 
 
@@ -166,7 +166,7 @@ def test_what_is_not_there_lists_as_nothing(store: Store) -> None:
 def test_a_listing_is_never_stale(store: Store) -> None:
     store.write("a/1", b"")
     assert keys_below(store, "a") == {"a/1"}
-    open_store(store.uri).write("a/2", b"")
+    open_catalog(store.uri).store.write("a/2", b"")
     assert keys_below(store, "a") == {"a/1", "a/2"}
     assert store.list_folders("") == ["a"]
 
@@ -319,4 +319,4 @@ def test_a_server_that_does_not_answer_is_worth_another_try(
 def test_a_location_without_a_bucket_or_a_backend_is_refused() -> None:
     for uri in ("s3://", "gs://bucket/run", ""):
         with pytest.raises(UsageError):
-            open_store(uri)
+            open_catalog(uri)
