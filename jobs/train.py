@@ -69,6 +69,8 @@ class TrainConfig:
     """Processes that train; one a GPU where there are some."""
     max_failures: int = 3
     """Worker deaths after which Ray Train gives up."""
+    min_step_s: float = 0.0
+    """Shortest time of a step; slows a run down so that a person can watch it."""
     report_every_steps: int = 10
     """Steps between two metrics reports to Ray Train; the manager hears of every step."""
     model: DecoderConfig = field(default_factory=DecoderConfig)
@@ -131,6 +133,7 @@ def train_worker(values: dict[str, Any]) -> None:
         progress.step, progress.num_samples = step, windows.num_samples
         is_last = step == config.steps
         checkpoints.save(step, last_step=is_last, metrics={"loss": value})
+        time.sleep(max(0.0, config.min_step_s - (time.perf_counter() - started)))
         if rank == 0:
             reporter.progress(step=step, loss=value, step_s=time.perf_counter() - started)
             log.info("step %d/%d loss %.6f", step, config.steps, value)

@@ -44,13 +44,7 @@ def ray_cluster() -> Iterator[str]:
     """A real Ray on this machine, with a dashboard, so that jobs can be submitted; its address."""
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        resources={"ckpt_io": 2},
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-    )
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
+    from ray_ckpt.cluster.local import embedded_ray
+
+    with embedded_ray("tests", {}):
+        yield ray.get_runtime_context().gcs_address

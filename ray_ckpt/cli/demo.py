@@ -8,6 +8,7 @@ is the manager's work, and this only watches.
 import contextlib
 import json
 import os
+import shlex
 import signal
 import tempfile
 import time
@@ -78,35 +79,38 @@ def demo(root: str | None, destination: str | None, hold: bool, as_json: bool) -
     catalog = open_catalog(root)
     destination = destination or f"{catalog.uri}-published"
     _refuse_unwritable(catalog)
-    screen = Screen(quiet=as_json)
     started = time.monotonic()
     story = Story(root=catalog.uri)
-    screen.say("starting a local Ray")
-    from ray_ckpt.cluster.local import embedded_ray
+    with Screen(quiet=as_json) as screen:
+        screen.say("starting a local Ray")
+        from ray_ckpt.cluster.local import embedded_ray
 
-    with embedded_ray("ray-ckpt demo", _ENVIRONMENT) as jobs:
-        screen.say(f"Ray dashboard: {jobs.dashboard}")
-        try:
-            _train(jobs, catalog, destination, story=story, screen=screen)
-            _look_at_export(jobs, catalog, story=story, screen=screen)
-        except KeyboardInterrupt:
-            screen.close()
-            again = f"ray-ckpt demo --root {catalog.uri}"
-            click.echo(
-                f"\ninterrupted; every committed step is safe. Go on with: {again}", err=True
-            )
-            raise
-        story.seconds["total"] = round(time.monotonic() - started, 1)
-        observed = catalog.observe()
-        screen.close()
-        if not as_json:
-            _tell(story, observed, catalog)
-        if hold:
-            _hold(jobs)
+        with embedded_ray("ray-ckpt demo", _ENVIRONMENT) as jobs:
+            screen.say(f"Ray dashboard: {jobs.dashboard}")
+            _live(jobs, catalog, destination, story=story, screen=screen)
+            story.seconds["total"] = round(time.monotonic() - started, 1)
+            observed = catalog.observe()
+            if not as_json:
+                _tell(story, observed, catalog, screen=screen)
+            if hold:
+                _hold(jobs)
     if as_json:
         click.echo(json.dumps(_document(story, observed)))
     if not story.is_exact:
         raise IntegrityError(f"repeated steps had other losses: {story.repeated}", catalog.uri)
+
+
+def _live(
+    jobs: "LocalJobs", catalog: Catalog, destination: str, *, story: Story, screen: Screen
+) -> None:
+    """Everything that takes time; an interrupt says how to go on."""
+    try:
+        _train(jobs, catalog, destination, story=story, screen=screen)
+        _look_at_export(jobs, catalog, story=story, screen=screen)
+    except KeyboardInterrupt:
+        again = f"ray-ckpt demo --root {shlex.quote(catalog.uri)}"
+        click.echo(f"\ninterrupted; every committed step is safe. Go on with: {again}", err=True)
+        raise
 
 
 def _train(
@@ -116,8 +120,8 @@ def _train(
     began = time.monotonic()
     publish = f'[{{export = "{EXPORT}", to = {json.dumps(destination)}}}]'
     config = _jobs_folder() / "configs" / "demo.toml"
-    arguments = (f"--config {config}", f"root={catalog.uri}", f"'lifecycle.publish={publish}'")
-    command = f"jobs.train {' '.join(arguments)}"
+    arguments = [f"root={catalog.uri}", f"lifecycle.publish={publish}"]
+    command = shlex.join(["jobs.train", "--config", str(config), *arguments])
     job = jobs.submit(command, name=f"train {run_name(catalog.uri)}")
     screen.say(f"training {STEPS} steps on 2 workers, saving every 10; root {catalog.uri}")
     while not jobs.is_over(job):
@@ -178,15 +182,17 @@ def _all_published(observed: Observation) -> bool:
 def _look_at_export(jobs: "LocalJobs", catalog: Catalog, *, story: Story, screen: Screen) -> None:
     """The last export, loaded with transformers by a job of its own."""
     screen.say("loading the last export with transformers")
-    sizes = "model.dim=128 model.num_heads=4 model.num_kv_heads=2 model.ffn_dim=352"
-    command = f"jobs.sample root={catalog.uri} step={STEPS} name={EXPORT} {sizes}"
+    sizes = ["model.dim=128", "model.num_heads=4", "model.num_kv_heads=2", "model.ffn_dim=352"]
+    step = [f"root={catalog.uri}", f"step={STEPS}", f"name={EXPORT}"]
+    command = shlex.join(["jobs.sample", *step, *sizes])
     job = jobs.submit(command, name=f"look at {EXPORT} step-{STEPS}")
     output = jobs.wait(job, poll_s=POLL_S)
     story.sample = json.loads(output.splitlines()[-1])
 
 
-def _tell(story: Story, observed: Observation, catalog: Catalog) -> None:
+def _tell(story: Story, observed: Observation, catalog: Catalog, *, screen: Screen) -> None:
     """The table of what exists where, and what was proven."""
+    screen.close()
     print_steps(observed)
     if story.killed_at_step is not None:
         click.echo(

@@ -126,20 +126,29 @@ def verify(root: str, step: int | None, as_json: bool) -> None:
 @root_argument
 @json_option
 def resume_plan(root: str, as_json: bool) -> None:
-    """Say which step a run resumes from, why, and why newer ones are passed over."""
+    """Say which step a run resumes from, why, and why newer ones are passed over.
+
+    Exit 1 if steps are here and none can be used: a run refuses to start from scratch there.
+    """
     chosen = plan_resume(open_root(root).observe().checkpoints)
     document = {
         "step": chosen.step,
         "reason": chosen.reason,
+        "refusal": chosen.refusal,
         "skipped": [{"step": step, "reason": reason} for step, reason in chosen.skipped],
     }
 
     def render() -> None:
-        click.echo(f"resume from {_step_or_start(chosen.step)}: {chosen.reason}")
+        if chosen.refusal is not None:
+            click.echo(f"refuse to start from scratch: {chosen.refusal}")
+        else:
+            click.echo(f"resume from {_step_or_start(chosen.step)}: {chosen.reason}")
         for step, reason in chosen.skipped:
             click.echo(f"passed over step-{step}: {reason}")
 
     emit(document, as_json=as_json, render=render)
+    if chosen.refusal is not None:
+        raise click.exceptions.Exit(1)
 
 
 def _finding(what: str, step: int, damage: list[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a running demo shows: a live panel on a terminal, a line for each change elsewhere."""
 
 import sys
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -24,6 +24,12 @@ class Screen:
         if self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def say(self, sentence: str) -> None:
         """One line that stays."""

@@ -7,6 +7,7 @@ job ends.
 """
 
 import logging
+import shlex
 import sys
 import time
 from typing import Any
@@ -16,6 +17,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
 
 from ray_ckpt.cluster.manager import Manager
+from ray_ckpt.cluster.submit import submit_job
 from ray_ckpt.core.errors import TransientError
 from ray_ckpt.core.names import manager_name, run_name
 from ray_ckpt.storage.backends import open_catalog
@@ -74,10 +76,12 @@ def start_manager_job(root: str) -> Any:
         return found
     uri = open_catalog(root).uri
     try:
-        client = JobSubmissionClient()
-        job = client.submit_job(
-            entrypoint=f"{sys.executable} -m ray_ckpt.cluster.connect {uri}",
-            metadata={"job_name": f"manager of {run_name(uri)}", "run": uri},
+        # must be the connected cluster: "auto" may find another one on this machine
+        client = JobSubmissionClient(ray.get_runtime_context().gcs_address)
+        job = submit_job(
+            client,
+            shlex.join([sys.executable, "-m", "ray_ckpt.cluster.connect", uri]),
+            name=f"manager of {run_name(uri)}",
             runtime_env=_runtime_env(),
         )
     except (ConnectionError, RuntimeError) as error:

@@ -3,16 +3,19 @@
 import contextlib
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import ray
+from ray.cluster_utils import Cluster
 from ray.job_config import JobConfig
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ray_ckpt.cluster.manager import IO_RESOURCE
+from ray_ckpt.cluster.submit import submit_job
 from ray_ckpt.core.errors import RayCkptError
 
 _LOG_LINES = 25
@@ -30,10 +33,11 @@ class LocalJobs:
 
     def submit(self, command: str, *, name: str) -> str:
         """Id of the job that runs `python -m command`; `name` is what the dashboard calls it."""
-        return self._client.submit_job(
-            entrypoint=f"python -m {command}",
+        return submit_job(
+            self._client,
+            f"python -m {command}",
+            name=name,
             runtime_env={"env_vars": self._environment},
-            metadata={"job_name": name},
         )
 
     def is_over(self, job: str) -> bool:
@@ -66,22 +70,38 @@ class LocalJobs:
 def embedded_ray(name: str, environment: Mapping[str, str]) -> Generator[LocalJobs]:
     """A Ray with a dashboard on 127.0.0.1, gone afterwards; `name` is what it calls this process.
 
-    Workers hold a CPU each and I/O tasks none, so four CPUs are claimed even on a smaller machine:
-    two workers train while the rest of Ray goes on.
+    Every port is a free one, so that it runs beside any other Ray of this machine: `ray.init` alone
+    would give the agent that takes jobs a fixed port. Workers hold a CPU each and I/O tasks none,
+    so four CPUs are claimed even on a smaller machine: two workers train while the rest goes on.
     """
     # no token file may be left behind that changes how another cluster of this user is reached
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    context = ray.init(
-        address="local",
-        num_cpus=max(4, os.cpu_count() or 1),
-        resources={IO_RESOURCE: 2},
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        job_config=JobConfig(metadata={"job_name": name}),
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": max(4, os.cpu_count() or 1),
+            "resources": {IO_RESOURCE: 2},
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": _free_port(),
+            "dashboard_agent_listen_port": 0,
+        },
     )
     try:
+        context = ray.init(
+            address=cluster.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            job_config=JobConfig(metadata={"job_name": name}),
+        )
         yield LocalJobs(f"http://{context.dashboard_url}", environment)
     finally:
         ray.shutdown()
+        cluster.shutdown()
+
+
+def _free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

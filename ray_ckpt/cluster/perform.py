@@ -4,6 +4,7 @@ Both ways leave the same record under `.ray_ckpt/actions/`, so `ray-ckpt ls` and
 know of it, and both are safe to interrupt and to repeat.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -83,7 +84,7 @@ def perform_on_cluster(
         RayCkptError: the action is DEAD, for the reason that its record names.
     """
     if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     catalog = open_catalog(root)
     if action.kind is ActionKind.EXPORT and _is_exported(catalog, action):
         return catalog.records.action(action)

@@ -14,8 +14,10 @@ class ResumePlan:
     """The same plan that `load` follows."""
 
     step: int | None
-    """The step to load; None starts from scratch."""
+    """The step to load; None starts from scratch, unless there is a refusal."""
     reason: str
+    refusal: str | None
+    """Why a run may not start from scratch here, although no step can be used."""
     skipped: tuple[tuple[int, str], ...]
     """Newer steps that are not used, newest first, each with the reason."""
 
@@ -28,15 +30,24 @@ def plan_resume(checkpoints: Sequence[CheckpointView]) -> ResumePlan:
             return ResumePlan(
                 step=checkpoint.step,
                 reason=f"newest {checkpoint.state} checkpoint",
+                refusal=None,
                 skipped=tuple(skipped),
             )
         if checkpoint.state not in _SILENT:
             skipped.append((checkpoint.step, _why_not(checkpoint)))
+    lost = sorted(view.step for view in checkpoints if _holds_work(view))
     return ResumePlan(
         step=None,
-        reason="no committed checkpoint is here: a new run starts",
+        reason="no committed checkpoint is here",
+        refusal=f"steps {', '.join(map(str, lost))} are here and cannot be used" if lost else None,
         skipped=tuple(skipped),
     )
+
+
+def _holds_work(checkpoint: CheckpointView) -> bool:
+    """Whether starting from scratch beside it would throw away somebody's training."""
+    is_unusable = checkpoint.state in READABLE and checkpoint.problem is not None
+    return is_unusable or checkpoint.state in (CheckpointState.FOREIGN, CheckpointState.QUARANTINED)
 
 
 def _why_not(checkpoint: CheckpointView) -> str:

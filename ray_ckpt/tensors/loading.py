@@ -8,7 +8,7 @@ from typing import Any
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.core.errors import RayCkptError, StateDictError
+from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
 from ray_ckpt.core.observation import READABLE
 from ray_ckpt.core.resume import ResumePlan, plan_resume
 from ray_ckpt.storage.catalog import Catalog
@@ -51,10 +51,17 @@ def choose(catalog: Catalog, ranks: Ranks, step: int) -> LoadReport:
 
 
 def choose_newest(catalog: Catalog, ranks: Ranks) -> LoadReport:
-    """The newest step whose every byte was read and is as committed; damaged ones are set aside."""
+    """The newest step whose every byte was read and is as committed; damaged ones are set aside.
+
+    Raises:
+        IntegrityError: steps are here and none can be used: a run that started from scratch
+            beside them would throw them away.
+    """
     damaged: dict[int, str] = {}
     while True:
         plan, visibly_damaged = ranks.on_coordinator(lambda: _plan(catalog))
+        if plan.refusal is not None:
+            raise _refused(catalog, plan)
         for step, why in visibly_damaged.items():
             _set_aside(catalog, ranks, step, why)
         damaged.update(visibly_damaged)
@@ -102,6 +109,16 @@ def _plan(catalog: Catalog) -> tuple[ResumePlan, dict[int, str]]:
     plan = plan_resume(views)
     newer = (view for view in views if view.step > (plan.step or 0) and view.state in READABLE)
     return plan, {view.step: view.problem for view in newer if view.problem is not None}
+
+
+def _refused(catalog: Catalog, plan: ResumePlan) -> IntegrityError:
+    reasons = "; ".join(f"step-{step}: {why}" for step, why in plan.skipped)
+    return IntegrityError(
+        f"no checkpoint can be loaded: {plan.refusal} ({reasons})",
+        catalog.uri,
+        "nothing was loaded, and training did not start from scratch",
+        f"ray-ckpt adopt {catalog.uri} (foreign folders), or give this run a root of its own",
+    )
 
 
 def _fit(

@@ -40,7 +40,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_killed_worker_costs_nothing_but_time(told: dict[str, Any]) -> None:
     assert told["killed_at_step"] >= 30
-    assert told["resumed_from_step"] == 30
+    assert told["resumed_from_step"] in (30, 40)
+    assert told["resumed_from_step"] <= told["killed_at_step"]
     assert told["losses_repeated"] >= 1
     assert told["losses_identical"]
     assert told["last_loss"] < told["first_loss"]

@@ -10,7 +10,11 @@ import torch.distributed.checkpoint as dcp
 
 from ray_ckpt.cli.main import VERBS
 from ray_ckpt.cli.main import cli as command_group
+from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.manager import CheckpointManager
+from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.states import TrainingState
 from tests.cli.conftest import Answer
 from tests.roots import flip_byte, make_root, snapshot
 
@@ -267,3 +271,25 @@ def test_the_same_verbs_work_on_s3(cli: Cli, s3_root: str, tmp_path: Path) -> No
     assert rows[-1]["exports"] == ["hf-bf16"]
     assert cli("undo", s3_root, 10).code == 0
     assert open_catalog(s3_root).damage(10) == []
+
+
+def test_a_root_of_foreign_folders_is_no_place_to_start_from_scratch(cli: Cli, root: str) -> None:
+    (Path(root) / "step-5").mkdir(parents=True)
+    (Path(root) / "step-5" / ".metadata").write_bytes(b"torn")
+    answer = cli("resume-plan", root)
+    assert answer.code == 1
+    assert "refuse to start from scratch: steps 5 are here and cannot be used" in answer.out
+    before = snapshot(f"{root}/step-5")
+    with pytest.raises(IntegrityError, match="training did not start from scratch"):
+        load(root)
+    assert snapshot(f"{root}/step-5") == before
+
+
+def load(root: str) -> None:
+    """What a trainer does first."""
+    model = torch.nn.Linear(2, 2)
+    manager = CheckpointManager(root, TrainingState(model=ModelWrapper(model)))
+    try:
+        manager.load()
+    finally:
+        manager.close()

@@ -26,7 +26,8 @@ def test_the_newest_readable_step_is_chosen() -> None:
 def test_an_empty_root_starts_from_scratch() -> None:
     plan = plan_resume([])
     assert (plan.step, plan.skipped) == (None, ())
-    assert "a new run starts" in plan.reason
+    assert "no committed checkpoint" in plan.reason
+    assert plan.refusal is None
 
 
 def test_newer_steps_that_cannot_be_used_are_named_newest_first() -> None:

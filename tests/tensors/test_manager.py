@@ -175,12 +175,13 @@ def test_a_step_whose_manifest_cannot_be_read_is_passed_over_and_refused_by_numb
     assert (report.step, [step for step, _ in report.skipped]) == (9, [12])
 
 
-def test_all_steps_damaged_start_a_new_run_and_say_so(saved_root: Path) -> None:
+def test_when_all_steps_are_damaged_no_run_starts_from_scratch_beside_them(
+    saved_root: Path,
+) -> None:
     for step in STEPS:
         _flip(saved_root / names.step_dir(step) / "__0_0.distcp")
-    report = run(train, str(saved_root), 0, NEVER)[0].report
-    assert report.step == 0
-    assert [step for step, _ in report.skipped] == sorted(STEPS, reverse=True)
+    with pytest.raises(AssertionError, match="training did not start from scratch"):
+        run(train, str(saved_root), 0, NEVER)
 
 
 def test_a_step_that_is_not_there_is_refused_by_number(saved_root: Path) -> None:
