@@ -86,13 +86,7 @@ def train_worker(values: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = get_device()
-    torch.manual_seed(config.seed)
-    model = Decoder(config.model, VOCAB_SIZE).to(device)
-    init_weights(model)
-    mesh = init_device_mesh(device.type, (world_size,))
-    for block in model.layers.values():
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = make_model(config, device, world_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     warm_up = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / config.warmup_steps))
     text = standard_library_text(config.data.max_bytes)
@@ -121,27 +115,44 @@ def train_worker(values: dict[str, Any]) -> None:
     for step in range(loaded.step + 1, config.steps + 1):
         started = time.perf_counter()
         batch = windows.next_batch(config.batch_size, rank=rank, world_size=world_size).to(device)
-        logits = model(batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
+        loss = train_step(model, batch, optimizer)
         warm_up.step()
-        optimizer.zero_grad()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        value = mean.item() / world_size
         progress.step, progress.num_samples = step, windows.num_samples
         is_last = step == config.steps
-        checkpoints.save(step, last_step=is_last, metrics={"loss": value})
+        checkpoints.save(step, last_step=is_last, metrics={"loss": loss})
         time.sleep(max(0.0, config.min_step_s - (time.perf_counter() - started)))
         if rank == 0:
-            reporter.progress(step=step, loss=value, step_s=time.perf_counter() - started)
-            log.info("step %d/%d loss %.6f", step, config.steps, value)
+            reporter.progress(step=step, loss=loss, step_s=time.perf_counter() - started)
+            log.info("step %d/%d loss %.6f", step, config.steps, loss)
         if is_last or step % config.report_every_steps == 0:
-            ray.train.report({"step": step, "loss": value})
+            ray.train.report({"step": step, "loss": loss})
     checkpoints.close()
     if rank == 0:
         reporter.progress(done=True)
+
+
+def make_model(config: TrainConfig, device: torch.device, world_size: int) -> Decoder:
+    """The model, initialised from the seed alone and sharded over all ranks."""
+    torch.manual_seed(config.seed)
+    model = Decoder(config.model, VOCAB_SIZE).to(device)
+    init_weights(model)
+    mesh = init_device_mesh(device.type, (world_size,))
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def train_step(model: Decoder, batch: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """The mean loss over all ranks, before the step that was made; batch is [samples, seq + 1]."""
+    logits = model(batch[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    return mean.item() / dist.get_world_size()
 
 
 def make_assets(model: DecoderConfig) -> HfAssets:

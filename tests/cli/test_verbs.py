@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,3 +294,20 @@ def load(root: str) -> None:
         manager.load()
     finally:
         manager.close()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("variable", "value", "code"),
+    [("AWS_SECRET_ACCESS_KEY", "wrong", 4), ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", 3)],
+)
+def test_scripts_can_tell_a_refusal_from_an_outage(
+    s3_root: str, variable: str, value: str, code: int
+) -> None:
+    command = [sys.executable, "-m", "ray_ckpt", "ls", s3_root]
+    done = subprocess.run(
+        command, env={**os.environ, variable: value}, capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == code, done.stderr
+    assert "do:" in done.stderr
+    assert "Traceback" not in done.stderr
