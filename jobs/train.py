@@ -26,15 +26,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from jobs.command import parse, run_job
 from jobs.corpus import EOS_ID, VOCAB_SIZE, Windows, standard_library_text, tokenizer_files
 from jobs.decoder import Decoder, DecoderConfig, hf_config, init_weights
+from ray_ckpt import (
+    CheckpointManager,
+    HfAssets,
+    LifecyclePolicy,
+    ModelWrapper,
+    Run,
+    SaveConfig,
+    TrainingState,
+)
 from ray_ckpt.cluster.connect import start_manager_job
 from ray_ckpt.cluster.train import Reporter, run_owner
-from ray_ckpt.core.config import LifecyclePolicy, SaveConfig, build
+from ray_ckpt.core.config import build
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
-from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
-from ray_ckpt.tensors.model_wrapper import ModelWrapper
-from ray_ckpt.tensors.states import TrainingState, TrainState
+from ray_ckpt.tensors.states import TrainState
 
 log = logging.getLogger("jobs.train")
 

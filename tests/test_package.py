@@ -9,14 +9,17 @@ import ray_ckpt
 
 PUBLIC = [
     "CheckpointManager",
+    "HfAssets",
     "LifecyclePolicy",
     "ModelConverter",
     "ModelWrapper",
     "RayCkptError",
+    "Run",
     "SaveConfig",
     "StateDictAdapter",
     "StateDictMode",
     "StateDictTransforms",
+    "TrainingState",
 ]
 LIGHT_IMPORTS = """
 import sys
