@@ -57,9 +57,8 @@ class Manager:
         self._seen: dict[int, CheckpointState] = {}
         self._progress: dict[str, Any] = {}
         self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
-        self._status: dict[str, Any] = {"root": root, "rounds": 0, "problems": [], "actions": []}
+        self._status: dict[str, Any] = {"root": root, "rounds": 0, "problems": []}
         self._wake = threading.Event()
-        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="reconcile", daemon=True)
         self._thread.start()
 
@@ -86,16 +85,10 @@ class Manager:
             "losses": list(self._losses),
         }
 
-    def stop(self) -> None:
-        """No further round; tasks in flight are let go and run again under the next manager."""
-        self._stop.set()
-        self._wake.set()
-        self._thread.join(timeout=10)
-
     # ---- the loop ----
 
     def _loop(self) -> None:
-        while not self._stop.is_set():
+        while True:
             try:
                 self._round(time.time())
             except Exception as error:

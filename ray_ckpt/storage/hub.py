@@ -5,7 +5,7 @@ message carries the content's id, which is looked for before anything is sent: a
 answer was lost is found, not made again.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,13 @@ _CURES: dict[type[StorageError], str] = {
 }
 
 
-def publish_to_hub(folder: Path, manifest: Manifest, destination: str) -> tuple[str, int]:
-    """Location and bytes sent; the branch holds exactly the files of `folder`, in one commit.
+def publish_to_hub(
+    fill: Callable[[], Path], manifest: Manifest, destination: str
+) -> tuple[str, int]:
+    """Location and bytes sent; the branch holds exactly the files of a folder, in one commit.
+
+    `fill` gives the folder; it is called once the Hub has said that the content is not there yet
+    and that this token may write.
 
     Raises:
         AuthorizationError, ObjectNotFoundError, TransientError, StorageFullError
@@ -59,7 +64,7 @@ def publish_to_hub(folder: Path, manifest: Manifest, destination: str) -> tuple[
         if commit is not None:
             api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
             return location, 0
-        commit = _commit(api, repository, branch, folder=folder, manifest=manifest)
+        commit = _commit(api, repository, branch, folder=fill(), manifest=manifest)
         api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
     return location, manifest.total_bytes
 

@@ -77,11 +77,15 @@ def _publish_to_root(catalog: Catalog, export: ExportView, destination: str) -> 
 
 def _publish_to_hub(catalog: Catalog, export: ExportView, destination: str) -> Published:
     staging = catalog.commit.staging(f"publish-{uuid.uuid4().hex}")
-    folder = names.export_dir(export.name, export.step)
-    try:
+
+    def fill() -> Path:
+        folder = names.export_dir(export.name, export.step)
         copy_files(catalog.store, folder, export.manifest.files, staging)
         (staging / names.MANIFEST).write_bytes(export.manifest.to_json())
-        location, bytes_sent = publish_to_hub(staging, export.manifest, destination)
+        return staging
+
+    try:
+        location, bytes_sent = publish_to_hub(fill, export.manifest, destination)
     finally:
         catalog.commit.discard(staging)
     return Published(location=location, bytes_sent=bytes_sent)

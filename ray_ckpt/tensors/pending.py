@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.core.errors import RayCkptError, SaveError
+from ray_ckpt.tensors.ranks import ours, sentence
 
 
 class PendingSave:
@@ -65,14 +66,12 @@ def _cause(error: BaseException, step: int) -> RayCkptError:
     """The error that was meant: ours if any rank raised one, else a SaveError that names it."""
     if isinstance(error, RayCkptError):
         return error
+    text = repr(error)
     if isinstance(error, CheckpointException):
-        ours = [e for e, _ in error.failures.values() if isinstance(e, RayCkptError)]
-        if ours:
-            return ours[0]
-        failures = {rank: repr(cause) for rank, (cause, _) in error.failures.items()}
-        text = ", ".join(f"rank {rank}: {cause}" for rank, cause in failures.items())
-    else:
-        text = repr(error)
+        meant = ours(error)
+        if meant is not None:
+            return meant
+        text = sentence(error)
     return SaveError(
         f"the save of step-{step} failed: {text}",
         f"step-{step}",

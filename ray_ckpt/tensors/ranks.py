@@ -6,6 +6,9 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ray_ckpt.core.errors import RayCkptError
 
 T = TypeVar("T")
 
@@ -13,6 +16,21 @@ T = TypeVar("T")
 def expect_one_process() -> None:
     """Torch's warning that one process saves or loads alone is not shown: it was asked for."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+
+def causes(error: CheckpointException) -> dict[int, BaseException]:
+    """What each rank that failed in a collective DCP call really raised."""
+    return {rank: cause for rank, (cause, _) in error.failures.items()}
+
+
+def ours(error: CheckpointException) -> RayCkptError | None:
+    """The first of our own errors among the ranks': it says more than torch's wrapping."""
+    return next((c for c in causes(error).values() if isinstance(c, RayCkptError)), None)
+
+
+def sentence(error: CheckpointException) -> str:
+    """Which rank failed, and with what."""
+    return ", ".join(f"rank {rank}: {cause!r}" for rank, cause in causes(error).items())
 
 
 class Ranks:

@@ -22,7 +22,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
-from ray_ckpt.tensors.ranks import expect_one_process
+from ray_ckpt.tensors.ranks import causes, expect_one_process, ours, sentence
 
 _BUFFER_BYTES = 1 << 16
 
@@ -89,12 +89,11 @@ def load_into(
 
 def _cause(error: CheckpointException, step: str) -> RayCkptError:
     """The error that was meant: torch's derives from BaseException and passes every handler."""
-    causes = {rank: cause for rank, (cause, _) in error.failures.items()}
-    ours = [cause for cause in causes.values() if isinstance(cause, RayCkptError)]
-    if ours:
-        return ours[0]
-    text = ", ".join(f"rank {rank}: {cause!r}" for rank, cause in causes.items())
-    if all(isinstance(cause, ValueError) for cause in causes.values()):
+    meant = ours(error)
+    if meant is not None:
+        return meant
+    text = sentence(error)
+    if all(isinstance(cause, ValueError) for cause in causes(error).values()):
         return StateDictError(
             f"{step} does not fit the model: {text}",
             safe="no tensor was read, the model is as it was",
