@@ -3,7 +3,8 @@
 ray job submit --working-dir . -- python -m jobs.export root=/runs/a step=500 name=hf-bf16
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.perform import perform_on_cluster
@@ -26,6 +27,10 @@ class ExportConfig:
     """Folder under `exports/`."""
     dtype: Dtype = "bfloat16"
     """What floating-point tensors are cast to."""
+    flavors: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Converter to what it is exported as: `flavors.lora=peft`."""
+    allow_non_finite: bool = False
+    """Also with NaN or Inf in the weights."""
     to: str | None = None
     """Also publish it there: `/path`, `s3://bucket/prefix` or `hf://org/repo`."""
 
@@ -34,7 +39,12 @@ def main() -> None:
     """Ask the run's manager, and wait."""
     config = parse(ExportConfig, __doc__)
     catalog = open_catalog(config.root)
-    spec = ExportSpec(name=config.name, dtype=config.dtype)
+    spec = ExportSpec(
+        name=config.name,
+        dtype=config.dtype,
+        flavors=config.flavors,
+        allow_non_finite=config.allow_non_finite,
+    )
     checkpoint = catalog.checkpoint(config.step)
     action = export_action(checkpoint, spec)
     perform_on_cluster(catalog.uri, action, address="auto", told=print)

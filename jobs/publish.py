@@ -4,7 +4,6 @@ ray job submit --working-dir . -- python -m jobs.publish root=/r step=500 name=h
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.perform import perform_on_cluster
@@ -32,8 +31,7 @@ def main() -> None:
     config = parse(PublishConfig, __doc__)
     catalog = open_catalog(config.root)
     recipe = catalog.export(config.name, config.step).manifest.lineage.recipe
-    dtype: Any = recipe["dtype"]
-    spec = ExportSpec(name=config.name, dtype=dtype)
+    spec = ExportSpec.of_recipe(recipe)
     action = publish_action(catalog.checkpoint(config.step), spec, config.to)
     record = perform_on_cluster(catalog.uri, action, address="auto", told=print)
     print(record.result["location"])

@@ -55,7 +55,7 @@ def main() -> None:
     catalog = open_catalog(config.root)
     export = catalog.export(config.name, config.step)
     checkpoint = catalog.manifest(config.step)
-    assert checkpoint.model is not None, "an export's checkpoint names its model"
+    assert checkpoint.model and checkpoint.model.family, "an export's checkpoint names its model"
     native = Decoder(config.model, VOCAB_SIZE)
     weights = read_tensors(catalog, checkpoint, checkpoint.model.keys)
 

@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,14 +31,16 @@ from ray_ckpt import (
     CheckpointManager,
     HfAssets,
     LifecyclePolicy,
+    LoadConfig,
     ModelWrapper,
     Run,
     SaveConfig,
     TrainingState,
 )
 from ray_ckpt.cluster.connect import start_manager_job
-from ray_ckpt.cluster.train import Reporter, run_owner
-from ray_ckpt.core.config import build
+from ray_ckpt.cluster.train import NodeWatch, Reporter, run_owner
+from ray_ckpt.core.config import at_least, build
+from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
@@ -74,16 +77,32 @@ class TrainConfig:
     """Of weights and data order."""
     num_workers: int = 2
     """Processes that train; one a GPU where there are some."""
+    min_workers: int | None = None
+    """Train with as few as this while nodes are missing; None waits for `num_workers`."""
+    resize_every_s: float = 60.0
+    """With `min_workers`: seconds between two looks for nodes that were added."""
+    worker_resources: Mapping[str, float] | None = None
+    """What Ray reserves for each worker; None is Ray Train's choice, one CPU or one GPU."""
     max_failures: int = 3
     """Worker deaths after which Ray Train gives up."""
     min_step_s: float = 0.0
     """Shortest time of a step; slows a run down so that a person can watch it."""
     report_every_steps: int = 10
-    """Steps between two metrics reports to Ray Train; the manager hears of every step."""
+    """Steps between two metrics reports to Ray Train, which tells then whether a node is about to
+    be taken away; the manager hears of every step."""
     model: DecoderConfig = field(default_factory=DecoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     lifecycle: LifecyclePolicy = field(default_factory=LifecyclePolicy)
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, num_workers=self.num_workers, min_workers=self.min_workers)
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ConfigError(
+                f"min_workers is {self.min_workers}, more than num_workers, {self.num_workers}",
+                "min_workers",
+            )
 
 
 def train_worker(values: dict[str, Any]) -> None:
@@ -111,9 +130,10 @@ def train_worker(values: dict[str, Any]) -> None:
         ),
         config=config.save,
         assets=make_assets(config.model),
-        run=Run(owner=run_owner(), policy=config.lifecycle, on_commit=reporter.committed),
+        run=Run(owner=run_owner(), policy=config.lifecycle, on_event=reporter.saved),
     )
-    loaded = checkpoints.load()
+    loaded = checkpoints.load(config=config.load)
+    nodes = NodeWatch()
     pids = [None] * world_size
     dist.all_gather_object(pids, os.getpid(), group=dist.new_group(backend="gloo"))
     if rank == 0:
@@ -133,6 +153,10 @@ def train_worker(values: dict[str, Any]) -> None:
             log.info("step %d/%d loss %.6f", step, config.steps, loss)
         if is_last or step % config.report_every_steps == 0:
             ray.train.report({"step": step, "loss": loss})
+            if config.save.listen and nodes.are_leaving():
+                checkpoints.request_save()
+        if checkpoints.stop_reason is not None:
+            break
     checkpoints.close()
     if rank == 0:
         reporter.progress(done=True)
@@ -176,6 +200,32 @@ def make_assets(model: DecoderConfig) -> HfAssets:
     )
 
 
+def make_trainer(
+    config: TrainConfig, worker: Callable[[dict[str, Any]], None], *, name: str
+) -> TorchTrainer:
+    """What runs `worker` in every process; `name` is equal for all its restarts."""
+    fewest = config.num_workers if config.min_workers is None else config.min_workers
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= fewest
+    is_elastic = fewest < config.num_workers
+    return TorchTrainer(
+        worker,
+        train_loop_config=asdict(config),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(fewest, config.num_workers) if is_elastic else config.num_workers,
+            elastic_resize_monitor_interval_s=config.resize_every_s,
+            resources_per_worker=dict(config.worker_resources) if config.worker_resources else None,
+            use_gpu=use_gpu,
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            # Ray Train's own notes; no checkpoint is ever given to it
+            storage_path=tempfile.mkdtemp(prefix="ray_train-"),
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+
+
 def main() -> None:
     """Start the run's manager, train, and say where the checkpoints are."""
     config = parse(TrainConfig, __doc__)
@@ -186,20 +236,7 @@ def main() -> None:
     Lease(catalog.store, "trainer", owner=name).wait_until_free()
     ray.init(address="auto")
     start_manager_job(config.root)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= config.num_workers
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=asdict(config),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
-        run_config=ray.train.RunConfig(
-            name=name,
-            # Ray Train's own notes; no checkpoint is ever given to it
-            storage_path=tempfile.mkdtemp(prefix="ray_train-"),
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-        ),
-    )
-    trainer.fit()
+    make_trainer(config, train_worker, name=name).fit()
     print(f"training is done; its checkpoints: ray-ckpt ls {catalog.uri}")
 
 

@@ -8,24 +8,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_ckpt.core.config import LifecyclePolicy, SaveConfig
+    from ray_ckpt.core.config import LifecyclePolicy
     from ray_ckpt.core.errors import RayCkptError
+    from ray_ckpt.core.loading import FromScratch, FromSources, FromWeights, LoadConfig, Source
+    from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
     from ray_ckpt.tensors.adapters import StateDictAdapter
     from ray_ckpt.tensors.converters import ModelConverter
-    from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
+    from ray_ckpt.tensors.manager import CheckpointManager
     from ray_ckpt.tensors.model_wrapper import ModelWrapper, StateDictMode
+    from ray_ckpt.tensors.run import HfAssets, Run
     from ray_ckpt.tensors.states import TrainingState
     from ray_ckpt.tensors.transforms import StateDictTransforms
 
 __all__ = [
     "CheckpointManager",
+    "Everything",
+    "FromScratch",
+    "FromSources",
+    "FromWeights",
     "HfAssets",
+    "HuggingFace",
     "LifecyclePolicy",
+    "LoadConfig",
     "ModelConverter",
+    "ModelOnly",
     "ModelWrapper",
     "RayCkptError",
     "Run",
     "SaveConfig",
+    "Source",
     "StateDictAdapter",
     "StateDictMode",
     "StateDictTransforms",
@@ -34,13 +45,21 @@ __all__ = [
 
 _HOME = {
     "CheckpointManager": "ray_ckpt.tensors.manager",
-    "HfAssets": "ray_ckpt.tensors.manager",
+    "Everything": "ray_ckpt.core.saving",
+    "FromScratch": "ray_ckpt.core.loading",
+    "FromSources": "ray_ckpt.core.loading",
+    "FromWeights": "ray_ckpt.core.loading",
+    "HfAssets": "ray_ckpt.tensors.run",
+    "HuggingFace": "ray_ckpt.core.saving",
     "LifecyclePolicy": "ray_ckpt.core.config",
+    "LoadConfig": "ray_ckpt.core.loading",
     "ModelConverter": "ray_ckpt.tensors.converters",
+    "ModelOnly": "ray_ckpt.core.saving",
     "ModelWrapper": "ray_ckpt.tensors.model_wrapper",
     "RayCkptError": "ray_ckpt.core.errors",
-    "Run": "ray_ckpt.tensors.manager",
-    "SaveConfig": "ray_ckpt.core.config",
+    "Run": "ray_ckpt.tensors.run",
+    "SaveConfig": "ray_ckpt.core.saving",
+    "Source": "ray_ckpt.core.loading",
     "StateDictAdapter": "ray_ckpt.tensors.adapters",
     "StateDictMode": "ray_ckpt.tensors.model_wrapper",
     "StateDictTransforms": "ray_ckpt.tensors.transforms",

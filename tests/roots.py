@@ -8,9 +8,11 @@ import torch
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, init_weights
 from jobs.train import make_assets
-from ray_ckpt.core.config import LifecyclePolicy, SaveConfig
-from ray_ckpt.tensors.manager import CheckpointManager, Run
+from ray_ckpt.core.config import LifecyclePolicy
+from ray_ckpt.core.saving import SaveConfig
+from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.run import Run
 from ray_ckpt.tensors.states import TrainingState
 
 TINY = DecoderConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=64)

@@ -1,25 +1,167 @@
+"""What the README shows is run, and what it names is there."""
+
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from ray_ckpt.cli.main import VERBS
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from ray_ckpt.cli.main import VERBS, cli
+from ray_ckpt.storage.backends import open_catalog
+from tests.waiting import wait_for
 
 README = Path("README.md").read_text()
+STEPS = 3
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_blocks_run() -> None:
-    assert blocks("python")
-    for block in blocks("python"):
-        shutil.rmtree("/tmp/ray_ckpt-readme", ignore_errors=True)
-        subprocess.run([sys.executable, "-c", block], check=True, timeout=60)
-        assert Path("/tmp/ray_ckpt-readme/step-4/ray_ckpt.manifest.json").is_file()
-        shutil.rmtree("/tmp/ray_ckpt-readme")
+def program(name: str, folder: Path) -> Path:
+    """The block that begins with its name, as a file."""
+    (text,) = [block for block in blocks("python") if block.startswith(f"# {name}\n")]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def apply(diff: str, text: str) -> str:
+    """`text` with the lines of `diff` changed; each of its parts begins with a line of `text`."""
+    for part in diff.split("...\n"):
+        lines = part.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if not line.startswith("+"))
+        assert text.count(old) == 1, old
+        text = text.replace(old, "".join(line[1:] or "\n" for line in lines if line[:1] != "-"))
+    return text
+
+
+def run(*command: str, **environment: str) -> str:
+    """What it printed; a failure shows it."""
+    done = subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def ray_ckpt(line: str, **words: str) -> Path:
+    """The folder that this line of the README prints, with values for its words."""
+    assert f"`{line}`" in README
+    arguments = [words.get(word, word) for word in line.split()[1:]]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return Path(result.stdout.strip())
+
+
+def steps_of(root: str) -> list[int]:
+    """Every committed step."""
+    return sorted(view.step for view in open_catalog(root).observe().checkpoints)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """A tiny model with random weights, as `save_pretrained` writes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_the_training_loop_runs() -> None:
+    (block,) = [block for block in blocks("python") if not block.startswith("# ")]
+    shutil.rmtree("/tmp/ray_ckpt-readme", ignore_errors=True)
+    run(sys.executable, "-c", block)
+    assert Path("/tmp/ray_ckpt-readme/step-4/ray_ckpt.manifest.json").is_file()
+    shutil.rmtree("/tmp/ray_ckpt-readme")
+
+
+@pytest.mark.slow
+def test_the_torchrun_recipe_resumes_and_saves_before_it_is_killed(
+    tmp_path: Path, root: str
+) -> None:
+    path = str(program("fsdp.py", tmp_path))
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    launch = (torchrun, "--standalone", "--nproc-per-node", "2", path, root)
+    assert f"`{Path(torchrun).name} {' '.join(launch[1:4])} fsdp.py" in README
+    run(*launch, "3")
+    with subprocess.Popen((*launch, "1000000"), stderr=subprocess.DEVNULL) as again:
+        try:
+            wait_for(lambda: any(step >= 100 for step in steps_of(root)))
+        finally:
+            again.terminate()
+    first, *scheduled, last = steps_of(root)
+    assert first == 3
+    assert all(step % 100 == 0 for step in scheduled)
+    assert last % 100 != 0
+    assert open_catalog(root).manifest(last).lineage.resumed_from == 3
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_ray_recipe_starts_from_a_folder_and_ends_in_one(
+    tmp_path: Path, root: str, base: str, ray_cluster: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = program("finetune.py", tmp_path)
+    run(sys.executable, str(path), base, root, str(STEPS), RAY_ADDRESS=ray_cluster)
+    folder = ray_ckpt("ray-ckpt export ROOT --step 1000", ROOT=root, **{"1000": str(STEPS)})
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict()
+        for path in (base, folder)
+    )
+    assert set(before) == set(after)
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert 0 < moved < 0.01  # a few steps of AdamW away from where it started
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers for an old name
+def test_the_lora_recipe_saves_an_adapter_that_peft_loads(
+    tmp_path: Path, root: str, base: str, ray_cluster: str
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path = program("finetune.py", tmp_path)
+    (diff,) = blocks("diff")
+    path.write_text(apply(diff, path.read_text()))
+    run(sys.executable, str(path), base, root, str(STEPS), RAY_ADDRESS=ray_cluster)
+    line = "ray-ckpt export ROOT --step 1000 --as lora=peft"
+    folder = ray_ckpt(line, ROOT=root, **{"1000": str(STEPS)})
+    weights: dict[str, Any] = load_file(folder / "adapter_model.safetensors")
+    assert {name.split(".")[-2] for name in weights} == {"lora_A", "lora_B"}
+    assert all(0 < float(w.abs().max()) < 0.01 for n, w in weights.items() if "lora_B" in n)
+    ids = torch.arange(8)[None]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        plain = model(ids).logits
+        tuned = PeftModel.from_pretrained(model, str(folder))(ids).logits
+    assert 0 < float((tuned - plain).abs().max()) < 0.1
 
 
 def test_every_verb_is_in_the_table() -> None:

@@ -1,8 +1,11 @@
-"""Verbs that change something: adopt, export, publish, pin, unpin, purge, undo."""
+"""Verbs that change something: adopt, export, publish, pin, unpin, purge, undo, save-now."""
 
 import getpass
 import os
 import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,9 +22,10 @@ from ray_ckpt.cli.output import (
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import Dtype, KeepConfig
-from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.errors import ConfigError, ForeignFolderError, IntegrityError, UsageError
 from ray_ckpt.core.reconcile import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.lease import holder_of
 
 _NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
 
@@ -29,46 +33,97 @@ _NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float3
 @click.command()
 @root_argument
 @click.option("--step", type=int, help="Only this folder; without it every foreign one.")
+@click.option("--family", help="The model's family, for exports: torchtitan_llama3, qwen3, ...")
+@click.option(
+    "--hf-assets", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with config.json and the tokenizer, copied beside each step for exports.",
+)  # fmt: skip
 @json_option
-def adopt(root: str, step: int | None, as_json: bool) -> None:
+def adopt(
+    root: str, step: int | None, family: str | None, hf_assets: Path | None, as_json: bool
+) -> None:
     """Take over step folders that TorchTitan, Ray Train or plain DCP wrote.
 
-    Each is checked and gets a manifest. Nothing in it is executed or changed.
+    Each is checked and gets a manifest; one that cannot be taken over is named and left alone.
+    Nothing in it is executed or changed.
     """
     from ray_ckpt.tensors.adopt import adopt_step, foreign_steps
 
     catalog = open_root(root)
-    adopted = [
-        adopt_step(catalog, s) for s in ([step] if step is not None else foreign_steps(catalog))
-    ]
-    document = [{"step": m.step, "bytes": m.total_bytes, "files": len(m.files)} for m in adopted]
+    assets = _assets(hf_assets)
+    document: list[dict[str, Any]] = []
+    for number in foreign_steps(catalog) if step is None else [step]:
+        try:
+            m = adopt_step(catalog, number, family=family, assets=assets)
+            document.append({"step": m.step, "bytes": m.total_bytes, "files": len(m.files)})
+        except (ForeignFolderError, IntegrityError) as error:
+            if step is not None:
+                raise
+            document.append({"step": number, "refused": error.what})
+    emit(document, as_json=as_json, render=lambda: _print_adopted(document))
+    if any("refused" in row for row in document):
+        sys.exit(1)
 
-    def render() -> None:
-        for row in document:
+
+def _print_adopted(document: list[dict[str, Any]]) -> None:
+    for row in document:
+        if "refused" in row:
+            click.echo(f"step-{row['step']} stays foreign: {row['refused']}")
+        else:
             size = human_bytes(row["bytes"])
             click.echo(f"step-{row['step']} is committed now: {row['files']} files, {size}")
-        if not document:
-            click.echo("no foreign step folder is here")
+    if not document:
+        click.echo("no foreign step folder is here")
 
-    emit(document, as_json=as_json, render=render)
+
+def _assets(folder: Path | None) -> dict[str, bytes]:
+    """JSON, text and tokenizer models of a Hugging Face folder; never its weights."""
+    if folder is None:
+        return {}
+    suffixes = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.suffix in suffixes and not path.name.endswith(".index.json")
+    }
 
 
 @click.command()
 @root_argument
 @step_option
-@click.option("--name", help="Folder under exports/; by default hf- and the dtype, as in hf-bf16.")
+@click.option(
+    "--name", help="Folder under exports/; by default form and dtype: hf-bf16, peft-hf-bf16."
+)
 @click.option(
     "--dtype", type=click.Choice(list(_NAMES)), default="bfloat16", show_default=True,
     help="What floating-point tensors are cast to.",
 )  # fmt: skip
+@click.option(
+    "--as", "forms", multiple=True, metavar="CONVERTER=FLAVOR",
+    help="In which form a converter is exported, as in lora=peft. Repeatable.",
+)  # fmt: skip
+@click.option("--allow-non-finite", is_flag=True, help="Also with NaN or Inf in the weights.")
 @click.option("--to", "destination", help="Also publish it there: /path, s3://..., hf://org/repo.")
 @json_option
 def export(
-    root: str, step: int, name: str | None, dtype: Dtype, destination: str | None, as_json: bool
+    root: str,
+    step: int,
+    name: str | None,
+    dtype: Dtype,
+    forms: tuple[str, ...],
+    allow_non_finite: bool,
+    destination: str | None,
+    as_json: bool,
 ) -> None:
     """Make a Hugging Face folder of one checkpoint: ROOT/exports/NAME/step-N."""
     catalog = open_root(root)
-    spec = ExportSpec(name=name or _NAMES[dtype], dtype=dtype)
+    flavors = _flavors(forms)
+    spec = ExportSpec(
+        name=name or "-".join((*flavors.values(), _NAMES[dtype])),
+        dtype=dtype,
+        flavors=flavors,
+        allow_non_finite=allow_non_finite,
+    )
     if not names.is_word(spec.name):
         raise ConfigError(f"{spec.name!r} cannot be a folder name", "--name")
     view = catalog.checkpoint(step)
@@ -98,9 +153,9 @@ def publish(root: str, step: int, name: str, destination: str, as_json: bool) ->
     """Copy one export to another place: all of it or none of it, and only once."""
     catalog = open_root(root)
     found = catalog.export(name, step)
-    dtype: Any = found.manifest.lineage.recipe.get("dtype", "bfloat16")
     view = catalog.checkpoint(step)
-    action = publish_action(view, ExportSpec(name=name, dtype=dtype), destination)
+    spec = ExportSpec.of_recipe(found.manifest.lineage.recipe)
+    action = publish_action(view, spec, destination)
     record = _perform(catalog, action)
     document = {"step": step, "name": name, "destination": destination, **record.result}
     emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
@@ -184,6 +239,29 @@ def undo(root: str, step: int, as_json: bool) -> None:
     )
 
 
+@click.command()
+@root_argument
+@json_option
+def save_now(root: str, as_json: bool) -> None:
+    """Ask the trainer that writes to ROOT to save at its next step."""
+    catalog = open_root(root)
+    trainer = holder_of(catalog.store, "trainer")
+    if trainer is None:
+        raise UsageError(
+            "no trainer writes here now: nobody holds the lease",
+            catalog.uri,
+            "nothing was asked for; every committed step is as it was",
+            f"ray-ckpt ls {catalog.uri}    (shows what was saved)",
+        )
+    catalog.records.ask_to_save()
+    document = {"asked": True, "host": trainer.host, "pid": trainer.pid}
+    text = (
+        f"asked: process {trainer.pid} on {trainer.host} looks every few seconds and saves at its "
+        f"next step, unless its SaveConfig.listen is off; then see: ray-ckpt ls {catalog.uri}"
+    )
+    emit(document, as_json=as_json, render=lambda: click.echo(text))
+
+
 def _perform(catalog: Catalog, action: Action) -> ActionRecord:
     """On the cluster that RAY_ADDRESS names, else in this process."""
     from ray_ckpt.cluster.perform import ensure_verified, perform_here, perform_on_cluster
@@ -194,6 +272,20 @@ def _perform(catalog: Catalog, action: Action) -> ActionRecord:
         return perform_on_cluster(catalog.uri, action, address=address, told=told)
     ensure_verified(catalog, catalog.checkpoint(action.step))
     return perform_here(catalog, action)
+
+
+def _flavors(forms: Sequence[str]) -> dict[str, str]:
+    """Converter to flavor, from `CONVERTER=FLAVOR` words."""
+    pairs = [form.partition("=") for form in forms]
+    wrong = [form for form, (name, _, flavor) in zip(forms, pairs, strict=True) if not flavor]
+    twice = {name for name, _, _ in pairs if [pair[0] for pair in pairs].count(name) > 1}
+    if wrong or twice:
+        raise ConfigError(
+            f"expected one CONVERTER=FLAVOR a converter, got {' '.join(forms)}",
+            "--as",
+            do="write --as lora=peft",
+        )
+    return {name: flavor for name, _, flavor in pairs}
 
 
 def _user() -> str:

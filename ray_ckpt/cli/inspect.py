@@ -17,6 +17,7 @@ from ray_ckpt.cli.output import (
 )
 from ray_ckpt.core import names
 from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.storage.digests import find_damage
@@ -75,7 +76,11 @@ def show(root: str, step: int, as_json: bool) -> None:
             ("size", human_bytes(manifest.total_bytes)),
             ("files", str(len(manifest.files))),
             ("tensors", str(len(manifest.tensors))),
-            ("model", manifest.model.family if manifest.model else "-"),
+            ("holds", manifest.holds),
+            ("model", (manifest.model.family if manifest.model else None) or "-"),
+            ("converters", _converters(manifest)),
+            ("needs", ", ".join(f"{n.name} ({n.format})" for n in manifest.needs) or "-"),
+            ("NaN or Inf in", ", ".join(manifest.non_finite) or "-"),
             ("metrics", ", ".join(f"{k} {v:.6g}" for k, v in manifest.metrics.items()) or "-"),
             ("pins", ", ".join(view.pins) or "-"),
             *((a["action"], f"{a['state']} after {a['attempts']} attempt(s)") for a in actions),
@@ -149,6 +154,11 @@ def resume_plan(root: str, as_json: bool) -> None:
     emit(document, as_json=as_json, render=render)
     if chosen.refusal is not None:
         raise click.exceptions.Exit(1)
+
+
+def _converters(manifest: Manifest) -> str:
+    entries = manifest.model.converters if manifest.model else ()
+    return ", ".join(entry.name for entry in entries) or "-"
 
 
 def _finding(what: str, step: int, damage: list[str]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ VERBS = (
     act.unpin,
     act.purge,
     act.undo,
+    act.save_now,
 )
 for _verb in VERBS:
     cli.add_command(_verb)

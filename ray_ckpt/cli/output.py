@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.resume import why_unusable
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 
@@ -70,6 +71,7 @@ def step_rows(observed: Observation) -> list[dict[str, Any]]:
             "pins": list(view.pins),
             "exports": sorted(e.name for e in observed.exports if e.step == view.step),
             "copies": sorted(_copies(observed, view.step)),
+            "note": why_unusable(view),
         }
         for view in observed.checkpoints
     ]
@@ -77,7 +79,7 @@ def step_rows(observed: Observation) -> list[dict[str, Any]]:
 
 def print_steps(observed: Observation) -> None:
     """The table of `ls`."""
-    columns = ("step", "state", "size", "committed", "pins", "exports", "copies")
+    columns = ("step", "state", "size", "committed", "pins", "exports", "copies", "note")
     rows = [
         (
             str(row["step"]),
@@ -87,6 +89,7 @@ def print_steps(observed: Observation) -> None:
             ", ".join(row["pins"]) or "-",
             ", ".join(row["exports"]) or "-",
             ", ".join(row["copies"]) or "-",
+            row["note"] or "-",
         )
         for row in step_rows(observed)
     ]

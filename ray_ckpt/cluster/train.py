@@ -1,7 +1,10 @@
-"""What Ray Train's workers tell the manager: "step n is committed", and how training goes.
+"""What Ray Train's workers tell the manager, and what Ray tells them.
 
-Every call returns at once and swallows every failure: a manager that is gone must never stop or
-slow training. Nothing is lost by it, since the manager looks at storage anyway.
+    Reporter     "step n is committed", how training goes     to the manager, if there is one
+    NodeWatch    a node is about to be taken away             from Ray, through Ray Train
+
+What the reporter is called for returns at once and swallows every failure: a manager that is gone
+must never stop or slow training. Nothing is lost by it, since the manager looks at storage anyway.
 """
 
 import logging
@@ -10,6 +13,7 @@ from typing import Any
 import ray.train
 
 from ray_ckpt.cluster.connect import find_manager
+from ray_ckpt.core.events import SaveEvent
 
 log = logging.getLogger("ray_ckpt")
 
@@ -25,10 +29,13 @@ class Reporter:
         except Exception:  # training goes on without anybody to tell
             log.warning("the manager of %s cannot be reached", root, exc_info=True)
 
-    def committed(self, step: int) -> None:
-        """The manager looks at storage now instead of in a moment."""
-        self._tell("wake")
-        self._tell("report", {"last_committed_step": step})
+    def saved(self, event: SaveEvent) -> None:
+        """After a commit the manager looks at storage now instead of in a moment."""
+        if event.kind == "committed":
+            self._tell("wake")
+            self._tell("report", {"last_committed_step": event.step, "save_s": event.seconds})
+        else:
+            self._tell("report", {f"last_{event.kind}_save": f"step-{event.step}: {event.reason}"})
 
     def progress(self, **values: Any) -> None:
         """The manager shows these to people: `step`, `loss`, and what else is told."""
@@ -41,6 +48,28 @@ class Reporter:
             getattr(self._manager, method).remote(*arguments)
         except Exception:  # as above
             log.warning("the manager of %s did not take a report", self._root, exc_info=True)
+
+
+class NodeWatch:
+    """Whether nodes of this run are about to be taken away, as Ray knows it.
+
+    Ray Train runs the training function outside the main thread, where SIGTERM cannot be watched:
+    what the cloud announces reaches a worker as the drain of its node. The thing to do is to save
+    and to train on. Ray Train restarts the workers elsewhere at the deadline, but takes a training
+    function that returns, for whatever reason, for one that has finished.
+    """
+
+    def __init__(self) -> None:
+        self._known: frozenset[str] = frozenset()
+
+    def are_leaving(self) -> bool:
+        """True once for every node; all workers must ask equally often, and wait for each other."""
+        info = ray.train.get_preemption_info()
+        leaving = frozenset(info.preempted_node_ids) if info is not None else frozenset[str]()
+        new, self._known = leaving - self._known, leaving
+        if new:
+            log.warning("nodes are about to be taken away: %s", ", ".join(sorted(new)))
+        return bool(new)
 
 
 def run_owner() -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import RayCkptError, StorageFullError, TransientError
@@ -25,6 +25,18 @@ class ExportSpec:
 
     name: str
     dtype: Dtype = "bfloat16"
+    flavors: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Converter to what it is exported as, for example `{"lora": "peft"}`; each has a default."""
+    allow_non_finite: bool = False
+    """Also export a step with NaN or Inf in its weights."""
+
+    @classmethod
+    def of_recipe(cls, recipe: Mapping[str, str]) -> "ExportSpec":
+        """What was asked for when an export of this recipe was made."""
+        prefix = "flavor."
+        dtype = cast(Dtype, recipe["dtype"])
+        flavors = {k.removeprefix(prefix): v for k, v in recipe.items() if k.startswith(prefix)}
+        return cls(name=recipe["name"], dtype=dtype, flavors=flavors)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

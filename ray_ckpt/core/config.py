@@ -23,23 +23,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SaveConfig:
-    """How a training loop saves."""
-
-    every_steps: int = 500
-    """Optimizer steps between two saves."""
-    first_step: bool = False
-    """Also save after the first step."""
-    mode: Literal["sync", "async"] = "async"
-    """`async`: training goes on as soon as the state is copied to host memory."""
-    timeout_s: float = 600.0
-    """Seconds the ranks wait for each other during one save before it fails."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, every_steps=self.every_steps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportPolicy:
     """Steps that become a Hugging Face folder by themselves."""
 
@@ -51,10 +34,12 @@ class ExportPolicy:
     """Export each step that is a multiple of this."""
     last_step: bool = True
     """Export the last step of the run."""
+    flavors: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    """Converter to what it is exported as, for example `lora = "peft"`."""
 
     def __post_init__(self) -> None:
-        _a_word("export.name", self.name)
-        _at_least(1, every_steps=self.every_steps)
+        a_word("export.name", self.name)
+        at_least(1, every_steps=self.every_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +72,8 @@ class KeepConfig:
     """Seconds a purged step stays in the trash, where `ray-ckpt undo` finds it."""
 
     def __post_init__(self) -> None:
-        _at_least(2, latest=self.latest)
-        _at_least(1, every_steps=self.every_steps, best=self.best)
+        at_least(2, latest=self.latest)
+        at_least(1, every_steps=self.every_steps, best=self.best)
 
     def policies(self) -> list[Policy]:
         """The retention policies these fields stand for; none keeps everything."""
@@ -173,9 +158,11 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
 
 def _convert(expected: Any, value: Any, *, where: str) -> Any:
     origin = get_origin(expected)
-    if origin is types.UnionType:
-        inner = next(option for option in get_args(expected) if option is not type(None))
-        return None if value is None else _convert(inner, value, where=where)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in get_args(expected) if option is not type(None)]
+        if value is None:
+            return None
+        return _convert(_chosen(options, value, where), value, where=where)
     if origin is Literal:
         return _one_of(get_args(expected), value, where=where)
     if origin is tuple and isinstance(value, list | tuple):
@@ -183,9 +170,34 @@ def _convert(expected: Any, value: Any, *, where: str) -> Any:
         return tuple(
             _convert(get_args(expected)[0], v, where=f"{where}[{i}]") for i, v in enumerate(items)
         )
+    if origin is Mapping and isinstance(value, Mapping):
+        return _mapping(get_args(expected)[1], cast(Mapping[Any, Any], value), where=where)
+    if dataclasses.is_dataclass(expected) and type(value) is expected:
+        return value
     if dataclasses.is_dataclass(expected) and isinstance(value, Mapping):
         return build(cast(type[Any], expected), cast(Mapping[str, Any], value), where=where)
     return _scalar(expected, value, where=where)
+
+
+def _mapping(expected: Any, values: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
+    return {
+        _scalar(str, key, where=where): _convert(expected, value, where=f"{where}.{key}")
+        for key, value in values.items()
+    }
+
+
+def _chosen(options: Sequence[Any], value: Any, where: str) -> Any:
+    """The one option, or the dataclass among several whose `kind` the value names."""
+    if len(options) == 1:
+        return options[0]
+    for option in options:
+        if type(value) is option:
+            return option
+    kinds = {get_args(typing.get_type_hints(option)["kind"])[0]: option for option in options}
+    kind = cast(Mapping[str, Any], value).get("kind") if isinstance(value, Mapping) else value
+    if kind not in kinds:
+        raise ConfigError(f"kind is {kind!r}, none of {', '.join(map(repr, kinds))}", where)
+    return kinds[kind]
 
 
 def _one_of(options: Sequence[Any], value: Any, *, where: str) -> Any:
@@ -225,13 +237,15 @@ def _override_value(text: str) -> Any:
         return text
 
 
-def _at_least(minimum: int, **fields: int | None) -> None:
+def at_least(minimum: float, **fields: float | None) -> None:
+    """Nothing, if every field that is set is at least `minimum`; else a ConfigError names it."""
     for name, value in fields.items():
         if value is not None and value < minimum:
             raise ConfigError(f"{name} must be at least {minimum}, got {value}", name)
 
 
-def _a_word(field: str, value: str) -> None:
+def a_word(field: str, value: str) -> None:
+    """Nothing, if `value` can be part of a folder name; else a ConfigError names the field."""
     if not is_word(value):
         raise ConfigError(
             f"{value!r} cannot be part of a folder name",

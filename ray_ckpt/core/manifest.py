@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from ray_ckpt.core.errors import IntegrityError
 
@@ -55,13 +55,41 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConverterEntry:
+    """One converter that had changed the model, in order of conversion."""
+
+    name: str
+    """Name in `tensors.converters.CONVERTERS`, for example `lora`."""
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """JSON values from which an equal converter is made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
     """What an export needs to know of the model, years later and without its code."""
 
-    family: str
-    """Name of the adapter that knows the model's names, for example `llama`."""
+    family: str | None
+    """Name of the adapter that knows the model's names, for example `llama`; None if the run
+    named none, and no export is possible."""
     keys: tuple[str, ...]
     """FQNs of the model's own tensors among all tensors of the checkpoint, sorted."""
+    converters: tuple[ConverterEntry, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict[str, str])
+    """FQN that is not saved to the one whose tensor it shares."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeededSource:
+    """Where tensors lie that this checkpoint needs and does not hold: a LoRA run's base model."""
+
+    name: str
+    """Of its folder; where that lies is for the run to say."""
+    format: str
+    """`hf`, `dcp` or `peft`."""
+    owners: tuple[str, ...]
+    """Whose keys it supplies: `base`, or a converter's name."""
+    digest: str
+    """Of the names, sizes and digests of its tensor files: another model is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +102,9 @@ class Lineage:
     source_id: str | None = None
     """Content id of the checkpoint an export was made from."""
     recipe: Mapping[str, str] = field(default_factory=dict[str, str])
-    """How an export was made: its name, dtype and adapter family."""
+    """How an export was made: its name, dtype, adapter family and flavors."""
+    adopted: bool = False
+    """Whether somebody else wrote the bytes: no pickle among them is ever run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +124,12 @@ class Manifest:
     is_last_step: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    holds: Literal["everything", "model"] = "everything"
+    """`model`: weights alone; a run can start from them, and not go on."""
+    needs: tuple[NeededSource, ...] = ()
+    """What a load must take from elsewhere."""
+    non_finite: tuple[str, ...] = ()
+    """Tensors with NaN or Inf in them; such a step is unhealthy."""
 
     @property
     def total_bytes(self) -> int:
@@ -175,11 +211,39 @@ def _from_document(document: Mapping[str, Any]) -> Manifest:
         lineage=Lineage(**document["lineage"]),
         files=files,
         tensors=tensors,
-        model=ModelEntry(family=model["family"], keys=tuple(model["keys"])) if model else None,
+        model=_model_entry(model) if model else None,
         world_size=int(document["world_size"]),
         is_last_step=bool(document["is_last_step"]),
         metrics=dict(document["metrics"]),
         versions=dict(document["versions"]),
+        holds=_holds(document["holds"]),
+        needs=tuple(
+            NeededSource(
+                name=entry["name"],
+                format=entry["format"],
+                owners=tuple(entry["owners"]),
+                digest=entry["digest"],
+            )
+            for entry in document["needs"]
+        ),
+        non_finite=tuple(document["non_finite"]),
+    )
+
+
+def _holds(value: str) -> Literal["everything", "model"]:
+    if value == "everything":
+        return "everything"
+    if value == "model":
+        return "model"
+    raise ValueError(f"holds is {value!r}, expected 'everything' or 'model'")
+
+
+def _model_entry(document: Mapping[str, Any]) -> ModelEntry:
+    return ModelEntry(
+        family=document["family"],
+        keys=tuple(document["keys"]),
+        converters=tuple(ConverterEntry(**entry) for entry in document["converters"]),
+        tied=dict(document["tied"]),
     )
 
 

@@ -10,6 +10,7 @@
         run.json                       the run's id and policy
         lease/<role>-<epoch>.json      who may write; the highest epoch owns
         requests/<key>.json            what was asked for
+        save-now.json                  the trainer is asked to save at its next step
         actions/<key>.json             what became of it
         staging/<attempt>/             unfinished work, private to one attempt
         staging/step-500.begun         object stores: what lies in step-500/ is ours and unfinished
@@ -32,6 +33,7 @@ RUN = f"{PRIVATE}/run.json"
 LEASES = f"{PRIVATE}/lease"
 REQUESTS = f"{PRIVATE}/requests"
 ACTIONS = f"{PRIVATE}/actions"
+SAVE_NOW = f"{PRIVATE}/save-now.json"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"

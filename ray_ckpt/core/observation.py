@@ -24,6 +24,16 @@ class CheckpointView:
     problem: str | None = None
     """Why the step cannot be used, where its state alone does not say."""
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether no weight is NaN or Inf, as far as the save looked."""
+        return self.manifest is None or not self.manifest.non_finite
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether training can go on from it; step 0 is a seed, which needs weights alone."""
+        return self.step == 0 or self.manifest is None or self.manifest.holds == "everything"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportView:

@@ -66,14 +66,20 @@ def decide_all(observed: Observation, *, holds: dict[int, tuple[str, ...]]) -> l
     candidates = [
         Candidate(
             step=checkpoint.step,
-            is_verified=checkpoint.state is CheckpointState.VERIFIED,
-            metrics=_manifest(checkpoint).metrics,
+            is_verified=_is_way_back(checkpoint),
+            metrics=_manifest(checkpoint).metrics if checkpoint.is_healthy else {},
             pins=checkpoint.pins,
             holds=holds.get(checkpoint.step, ()),
         )
         for checkpoint in observed.readable()
     ]
     return decide(candidates, observed.policy.keep.policies())
+
+
+def _is_way_back(checkpoint: CheckpointView) -> bool:
+    """Whether a run can be trusted to go on from it: only such steps use up what is kept."""
+    is_verified = checkpoint.state is CheckpointState.VERIFIED
+    return is_verified and checkpoint.is_healthy and checkpoint.is_resumable
 
 
 def holds_of(observed: Observation) -> dict[int, tuple[str, ...]]:
@@ -149,11 +155,15 @@ def _wanted(checkpoint: CheckpointView, observed: Observation) -> _Wanted:
 
 def _due_by_policy(checkpoint: CheckpointView, observed: Observation) -> dict[str, ExportSpec]:
     due: dict[str, ExportSpec] = {}
+    if not checkpoint.is_healthy:
+        return due
     for policy in observed.policy.export:
         is_last = policy.last_step and _manifest(checkpoint).is_last_step
         is_multiple = policy.every_steps is not None and checkpoint.step % policy.every_steps == 0
         if is_last or is_multiple:
-            due[policy.name] = ExportSpec(name=policy.name, dtype=policy.dtype)
+            due[policy.name] = ExportSpec(
+                name=policy.name, dtype=policy.dtype, flavors=policy.flavors
+            )
     return due
 
 
@@ -182,7 +192,9 @@ def is_result(manifest: Manifest, action: Action) -> bool:
     recipe, spec = manifest.lineage.recipe, action.export
     if spec is None or manifest.lineage.source_id != action.source_id:
         return False
-    return (recipe.get("name"), recipe.get("dtype")) == (spec.name, spec.dtype)
+    flavors = {f"flavor.{name}": flavor for name, flavor in spec.flavors.items()}
+    wanted = {"name": spec.name, "dtype": spec.dtype, **flavors}
+    return wanted == {key: value for key, value in recipe.items() if key != "family"}
 
 
 def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:

@@ -26,10 +26,12 @@ def plan_resume(checkpoints: Sequence[CheckpointView]) -> ResumePlan:
     """The newest checkpoint that can be used."""
     skipped: list[tuple[int, str]] = []
     for checkpoint in sorted(checkpoints, key=lambda c: -c.step):
-        if checkpoint.state in READABLE and checkpoint.problem is None:
+        if checkpoint.state in READABLE and why_unusable(checkpoint) is None:
             return ResumePlan(
                 step=checkpoint.step,
-                reason=f"newest {checkpoint.state} checkpoint",
+                reason="seed checkpoint"
+                if checkpoint.step == 0
+                else f"newest {checkpoint.state} checkpoint",
                 refusal=None,
                 skipped=tuple(skipped),
             )
@@ -46,11 +48,22 @@ def plan_resume(checkpoints: Sequence[CheckpointView]) -> ResumePlan:
 
 def _holds_work(checkpoint: CheckpointView) -> bool:
     """Whether starting from scratch beside it would throw away somebody's training."""
-    is_unusable = checkpoint.state in READABLE and checkpoint.problem is not None
+    is_unusable = checkpoint.state in READABLE and why_unusable(checkpoint) is not None
     return is_unusable or checkpoint.state in (CheckpointState.FOREIGN, CheckpointState.QUARANTINED)
 
 
-def _why_not(checkpoint: CheckpointView) -> str:
+def why_unusable(checkpoint: CheckpointView) -> str | None:
+    """Why nobody resumes from a committed checkpoint; None if one can."""
     if checkpoint.problem is not None:
-        return f"{checkpoint.state}: {checkpoint.problem}"
-    return str(checkpoint.state)
+        return checkpoint.problem
+    if not checkpoint.is_resumable:
+        return "it holds the model only; start from it with FromWeights"
+    if checkpoint.manifest is not None and not checkpoint.is_healthy:
+        broken = checkpoint.manifest.non_finite
+        return f"NaN or Inf in {len(broken)} tensors, first {broken[0]}"
+    return None
+
+
+def _why_not(checkpoint: CheckpointView) -> str:
+    reason = why_unusable(checkpoint)
+    return str(checkpoint.state) if reason is None else f"{checkpoint.state}: {reason}"

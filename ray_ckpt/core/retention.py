@@ -19,6 +19,7 @@ class Candidate:
 
     step: int
     is_verified: bool
+    """Verified, and a run could go on from it: whole, healthy, with its optimizer."""
     metrics: Mapping[str, float]
     pins: tuple[str, ...] = ()
     """Names of pins; each keeps the step."""

@@ -5,6 +5,7 @@ is read from storage each time it is asked for; nothing is remembered between tw
 """
 
 import json
+import uuid
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray_ckpt.core.errors import (
     ObjectExistsError,
     StepExistsError,
     StepNotFoundError,
+    UsageError,
 )
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
@@ -222,9 +224,32 @@ class Catalog:
 
     def quarantine(self, step: int) -> None:
         """A damaged step is out of every reader's way, and kept for a person to look at."""
-        manifest = self.manifest(step)
-        aside = names.set_aside_dir(names.QUARANTINE, step, manifest.save_id)
+        try:
+            save_id = self.manifest(step).save_id
+        except IntegrityError:  # the manifest itself is damaged
+            save_id = f"unreadable{uuid.uuid4().hex[:8]}"
+        aside = names.set_aside_dir(names.QUARANTINE, step, save_id)
         self.commit.set_aside(names.step_dir(step), aside)
+
+    def is_in_place(self, step: int) -> bool:
+        """Whether a manifest lies in the step's own folder, readable or not."""
+        return self.store.stat(names.manifest_key(names.step_dir(step))) is not None
+
+    def roll_back(self, step: int) -> list[int]:
+        """Committed steps newer than `step` are in the trash, until somebody erases them by hand.
+
+        The newest goes first: whenever this dies, what is left is one unbroken branch.
+
+        Raises:
+            UsageError: one of them is pinned, or lies on a store whose trash keeps no bytes.
+        """
+        newer = [view for view in self.observe().readable() if view.step > step]
+        pinned = [view.step for view in newer if view.pins]
+        if pinned or (newer and not self.commit.moves_bytes):
+            raise self._cannot_roll_back(step, [view.step for view in newer], pinned)
+        for view in reversed(newer):
+            self.trash(view.step)
+        return [view.step for view in newer]
 
     def restore(self, step: int) -> None:
         """The newest trashed save of the step is committed again.
@@ -274,6 +299,19 @@ class Catalog:
         return freed
 
     # ---- what went wrong, and what to type ----
+
+    def _cannot_roll_back(self, step: int, newer: list[int], pinned: list[int]) -> UsageError:
+        why = (
+            f"step {pinned[0]} is pinned"
+            if pinned
+            else "on an object store a step that is saved anew overwrites the one in the trash"
+        )
+        return UsageError(
+            f"training went on from step-{step}, but steps {newer} are here and {why}",
+            self.uri,
+            "the committed steps are untouched; nothing is saved over them",
+            "give the run that goes on from an older step a root of its own",
+        )
 
     def _exists(self, step: int) -> StepExistsError:
         return StepExistsError(

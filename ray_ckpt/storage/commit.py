@@ -28,6 +28,9 @@ from ray_ckpt.storage.local import LocalStore, sync_folder, translated, write_sy
 class Commit(Protocol):
     """The order of writes on one kind of backend. All folders are keys of the store."""
 
+    moves_bytes: bool
+    """Whether what is set aside takes its files along, so that the folder can be written anew."""
+
     def staging(self, attempt: str) -> Path:
         """A local folder where this process writes the files of `attempt`.
 
@@ -75,6 +78,8 @@ class Commit(Protocol):
 
 class RenameCommit:
     """For a POSIX folder, where one rename shows or hides a whole folder."""
+
+    moves_bytes = True
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store
@@ -147,6 +152,8 @@ class RenameCommit:
 
 class MarkerCommit:
     """For an object store, where the manifest's own PUT and DELETE show and hide a folder."""
+
+    moves_bytes = False
 
     def __init__(self, store: Store) -> None:
         self._store = store

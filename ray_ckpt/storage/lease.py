@@ -68,7 +68,7 @@ class Lease:
         try:
             self._store.create(names.lease_key(self._role, epoch + 1), self._text())
         except ObjectExistsError as error:
-            raise self._held("another writer took it a moment ago") from error
+            raise _held(self._store, self._role, "another writer took it a moment ago") from error
         self._epoch = epoch + 1
         self._store.delete([names.lease_key(self._role, epoch)] if epoch else [])
         self._thread = threading.Thread(target=self._keep_alive, name="ray_ckpt lease", daemon=True)
@@ -91,9 +91,11 @@ class Lease:
         Raises:
             LeaseHeldError: another writer has taken over since.
         """
-        epoch, holder = self._current()
-        if holder is None or holder.is_released or epoch != self._epoch:
-            raise self._held(f"epoch {epoch} has taken over from our epoch {self._epoch}")
+        self.guard()()
+
+    def guard(self) -> "LeaseGuard":
+        """:meth:`check` as a value that another process can be given."""
+        return LeaseGuard(store=self._store, role=self._role, epoch=self._epoch)
 
     def release(self) -> None:
         """The next writer need not wait."""
@@ -106,19 +108,7 @@ class Lease:
             self._store.write(names.lease_key(self._role, self._epoch), self._text())
 
     def _current(self) -> tuple[int, Holder | None]:
-        """The highest epoch and who holds it."""
-        epochs = [0]
-        for info in self._store.list_objects(names.LEASES):
-            parsed = names.parse_lease(info.key.rpartition("/")[2])
-            if parsed is not None and parsed[0] == self._role:
-                epochs.append(parsed[1])
-        try:
-            document: dict[str, Any] = json.loads(
-                self._store.read(names.lease_key(self._role, max(epochs)))
-            )
-        except ObjectNotFoundError:
-            return max(epochs), None
-        return max(epochs), Holder(**document)
+        return _current(self._store, self._role)
 
     def _watch(self, epoch: int, holder: Holder) -> None:
         """Watches the heartbeat; a beat within PATIENCE_S means that the holder lives."""
@@ -131,13 +121,15 @@ class Lease:
             if now is None or (now_epoch == epoch and now.is_released):
                 return
             if now_epoch != epoch or now.beat != holder.beat:
-                raise self._held(f"held by process {now.pid} on {now.host} ({now.owner})")
+                why = f"held by process {now.pid} on {now.host} ({now.owner})"
+                raise _held(self._store, self._role, why)
 
     def _keep_alive(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                epoch, _ = self._current()
-                if epoch != self._epoch:
+                epoch, holder = self._current()
+                # a root that was made anew has our epoch's number, and somebody else in it
+                if epoch != self._epoch or holder is None or holder.token != self._holder.token:
                     return  # taken over: check() tells the writer before it shows anything
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
                 self._store.write(names.lease_key(self._role, self._epoch), self._text())
@@ -147,13 +139,54 @@ class Lease:
     def _text(self) -> bytes:
         return json.dumps(asdict(self._holder), sort_keys=True).encode()
 
-    def _held(self, why: str) -> LeaseHeldError:
-        return LeaseHeldError(
-            f"another {self._role} writes to this root: {why}",
-            self._store.uri,
-            "nothing was changed; the other one goes on",
-            "stop it first, or give this run a root of its own",
-        )
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseGuard:
+    """Knows which epoch was ours, and can ask whether it still is; keeps nothing alive."""
+
+    store: Store
+    role: str
+    epoch: int
+
+    def __call__(self) -> None:
+        """Nothing, as long as the lease is ours.
+
+        Raises:
+            LeaseHeldError: another writer has taken over since.
+        """
+        epoch, holder = _current(self.store, self.role)
+        if holder is None or holder.is_released or epoch != self.epoch:
+            why = f"epoch {epoch} has taken over from our epoch {self.epoch}"
+            raise _held(self.store, self.role, why)
+
+
+def holder_of(store: Store, role: str) -> Holder | None:
+    """Who writes in this role, as far as one look tells: neither released nor seen to be dead."""
+    _, holder = _current(store, role)
+    return None if holder is None or holder.is_released or _is_dead(holder) else holder
+
+
+def _current(store: Store, role: str) -> tuple[int, Holder | None]:
+    """The highest epoch and who holds it."""
+    epochs = [0]
+    for info in store.list_objects(names.LEASES):
+        parsed = names.parse_lease(info.key.rpartition("/")[2])
+        if parsed is not None and parsed[0] == role:
+            epochs.append(parsed[1])
+    try:
+        document: dict[str, Any] = json.loads(store.read(names.lease_key(role, max(epochs))))
+    except ObjectNotFoundError:
+        return max(epochs), None
+    return max(epochs), Holder(**document)
+
+
+def _held(store: Store, role: str, why: str) -> LeaseHeldError:
+    return LeaseHeldError(
+        f"another {role} writes to this root: {why}",
+        store.uri,
+        "nothing was changed; the other one goes on",
+        "stop it first, or give this run a root of its own",
+    )
 
 
 def _is_dead(holder: Holder) -> bool:

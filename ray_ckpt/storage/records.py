@@ -58,6 +58,17 @@ class Records:
             self._store.write(names.RUN, _json({"schema": "ray_ckpt.run/1", **asdict(run)}))
         return run
 
+    def ask_to_save(self) -> None:
+        """The trainer saves at its next step, if one runs."""
+        self._store.write(names.SAVE_NOW, b"{}\n")
+
+    def take_save_request(self) -> bool:
+        """Whether somebody has asked the trainer to save; the request is gone then."""
+        if self._store.stat(names.SAVE_NOW) is None:
+            return False
+        self._store.delete([names.SAVE_NOW])
+        return True
+
     def actions(self) -> dict[str, ActionRecord]:
         """Every action's record under its key."""
         records = self._all(names.ACTIONS, ActionRecord.from_json)

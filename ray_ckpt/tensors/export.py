@@ -1,67 +1,32 @@
 """A committed step becomes a Hugging Face folder, without the training code and without the model.
 
     plan     names, shapes and dtypes alone: which tensors go into which output shard
-    shard    reads that shard's sources, applies the transforms, writes one safetensors file
+    shard    reads that shard's sources, runs what was recorded, writes one safetensors file
     finish   index, config, tokenizer, model card, manifest; then the one commit
 
-Works in a private folder; what is visible is whole. Memory is bounded by one output shard.
+Works in a private folder; what is visible is whole. Memory is bounded by one output shard and the
+tensors it is made of.
 """
 
-import json
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.errors import ObjectExistsError, StateDictError, StorageFullError, UsageError
-from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest, TensorEntry
+from ray_ckpt.core.errors import ObjectExistsError, StorageFullError
+from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.listing import manifest_in
-from ray_ckpt.storage.local import sync_file, write_synced
-from ray_ckpt.tensors.adapters import make_adapter
-from ray_ckpt.tensors.model_card import model_card
+from ray_ckpt.tensors.export_files import write_companions, write_tensors
+from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_export
 from ray_ckpt.tensors.reader import read_asset, read_tensors
-from ray_ckpt.tensors.transforms import TORCH_DTYPES, StateDictTransforms
 
-MAX_SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
 Progress = Callable[[int, int], None]
 """Called with shards done and shards in all."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputShard:
-    """One safetensors file of an export."""
-
-    file: str
-    sources: tuple[str, ...]
-    """Native tensors it is made of."""
-    outputs: tuple[str, ...]
-    """HF tensors it holds."""
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportPlan:
-    """Everything that is written, known before a byte is."""
-
-    transforms: StateDictTransforms
-    config: Mapping[str, Any]
-    shards: tuple[OutputShard, ...]
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(shard.size_bytes for shard in self.shards)
 
 
 def export_step(
@@ -75,10 +40,11 @@ def export_step(
     is, and two at once work in folders of their own until one of them commits.
 
     Raises:
-        UsageError: the checkpoint holds no model that can be exported, or another export of the
-            same name is in the way.
+        UsageError: the checkpoint holds no model that can be exported in this form, or another
+            export of the same name is in the way.
         StateDictError: a tensor that no rule speaks for, or one that is lacking.
-        IntegrityError: an asset or the index differs from the manifest.
+        IntegrityError: the step holds NaN or Inf; or an asset or the index differs from the
+            manifest.
         StorageFullError: not enough room; nothing was written.
     """
     present = _present(catalog, manifest, spec)
@@ -91,7 +57,7 @@ def export_step(
         for done, shard in enumerate(plan.shards):
             progress(done, len(plan.shards))
             write_shard(catalog, manifest, plan, shard, folder=staging)
-        _write_companions(catalog, manifest, plan, staging)
+        write_companions(_assets(catalog, manifest), plan, manifest, staging)
         export = _manifest(manifest, spec, staging)
         catalog.commit_export(staging, spec.name, export)
     except BaseException:
@@ -101,60 +67,13 @@ def export_step(
     return export
 
 
-def plan_export(
-    catalog: Catalog,
-    manifest: Manifest,
-    spec: ExportSpec,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> ExportPlan:
-    """Which tensors go where; reads the assets and no tensor."""
-    if manifest.model is None:
-        raise UsageError(
-            f"step-{manifest.step} does not say what model it holds",
-            catalog.uri,
-            "the checkpoint is untouched and can be resumed",
-            "save with CheckpointManager(..., assets=HfAssets(family=..., files=...))",
-        )
-    config = read_asset(catalog, manifest, CONFIG)
-    if config is None:
-        raise UsageError(
-            f"step-{manifest.step} was saved without {CONFIG}, which an export needs",
-            catalog.uri,
-            "the checkpoint is untouched and can be resumed",
-            f"put {CONFIG} into HfAssets.files",
-        )
-    parsed: dict[str, Any] = json.loads(config)
-    transforms = StateDictTransforms(
-        adapter=make_adapter(manifest.model.family, parsed), dtype=spec.dtype
-    )
-    sources = transforms.adapter.sources(manifest.model.keys)
-    entries = {entry.name: entry for entry in manifest.tensors}
-    sizes = {hf: sum(_out_bytes(entries[k], spec) for k in keys) for hf, keys in sources.items()}
-    groups = _split(sizes, max_shard_bytes)
-    shards = tuple(
-        OutputShard(
-            file=_shard_name(index, len(groups)),
-            sources=tuple(key for hf in group for key in sources[hf]),
-            outputs=tuple(group),
-            size_bytes=sum(sizes[hf] for hf in group),
-        )
-        for index, group in enumerate(groups)
-    )
-    return ExportPlan(transforms=transforms, config=parsed, shards=shards)
-
-
 def write_shard(
     catalog: Catalog, manifest: Manifest, plan: ExportPlan, shard: OutputShard, *, folder: Path
 ) -> None:
     """One output file, written and synced."""
-    tensors = plan.transforms.to_hf(read_tensors(catalog, manifest, shard.sources))
-    lacking = sorted(set(shard.outputs) ^ set(tensors))
-    if lacking:
-        raise StateDictError(f"{shard.file} would not hold what was planned: {', '.join(lacking)}")
-    contiguous = {name: tensors[name].contiguous() for name in shard.outputs}
-    save_file(contiguous, folder / shard.file, metadata={"format": "pt"})
-    sync_file(folder / shard.file)
+    sources = read_tensors(catalog, manifest, shard.sources)
+    made = plan.recording.run(shard.outputs, sources.pop)  # let go once it is used
+    write_tensors(made, plan, folder / shard.file)
 
 
 def _present(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Manifest | None:
@@ -167,8 +86,8 @@ def _present(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Manifest
     if same and found.lineage.recipe == _recipe(manifest, spec):
         return found
     raise ObjectExistsError(
-        f"another export is called {spec.name!r}: it was made from another save, or as "
-        f"{found.lineage.recipe.get('dtype', 'unknown')}",
+        f"another export is called {spec.name!r}: it was made from another save, or in another "
+        f"way: {_sentence(found.lineage.recipe)}",
         f"{catalog.uri}/{folder}",
         "it is untouched",
         "choose another --name",
@@ -176,36 +95,13 @@ def _present(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Manifest
 
 
 def _recipe(manifest: Manifest, spec: ExportSpec) -> dict[str, str]:
-    family = manifest.model.family if manifest.model else ""
-    return {"name": spec.name, "dtype": spec.dtype, "family": family}
+    family = manifest.model.family if manifest.model else None
+    flavors = {f"flavor.{name}": flavor for name, flavor in spec.flavors.items()}
+    return {"name": spec.name, "dtype": spec.dtype, "family": family or "", **flavors}
 
 
-def _out_bytes(entry: TensorEntry, spec: ExportSpec) -> int:
-    import torch
-
-    dtype = getattr(torch, entry.dtype)
-    out = TORCH_DTYPES[spec.dtype] if dtype.is_floating_point else dtype
-    count = 1
-    for length in entry.shape:
-        count *= length
-    return count * out.itemsize
-
-
-def _split(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut where the next one would make a shard too large; never none."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    return groups
-
-
-def _shard_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def _sentence(recipe: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in sorted(recipe.items()) if key != "name")
 
 
 def _refuse_without_room(folder: Path, needed_bytes: int) -> None:
@@ -219,22 +115,12 @@ def _refuse_without_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _write_companions(catalog: Catalog, manifest: Manifest, plan: ExportPlan, folder: Path) -> None:
-    """Everything beside the tensors that `from_pretrained` and a reader look for."""
+def _assets(catalog: Catalog, manifest: Manifest) -> dict[str, bytes]:
+    """Every file of `hf_assets/`, by name."""
     prefix = f"{names.ASSETS}/"
-    for entry in manifest.files:
-        if entry.path.startswith(prefix) and entry.path != f"{prefix}{CONFIG}":
-            name = entry.path.removeprefix(prefix)
-            data = read_asset(catalog, manifest, name)
-            assert data is not None, "the manifest lists it"
-            write_synced(folder / name, data)
-    # transformers 4 reads torch_dtype, transformers 5 reads dtype
-    dtype = plan.transforms.dtype
-    write_synced(folder / CONFIG, _json({**plan.config, "torch_dtype": dtype, "dtype": dtype}))
-    weight_map = {name: shard.file for shard in plan.shards for name in shard.outputs}
-    index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map}
-    write_synced(folder / INDEX, _json(index))
-    write_synced(folder / "README.md", model_card(manifest, dtype).encode())
+    paths = [entry.path for entry in manifest.files if entry.path.startswith(prefix)]
+    read = {path: read_asset(catalog, manifest, path.removeprefix(prefix)) for path in paths}
+    return {path.removeprefix(prefix): data for path, data in read.items() if data is not None}
 
 
 def _manifest(source: Manifest, spec: ExportSpec, folder: Path) -> Manifest:
@@ -258,7 +144,3 @@ def _manifest(source: Manifest, spec: ExportSpec, folder: Path) -> Manifest:
         metrics=source.metrics,
         versions=source.versions,
     )
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

@@ -36,6 +36,8 @@ _DTYPES = frozenset(
         *("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64"),
     }
 )
+NOT_THE_MODEL = frozenset({"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"})
+"""First segments of keys that are no model's, as TorchTitan and we write them."""
 
 
 def tensor_index(metadata: Metadata) -> tuple[TensorEntry, ...]:

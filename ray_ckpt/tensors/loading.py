@@ -1,23 +1,31 @@
-"""Which step is loaded, and getting it into place: nothing is used before it was verified."""
+"""Tensors come into place, from one source or several, once all their keys were compared.
+
+Every key of the model has one owner, every owner one source at most, and a source brings exactly
+the keys of its owners. What is lacking, unexpected or claimed twice is an error that lists it,
+raised on every rank before a tensor is read.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
 
-from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
-from ray_ckpt.core.observation import READABLE
-from ray_ckpt.core.resume import ResumePlan, plan_resume
-from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.core.errors import ConfigError, IntegrityError, RayCkptError, StateDictError
+from ray_ckpt.core.loading import BASE
+from ray_ckpt.tensors.fqn import told
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.optimizer_state import OptimizerState
+from ray_ckpt.tensors.random_state import RandomState
 from ray_ckpt.tensors.ranks import Ranks
-from ray_ckpt.tensors.reader import StepReader, load_into
-from ray_ckpt.tensors.states import RNG, collect
+from ray_ckpt.tensors.reader import load_into
+from ray_ckpt.tensors.sources import OpenSource
 
 log = logging.getLogger("ray_ckpt")
+_SAFE = "no tensor was read, the model is as it was"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,140 +37,253 @@ class LoadReport:
     reason: str
     skipped: tuple[tuple[int, str], ...] = ()
     """Newer steps that were passed over, newest first, each with the reason."""
+    sources: tuple[str, ...] = ()
+    """Each folder that tensors came from, with the owners it supplied."""
+    as_initialised: tuple[str, ...] = ()
+    """Owners and parts that no source supplied: they have the values they were made with."""
 
     def log(self) -> None:
         """Says so."""
-        log.info("resuming from step-%d: %s", self.step, self.reason)
+        begin = f"resuming from step-{self.step}" if self.step else "starting at step 0"
+        log.info("%s: %s", begin, self.reason)
+        for source in self.sources:
+            log.info("loaded %s", source)
+        if self.as_initialised:
+            log.info("as initialised: %s", ", ".join(self.as_initialised))
         for step, why in self.skipped:
             log.warning("passed over step-%d: %s", step, why)
 
 
-def choose(catalog: Catalog, ranks: Ranks, step: int) -> LoadReport:
-    """The very step, every byte of which was read and is as committed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What a load did."""
 
-    Raises:
-        StepNotFoundError: it is not there.
-        IntegrityError: it is damaged; storage is not touched.
-    """
-    damage = _damage(catalog, ranks, step)
-    if damage:
-        raise catalog.corrupt(step, damage)
-    return LoadReport(step=step, reason="asked for by number")
-
-
-def choose_newest(catalog: Catalog, ranks: Ranks) -> LoadReport:
-    """The newest step whose every byte was read and is as committed; damaged ones are set aside.
-
-    Raises:
-        IntegrityError: steps are here and none can be used: a run that started from scratch
-            beside them would throw them away.
-    """
-    damaged: dict[int, str] = {}
-    while True:
-        plan, visibly_damaged = ranks.on_coordinator(lambda: _plan(catalog))
-        if plan.refusal is not None:
-            raise _refused(catalog, plan)
-        for step, why in visibly_damaged.items():
-            _set_aside(catalog, ranks, step, why)
-        damaged.update(visibly_damaged)
-        damage = [] if plan.step is None else _damage(catalog, ranks, plan.step)
-        if plan.step is None or not damage:
-            skipped = {**dict(plan.skipped), **damaged}
-            return LoadReport(
-                step=plan.step or 0,
-                reason=plan.reason,
-                skipped=tuple(sorted(skipped.items(), reverse=True)),
-            )
-        damaged[plan.step] = "; ".join(damage)
-        _set_aside(catalog, ranks, plan.step, damaged[plan.step])
+    sources: tuple[str, ...] = ()
+    as_initialised: tuple[str, ...] = ()
 
 
 def restore(
-    catalog: Catalog,
+    sources: Sequence[OpenSource],
     ranks: Ranks,
-    step: int,
+    *,
+    model: ModelWrapper,
+    parts: Mapping[str, Stateful],
+) -> Restored:
+    """Model and parts have the sources' values; parts that no source supplies are as they were.
+
+    Without a source the model is asked for nothing.
+
+    Raises:
+        StateDictError: keys or shapes differ; nothing was read and nothing changed.
+        ConfigError: no source supplies the base, or one is named for an owner that is not there.
+        IntegrityError: a source is damaged, or is not the one that a step was trained on.
+    """
+    if not sources:
+        names = (converter.name for converter in model.converters)
+        return Restored(as_initialised=(BASE, *names, *sorted(parts)))
+    tensors = ranks.together(model.state_dict)
+    owner_of = model.owners(tensors)
+    _refuse_unknown_owners(sources, model)
+    states = ranks.together(lambda: _wanted(sources, parts))
+    for source in sources:
+        own = {key: tensor for key, tensor in tensors.items() if owner_of[key] in source.owners}
+        _fit_model(source, own, ranks, model=model)
+        _fit_parts(source, {n: states[n] for n in source.parts if n in states}, ranks)
+    for source in sources:
+        _refuse_left_behind(source)
+        _refuse_another(source, ranks)
+    for source in sources:
+        wanted = {k: tensor for k, tensor in tensors.items() if owner_of[k] in source.owners}
+        wanted.update((name, states[name]) for name in source.parts if name in states)
+        load_into(wanted, source.reader, process_group=ranks.group)
+        states.update((name, wanted[name]) for name in source.parts if name in states)
+    ranks.together(lambda: _put(tensors, states, model=model, parts=parts))
+    supplied = {owner for source in sources for owner in source.owners}
+    return Restored(
+        sources=tuple(f"{', '.join((*s.owners, *s.parts))} from {s.uri}" for s in sources),
+        as_initialised=(
+            *sorted({*owner_of.values()} - supplied),
+            *sorted(set(parts) - set(states)),
+        ),
+    )
+
+
+def _wanted(sources: Sequence[OpenSource], parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    """For each part that a source supplies, memory for what it is to supply."""
+    states: dict[str, Any] = {}
+    for source in sources:
+        for name in source.parts:
+            part = parts.get(name)
+            if isinstance(part, OptimizerState | RandomState):
+                begin = f"{name}."
+                held = [k.removeprefix(begin) for k in source.shapes if k.startswith(begin)]
+                states[name] = part.wanted(held)
+            elif part is not None:
+                states[name] = part.state_dict()
+    return {name: state for name, state in states.items() if state}
+
+
+def _put(
+    tensors: Mapping[str, Any],
+    states: Mapping[str, Any],
     *,
     model: ModelWrapper,
     parts: Mapping[str, Stateful],
 ) -> None:
-    """Model and parts are as they were at `step`.
-
-    Raises:
-        StateDictError: keys differ; nothing was read and nothing changed.
-    """
-    reader = StepReader(catalog, catalog.manifest(step))
-    state_dict = collect(model, parts)
-    _fit(state_dict, reader, ranks, names=tuple(parts))
-    load_into(state_dict, reader, process_group=ranks.group)
-    loaded = {name: state_dict.pop(name) for name in parts if name in state_dict}
-    model.load_state_dict(state_dict)
-    for name, values in loaded.items():
-        parts[name].load_state_dict(values)
+    model.load_state_dict(tensors)
+    for name, part in parts.items():  # in this order: a schedule reads what the optimizer holds
+        if name in states:
+            _put_part(name, part, states[name])
 
 
-def _plan(catalog: Catalog) -> tuple[ResumePlan, dict[int, str]]:
-    """What to resume from, and newer committed steps whose sizes alone show damage.
-
-    These must go out of the way: the run that goes on from an older step will save them again.
-    """
-    views = catalog.observe().checkpoints
-    plan = plan_resume(views)
-    newer = (view for view in views if view.step > (plan.step or 0) and view.state in READABLE)
-    return plan, {view.step: view.problem for view in newer if view.problem is not None}
-
-
-def _refused(catalog: Catalog, plan: ResumePlan) -> IntegrityError:
-    reasons = "; ".join(f"step-{step}: {why}" for step, why in plan.skipped)
-    return IntegrityError(
-        f"no checkpoint can be loaded: {plan.refusal} ({reasons})",
-        catalog.uri,
-        "nothing was loaded, and training did not start from scratch",
-        f"ray-ckpt adopt {catalog.uri} (foreign folders), or give this run a root of its own",
-    )
-
-
-def _fit(
-    state_dict: dict[str, Any], reader: StepReader, ranks: Ranks, *, names: tuple[str, ...]
-) -> None:
-    """Keys agree, found out on the index alone; random numbers of a new rank start afresh."""
-    available = set(reader.read_metadata().state_dict_metadata)
-    if not any(key.startswith(f"{RNG}.rank_{ranks.rank}.") for key in available):
-        del state_dict[RNG]
-        log.warning("no random state for rank %d: its generators start afresh", ranks.rank)
-    wanted = set(flatten_state_dict(state_dict)[0])
-    everyone = set[str]().union(*ranks.gather(wanted))
-    prefixes = tuple(f"{name}." for name in names)
-    missing = sorted(everyone - available)
-    unexpected = sorted(key for key in available - everyone if not key.startswith(prefixes))
-    if missing or unexpected:
+def _put_part(name: str, part: Stateful, state: Any) -> None:
+    """The part's own objection (a dataloader of another size) is told as ours."""
+    try:
+        part.load_state_dict(state)
+    except RayCkptError:
+        raise
+    except Exception as error:
         raise StateDictError(
-            f"the checkpoint does not fit the model: it lacks {missing or 'nothing'} and "
-            f"brings unexpected {unexpected or 'nothing'}",
-            safe="no tensor was read, the model is as it was",
-            do="load it with the model and optimizer it was saved from",
+            f"{name} refused its state: {error!r}",
+            "TrainingState",
+            "the step is untouched; this process holds a part of it: start it again",
+            f"without it: LoadConfig(exclude=({name!r},))",
+        ) from error
+
+
+def _refuse_unknown_owners(sources: Iterable[OpenSource], model: ModelWrapper) -> None:
+    known = {BASE, *(converter.name for converter in model.converters)}
+    named = {owner for source in sources for owner in source.owners}
+    if BASE not in named:
+        raise ConfigError(
+            "no source supplies the base's weights",
+            "load.start",
+            _SAFE,
+            "add Source(path=..., owners=('base',)) to FromSources",
+        )
+    strangers = sorted(named - known)
+    if strangers:
+        raise ConfigError(
+            f"sources are named for {', '.join(strangers)}, and no converter is called so",
+            "load.start",
+            _SAFE,
+            f"owners of this model: {', '.join(sorted(known))}",
         )
 
 
-def _damage(catalog: Catalog, ranks: Ranks, step: int) -> list[str]:
-    """Each rank reads its share of the files; all hear of all damage."""
-    found: list[str] = []
-    for share in ranks.gather(_own_share(catalog, ranks, step)):
-        if isinstance(share, RayCkptError):
-            raise share
-        found.extend(share)
-    return found
+def _fit_model(
+    source: OpenSource, own: Mapping[str, Any], ranks: Ranks, *, model: ModelWrapper
+) -> None:
+    """The source brings these tensors of all ranks together, of these shapes, and no other."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    tied: set[str] = set()
+    for one, one_tied in ranks.gather((_shapes_of(own), set(model.tied))):
+        shapes.update(one)
+        tied |= one_tied
+    missing = sorted(shapes.keys() - source.model_keys)
+    unexpected = sorted(source.model_keys - shapes.keys() - tied)
+    if missing or unexpected:
+        raise StateDictError(
+            f"the source does not fit the {' and '.join(source.owners)} of the model: it lacks "
+            f"{len(missing)} tensors ({told(missing) or 'none'}) and brings {len(unexpected)} "
+            f"unexpected ones ({told(unexpected) or 'none'})",
+            source.uri,
+            _SAFE,
+            _what_fits(source, unexpected, model),
+        )
+    _refuse_other_shapes(source, shapes)
 
 
-def _own_share(catalog: Catalog, ranks: Ranks, step: int) -> list[str] | RayCkptError:
-    try:
-        return catalog.damage(step, part=slice(ranks.rank, None, ranks.size))
-    except RayCkptError as error:
-        return error
+def _what_fits(source: OpenSource, unexpected: Sequence[str], model: ModelWrapper) -> str:
+    """The next thing to type."""
+    if source.named is None:
+        return (
+            "load it with the model and the converters it was saved from; another model begins in "
+            f"a root of its own: LoadConfig(start=FromWeights(path='{source.uri}'))"
+        )
+    others = sorted({*model.owners(unexpected).values()} - {*source.owners})
+    if others:
+        owners = (*source.owners, *others)
+        return f"to take these too: FromSources(sources=(Source(path=..., owners={owners}),))"
+    return "name a folder of this very model in load.start, and its format: 'dcp', 'hf' or 'peft'"
 
 
-def _set_aside(catalog: Catalog, ranks: Ranks, step: int, damage: str) -> None:
-    def quarantine() -> None:
-        catalog.quarantine(step)
-        log.warning("step-%d is damaged and was moved to quarantine: %s", step, damage)
+def _fit_parts(source: OpenSource, states: Mapping[str, Any], ranks: Ranks) -> None:
+    """Every value that a part asks for is there; what else the source holds of it is left alone."""
+    flat = flatten_state_dict(dict(states))[0]
+    gathered = ranks.gather((set(flat), _shapes_of(flat)))
+    missing = sorted(set[str]().union(*(keys for keys, _ in gathered)) - source.shapes.keys())
+    if missing:
+        part = missing[0].partition(".")[0]
+        has_some = any(key.startswith(f"{part}.") for key in source.shapes)
+        raise StateDictError(
+            f"the source lacks {len(missing)} values of {part}: {told(missing)}"
+            if has_some
+            else f"the source holds nothing of {part}",
+            source.uri,
+            _SAFE,
+            f"load it with the {part} it was saved from, or without: {_without(part, source)}",
+        )
+    _refuse_other_shapes(source, {key: shape for _, one in gathered for key, shape in one.items()})
 
-    ranks.on_coordinator(quarantine)
+
+def _refuse_left_behind(source: OpenSource) -> None:
+    """A run that goes on without its optimizer says so: nothing is left out in silence."""
+    if source.left:
+        raise StateDictError(
+            f"the step holds {', '.join(source.left)}, and this run has no such part",
+            source.uri,
+            _SAFE,
+            "give TrainingState these parts, or go on without: "
+            f"LoadConfig(exclude=({', '.join(map(repr, source.left))},))",
+        )
+
+
+def _without(part: str, source: OpenSource) -> str:
+    if source.named is not None:
+        return f"take {part} out of the parts in load.start"
+    excluded = "('optimizer', 'lr_scheduler')" if part == "optimizer" else f"('{part}',)"
+    return f"LoadConfig(exclude={excluded})"
+
+
+def _shapes_of(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of those that are tensors; whole, however they are sharded."""
+    return {key: tuple(v.shape) for key, v in values.items() if isinstance(v, Tensor)}
+
+
+def _refuse_other_shapes(source: OpenSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    other = [
+        f"{key} is {list(shape)} here and {list(held)} there"
+        for key, shape in sorted(shapes.items())
+        if (held := source.shapes[key]) is not None and held != shape
+    ]
+    if other:
+        raise StateDictError(
+            f"{len(other)} tensors have another shape in the source: {told(other)}",
+            source.uri,
+            _SAFE,
+            "load it with a model of the same sizes",
+        )
+
+
+def _refuse_another(source: OpenSource, ranks: Ranks) -> None:
+    """The source's files are whole, and they are the ones that a step was trained on."""
+    if source.files is None:
+        return
+    damage = source.files.damage(ranks)
+    if damage:
+        raise IntegrityError(
+            f"the source is damaged: {told(damage)}",
+            source.uri,
+            _SAFE,
+            "restore these files from a copy, or name another folder in load.start",
+        )
+    if source.expected is None or source.identified(ranks).digest == source.expected.digest:
+        return
+    raise IntegrityError(
+        f"this is not the {source.expected.name} ({' and '.join(source.expected.owners)}, "
+        f"{source.expected.format}) that the step was trained on: its files differ",
+        source.uri,
+        _SAFE,
+        "name the original folder, or an exact copy, in load.start",
+    )

@@ -5,59 +5,51 @@
     for step in range(report.step + 1, num_steps + 1):
         ...
         manager.save(step, last_step=step == num_steps)
+        if manager.stop_reason:
+            break
     manager.close()
 
-Every method is collective: all ranks call it, in the same order, with the same arguments.
+Every method is collective: all ranks call it, in the same order, with the same arguments. Only
+`request_save` and `request_stop` may be called by one rank alone, from any thread.
+
+    save(step)          decides: due by step, by time, on request, at the end
+      do_save(...)      collects the state, copies it, hands it over; a subclass may change either
 """
 
+import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ray_ckpt.core.config import LifecyclePolicy, SaveConfig
-from ray_ckpt.core.manifest import Lineage, Manifest
+from ray_ckpt.core.errors import ConfigError, RayCkptError, SaveError
+from ray_ckpt.core.events import SaveEvent, SaveStats
+from ray_ckpt.core.loading import FromScratch, LoadConfig
+from ray_ckpt.core.manifest import Lineage, Manifest, ModelEntry, NeededSource
 from ray_ckpt.core.names import run_name
-from ray_ckpt.core.schedule import SaveSchedule
+from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
+from ray_ckpt.core.schedule import SaveSchedule, fits
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
-from ray_ckpt.tensors.loading import LoadReport, choose, choose_newest, restore
+from ray_ckpt.tensors.choosing import choose, choose_newest
+from ray_ckpt.tensors.contents import Contents, everything, exported_model, model_as_it_trains
+from ray_ckpt.tensors.hf_save import HfSave, hf_assets, save_hf
+from ray_ckpt.tensors.loading import LoadReport, restore
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
-from ray_ckpt.tensors.states import TrainingState, collect
-from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
+from ray_ckpt.tensors.run import HfAssets, Run
+from ray_ckpt.tensors.saver import Saver
+from ray_ckpt.tensors.sources import Naming
+from ray_ckpt.tensors.starting import base_of_saves, needs_of, open_sources
+from ray_ckpt.tensors.states import TrainingState
+from ray_ckpt.tensors.triggers import ASKED_FOR, TIME_HAS_COME, Heard, Listener
+from ray_ckpt.tensors.writer import SaveJob
 
 log = logging.getLogger("ray_ckpt")
 NEWEST = -1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HfAssets:
-    """What an export needs beside the weights; saved with every step, so that it is never lost."""
-
-    family: str
-    """The adapter that knows the model's names, for example `llama`."""
-    files: Mapping[str, bytes]
-    """`config.json`, `generation_config.json`, the tokenizer's files, by name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """The run this process belongs to."""
-
-    owner: str | None = None
-    """Equal for all restarts of one training job, which may take its own lease over at once."""
-    policy: LifecyclePolicy | None = None
-    """What is to happen after a save; None leaves the root's policy as it is."""
-    on_commit: Callable[[int], None] | None = None
-    """Called with the step, on rank 0, after a commit; in the save's thread, must not block."""
 
 
 class CheckpointManager:
@@ -73,86 +65,144 @@ class CheckpointManager:
         run: Run | None = None,
     ) -> None:
         self.config = config or SaveConfig()
+        self.stats = SaveStats()
+        self.stop_reason: str | None = None
+        """Why training should stop after this step; the same on every rank."""
         self._state = state
         self._assets = assets
+        if isinstance(self.config.last, HuggingFace):
+            hf_assets(assets)
         self._run = run or Run()
         self._schedule = SaveSchedule(
-            every_steps=self.config.every_steps, first_step=self.config.first_step
+            every_steps=self.config.every_steps,
+            every_s=self.config.every_s,
+            first_step=self.config.first_step,
         )
-        self._ranks = Ranks(timeout_s=self.config.timeout_s)
+        self._ranks = Ranks()
         self._parts = state.parts(self._ranks.rank)
         self._catalog = open_catalog(root)
         self._token = self._ranks.on_coordinator(lambda: uuid.uuid4().hex[:12])
         self._lease = Lease(self._catalog.store, "trainer", owner=self._run.owner or self._token)
         self._run_id = self._ranks.on_coordinator(self._begin)
-        self._stager = _make_stager()
+        self._saver = Saver(self.config.mode, timeout_s=self.config.timeout_s)
         self._pending: PendingSave | None = None
+        self._failure: RayCkptError | None = None
+        """How the last save that failed on this rank did."""
         self._num_saves = 0
+        self._branch: int | None = None
+        """The step this run goes on from, until its first save: newer ones are another branch."""
         self._resumed_from: int | None = None
+        self._needs: tuple[NeededSource, ...] = ()
+        self._saved_at = time.monotonic()
+        is_asked = self._catalog.records.take_save_request
+        self._listener = Listener(self._ranks, self.config, is_asked=is_asked)
 
     # ---- saving ----
 
     def save(
         self, step: int, *, last_step: bool = False, metrics: Mapping[str, float] | None = None
     ) -> PendingSave | None:
-        """The save of `step` has begun, if one is due; None if not.
+        """The save of `step` has begun, if one is due; None if not. Call it after every step.
 
-        In `async` mode this returns once the state is copied to host memory; the step is a
-        checkpoint only when `PendingSave.wait` returns. A save still in flight is waited for
-        first. One that failed in the background is logged here and does not stop training.
+        Unless the mode is `sync` this returns once the state is copied to host memory; the step is
+        a checkpoint only when `PendingSave.wait` returns. A save that failed in the background is
+        logged, counted in `stats` and told to `Run.on_event`.
 
         Raises:
-            RayCkptError: in `sync` mode, the save failed; nothing of it is visible.
+            SaveError: a save failed in the background, and `on_failure` is `stop`.
+            RayCkptError: in `sync` mode, this save failed; nothing of it is visible.
         """
-        reason = self._schedule.reason_to_save(step, last_step=last_step)
+        is_time = self._schedule.is_time(time.monotonic() - self._saved_at)
+        heard = self._listener.hear(is_time=is_time)
+        if heard.has_failed:
+            raise _failed_before(self._failure)
+        reason = self.reason_to_save(step, last_step=last_step) or heard.reason
+        if heard.stop_s is not None and self.stop_reason is None:
+            return self._stop(step, heard.stop_s, last_step=last_step, metrics=metrics or {})
         if reason is None:
             return None
+        if not self._is_free(must=last_step):
+            self._skip(step, reason, heard)
+            return None
+        return self.do_save(step, reason, last_step=last_step, metrics=metrics or {})
+
+    def reason_to_save(self, step: int, *, last_step: bool) -> str | None:
+        """Why `step` is saved by its number; None if it is not. The same on every rank."""
+        return self._schedule.reason_to_save(step, last_step=last_step)
+
+    def do_save(
+        self, step: int, reason: str, *, last_step: bool, metrics: Mapping[str, float]
+    ) -> PendingSave:
+        """The save of `step` has begun, whatever the schedule says; none is in flight."""
         self._settle()
+        self._saver.mend(self._ranks)
         if self._ranks.is_coordinator:
             log.info("saving step-%d: %s", step, reason)
-        self._pending = self._begin_save(step, last_step=last_step, metrics=metrics or {})
+        self._saved_at = time.monotonic()
+        what = self.config.last if last_step else Everything()
+        if isinstance(what, HuggingFace):
+            exported = self._save_hf(what, step, reason, metrics=metrics)
+            if exported is not None:
+                return exported
+            what = Everything()
+        contents = self._contents(what)
+        job = self._job(step, contents, last_step=last_step, metrics=metrics)
+        self._pending = self._saver.begin(
+            job, contents.state_dict, ended=lambda pending: self._ended(pending, reason)
+        )
         return self._pending
 
-    def _begin_save(
-        self, step: int, *, last_step: bool, metrics: Mapping[str, float]
-    ) -> PendingSave:
-        job = self._job(step, last_step=last_step, metrics=metrics)
-        state_dict = collect(self._state.model, self._parts)
-        if self.config.mode == "sync":
-            pending = PendingSave(step, lambda: self._write(job, state_dict))
+    def _save_hf(
+        self, what: HuggingFace, step: int, reason: str, *, metrics: Mapping[str, float]
+    ) -> PendingSave | None:
+        """The step is a Hugging Face folder; None if that failed, and it is to be a checkpoint."""
+        contents = Contents(state_dict={}, model=ModelEntry(family=None, keys=()), holds="model")
+        save = HfSave(
+            catalog=self._catalog,
+            draft=self._job(step, contents, last_step=True, metrics=metrics).draft,
+            what=what,
+            assets=hf_assets(self._assets),
+        )
+        pending = PendingSave(
+            step,
+            lambda: save_hf(save, self._state.model, self._ranks),
+            missing=lambda: "a rank is dead or hangs",
+            ended=lambda pending: self._ended(pending, reason),
+        )
+        try:
             pending.run()
-            return pending
-        staged = self._stager.stage(state_dict)
-        pending = PendingSave(step, lambda: self._write(job, staged))
-        pending.start()
+        except RayCkptError as error:
+            log.error("step-%d is saved as a checkpoint instead of an export\n%s", step, error)
+            return None
         return pending
 
-    def _write(self, job: SaveJob, state_dict: Any) -> None:
-        """Writes, gathers and commits; in the save's thread when the mode is `async`."""
-        writer = CommittingWriter(job)
-        try:
-            dcp_save(
-                state_dict,
-                storage_writer=writer,
-                process_group=self._ranks.group,
-                no_dist=self._ranks.group is None,
-            )
-        except BaseException as error:
-            # without an error that every rank has heard of, rank 0 may be committing the folder now
-            if self._ranks.is_coordinator or isinstance(error, CheckpointException):
-                writer.discard()
-            raise
-        if self._ranks.is_coordinator:
-            log.info("step-%d is committed at %s", job.draft.step, self._catalog.uri)
-            self._tell(job.draft.step)
+    def save_seed(self) -> None:
+        """Step 0 holds the model as it is and nothing else: other runs, of any size, start from it.
 
-    def _tell(self, step: int) -> None:
-        """`on_commit` was called; the step is committed whatever it raises."""
-        try:
-            if self._run.on_commit is not None:
-                self._run.on_commit(step)
-        except Exception as error:  # noqa: BLE001  the listener's fault, and training goes on
-            log.error("step-%d is committed, but on_commit failed: %r", step, error)
+        Raises:
+            StepExistsError: there is a step 0 already.
+        """
+        contents = model_as_it_trains(self._state.model)
+        job = self._job(0, contents, last_step=False, metrics={})
+        self._saver.begin(
+            job, contents.state_dict, ended=lambda pending: self._ended(pending, "seed")
+        ).wait()
+
+    def request_save(self) -> None:
+        """The next step is saved; any rank may call it, from any thread.
+
+        Raises:
+            UsageError: the config says not to listen.
+        """
+        self._listener.request()
+
+    def request_stop(self) -> None:
+        """As if SIGTERM had come: a save that fits the notice, then `stop_reason` is set.
+
+        Raises:
+            UsageError: the config says not to listen.
+        """
+        self._listener.stop()
 
     def wait(self) -> None:
         """No save is in flight; the last one is committed.
@@ -166,46 +216,153 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Like `wait`; then the root is free for the next writer."""
-        try:
-            self.wait()
-        finally:
+        with contextlib.ExitStack() as end:  # whatever fails, the rest is closed
+            end.callback(self._ranks.close)
             if self._ranks.is_coordinator:
-                self._lease.release()
-            self._ranks.close()
+                end.callback(self._lease.release)
+            end.callback(self._saver.close)
+            end.callback(self._listener.close)
+            self.wait()
+
+    def _is_free(self, *, must: bool) -> bool:
+        """Whether a save may begin now; the same on every rank. Two are never written at once."""
+        if self._pending is None or must or self.config.when_busy == "wait":
+            return True
+        return not self._ranks.any(not self._pending.done())
+
+    def _skip(self, step: int, reason: str, heard: Heard) -> None:
+        """Told, and the clock starts anew; what somebody asked for is only put off."""
+        assert self._pending is not None, "nothing else is in the way"
+        if heard.reason == ASKED_FOR:
+            self._listener.request()
+        if reason == ASKED_FOR:
+            return
+        if heard.reason == TIME_HAS_COME:
+            self._saved_at = time.monotonic()
+        text = f"{reason}; step-{self._pending.step} is still being written"
+        if self._ranks.is_coordinator:
+            log.warning("step-%d is not saved: %s", step, text)
+        self._tell(SaveEvent(kind="skipped", step=step, reason=text))
+
+    def _stop(
+        self, step: int, elapsed_s: float, *, last_step: bool, metrics: Mapping[str, float]
+    ) -> PendingSave | None:
+        """Training is to stop now: the last save is made if it ends before the kill."""
+        self.stop_reason = "asked to stop"
+        began_at = time.monotonic()
+        self._settle()
+        elapsed_s += time.monotonic() - began_at
+        notice_s = self.config.sigterm_notice_s
+        last_save_s = self.stats.last_save_s
+        is_in_time = self._ranks.on_coordinator(
+            lambda: notice_s is None or fits(notice_s, elapsed_s, last_save_s)
+        )
+        if not is_in_time:
+            text = f"a save takes {last_save_s:.1f} s, {elapsed_s:.1f} of {notice_s} s are over"
+            if self._ranks.is_coordinator:
+                log.warning("step-%d is not saved before the stop: %s", step, text)
+            self._tell(SaveEvent(kind="skipped", step=step, reason=text))
+            return None
+        pending = self.do_save(step, self.stop_reason, last_step=last_step, metrics=metrics)
+        pending.error()
+        return pending
+
+    def _contents(self, what: Everything | ModelOnly) -> Contents:
+        if isinstance(what, ModelOnly):
+            return exported_model(self._state.model, what.dtype)
+        return everything(self._state.model, self._parts, self._needs)
 
     def _settle(self) -> None:
-        """The save in flight has ended; a failure is told, never raised into training."""
-        error = self._pending.error() if self._pending is not None else None
-        self._pending = None
-        if error is not None:
-            log.error("an earlier save failed; training goes on\n%s", error)
+        """The save in flight has ended; a failure was told when it ended."""
+        if self._pending is not None:
+            self._pending.error()
+            self._pending = None
+
+    def _ended(self, pending: PendingSave, reason: str) -> None:
+        """In the thread that wrote: counted, logged and told."""
+        error = pending.error()
+        if error is None:
+            self._branch = None
+            event = SaveEvent(
+                kind="committed", step=pending.step, reason=reason, seconds=pending.seconds
+            )
+            if self._ranks.is_coordinator:
+                log.info("step-%d is committed at %s", pending.step, self._catalog.uri)
+        else:
+            self._failure = error
+            event = SaveEvent(
+                kind="failed", step=pending.step, reason=str(error), seconds=pending.seconds
+            )
+            if self.config.mode != "sync":
+                log.error("the save of step-%d failed in the background\n%s", pending.step, error)
+                if self.config.on_failure == "stop":
+                    self._listener.failed()
+        self._tell(event)
+
+    def _tell(self, event: SaveEvent) -> None:
+        """Counted on every rank; the listener heard of it, whose faults are its own."""
+        self.stats.count(event)
+        if self._run.on_event is None or not self._ranks.is_coordinator:
+            return
+        try:
+            self._run.on_event(event)
+        except Exception as error:  # noqa: BLE001  training goes on
+            log.error("step-%d is %s, but on_event failed: %r", event.step, event.kind, error)
 
     # ---- loading ----
 
-    def load(self, step: int = NEWEST) -> LoadReport:
-        """The state of `step`, or of the newest good one, is in place.
+    def load(self, step: int = NEWEST, *, config: LoadConfig | None = None) -> LoadReport:
+        """The state of `step`, or of the newest good one, is in place; else what the config says.
 
         Every file's digest is recomputed first, the work split over the ranks. A damaged step is
         set aside and the one before it is tried; a step that was asked for by number is never
-        replaced by another. Without any checkpoint nothing changes and the report says step 0.
+        replaced by another. Without any checkpoint the config's `start` is loaded, and the report
+        says step 0.
 
         Raises:
             StepNotFoundError: the step asked for is not there.
             IntegrityError: the step asked for is damaged; storage is not touched.
             StateDictError: keys differ from the model's; found before a tensor is read.
+            ConfigError: a source or an excluded part is not there.
         """
+        config = config or LoadConfig()
+        self._refuse_unknown_parts(config)
         if step == NEWEST:
-            report = choose_newest(self._catalog, self._ranks)
+            choice = choose_newest(self._catalog, self._ranks, config)
         else:
-            report = choose(self._catalog, self._ranks, step)
-        if report.step:
-            restore(
-                self._catalog, self._ranks, report.step, model=self._state.model, parts=self._parts
-            )
-            self._resumed_from = report.step
+            choice = choose(self._catalog, self._ranks, step)
+        parts = {name: p for name, p in self._parts.items() if name not in config.exclude}
+        naming = Naming.of(self._assets, self._state.model.converters)
+        sources = self._ranks.together(
+            lambda: open_sources(self._catalog, choice, config, naming, parts=tuple(parts))
+        )
+        base = base_of_saves(sources, self._state.model)
+        restored = restore(sources, self._ranks, model=self._state.model, parts=parts)
+        self._branch = self._resumed_from = choice.step
+        self._needs = needs_of(base, self._ranks)
+        report = LoadReport(
+            step=choice.step or 0,
+            reason=choice.reason,
+            skipped=choice.skipped,
+            sources=restored.sources,
+            as_initialised=(*restored.as_initialised, *sorted(config.exclude)),
+        )
         if self._ranks.is_coordinator:
             report.log()
         return report
+
+    def _refuse_unknown_parts(self, config: LoadConfig) -> None:
+        start = () if isinstance(config.start, FromScratch) else config.start.sources
+        taken = tuple(part for source in start for part in source.parts)
+        for field, named in (("load.exclude", config.exclude), ("load.start", taken)):
+            unknown = sorted(set(named) - set(self._parts))
+            if unknown:
+                raise ConfigError(
+                    f"this run has no part called {', '.join(unknown)}",
+                    field,
+                    "nothing was loaded",
+                    f"its parts: {', '.join(self._parts)}",
+                )
 
     # ---- parts ----
 
@@ -218,7 +375,9 @@ class CheckpointManager:
         name = run_name(self._catalog.uri)
         return self._catalog.records.begin_run(f"{name}-{self._token}", self._run.policy).run_id
 
-    def _job(self, step: int, *, last_step: bool, metrics: Mapping[str, float]) -> SaveJob:
+    def _job(
+        self, step: int, contents: Contents, *, last_step: bool, metrics: Mapping[str, float]
+    ) -> SaveJob:
         self._num_saves += 1
         return SaveJob(
             catalog=self._catalog,
@@ -232,22 +391,21 @@ class CheckpointManager:
                 is_last_step=last_step,
                 metrics=metrics,
                 versions={"torch": torch.__version__},
+                model=replace(contents.model, family=self._assets.family if self._assets else None),
+                holds=contents.holds,
+                needs=contents.needs,
             ),
-            family=self._assets.family if self._assets else None,
             assets=self._assets.files if self._assets else {},
             reserved=frozenset(self._parts),
-            check_lease=self._lease.check,
+            check_lease=self._lease.guard(),
+            supersedes=self._branch,
         )
 
 
-def _make_stager() -> DefaultStager:
-    """Host buffers that are kept and reused; pinned where there is a GPU."""
-    has_gpu = torch.cuda.is_available()
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=has_gpu,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=has_gpu,
-        )
+def _failed_before(error: RayCkptError | None) -> SaveError:
+    return SaveError(
+        f"training stops, because a save failed: {error.what if error else 'on another rank'}",
+        error.where if error else "",
+        "every step that was committed before is safe",
+        "mend the cause and start again: training goes on from the newest committed step",
     )

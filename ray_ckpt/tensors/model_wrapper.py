@@ -1,10 +1,9 @@
 """A model, or its pipeline parts, as one flat state dict under canonical names.
 
-Holds no state dict of its own: each call asks the modules, whose tensors keep their storages, so
-that staging buffers keyed by storage stay valid.
+Holds no tensor between two calls: each asks the modules anew, once. What it remembers are names.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch import nn
 
 from ray_ckpt.core.errors import StateDictError
 from ray_ckpt.tensors.converters import BASE, ModelConverter, owners, transform_for_export
-
-_WRAPPER_SEGMENTS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+from ray_ckpt.tensors.fqn import canonical_fqn
 
 
 class StateDictMode(StrEnum):
@@ -37,10 +35,15 @@ class ModelWrapper:
         converters: Sequence[ModelConverter] = (),
     ) -> None:
         self.parts = [model] if isinstance(model, nn.Module) else list(model)
-        self._converters = tuple(converters)
+        self.converters = tuple(converters)
+        self._names: list[dict[str, str]] = []
+        """For each part the module's own name of each canonical one, as of the last gathering."""
+        self._tied: dict[str, str] = {}
 
     def state_dict(self, mode: str = StateDictMode.FULL) -> dict[str, Any]:
         """Tensors by canonical FQN; they share storage with the parameters, except in export mode.
+
+        A tensor that several names share is there once, under the first of them; see `tied`.
 
         Raises:
             StateDictError: no such mode, or a key that two parts or two converters claim.
@@ -50,21 +53,22 @@ class ModelWrapper:
                 f"no state dict mode {mode!r}", do=f"use one of: {', '.join(StateDictMode)}"
             )
         tensors = self._gather()
-        owner_of = owners(tensors, self._converters)
+        owner_of = self.owners(tensors)
         if mode == StateDictMode.BASE:
             return {key: tensor for key, tensor in tensors.items() if owner_of[key] == BASE}
         if mode == StateDictMode.EXPORT:
-            return transform_for_export(tensors, self._converters)
+            return transform_for_export(tensors, self.converters)
         return tensors
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Every tensor of every part has the value given; all of them must be given, and no other.
 
         Raises:
             StateDictError: lists what is missing and what is unexpected; nothing is loaded.
         """
-        names = [dict(_canonical_names(part)) for part in self.parts]
-        expected = {key for part in names for key in part}
+        if not self._names:
+            self._gather()
+        expected = {key for names in self._names for key in names} - set(self._tied)
         missing, unexpected = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
         if missing or unexpected:
             raise StateDictError(
@@ -72,26 +76,53 @@ class ModelWrapper:
                 safe="no parameter was changed",
                 do="load it into the model that was saved, or name another source for these keys",
             )
-        for part, own in zip(self.parts, names, strict=True):
-            part.load_state_dict({raw: state_dict[key] for key, raw in own.items()})
+        for part, names in zip(self.parts, self._names, strict=True):
+            part.load_state_dict(
+                {raw: state_dict[self._tied.get(key, key)] for key, raw in names.items()}
+            )
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Names that are left out to the name whose tensor they share, as of the last call."""
+        return dict(self._tied)
+
+    def owners(self, keys: Iterable[str]) -> dict[str, str]:
+        """Key to the name of its one owner: a converter, or the base.
+
+        Raises:
+            StateDictError: two converters claim a key; each such key is listed.
+        """
+        return owners(keys, self.converters)
 
     def _gather(self) -> dict[str, Any]:
         tensors: dict[str, Any] = {}
+        self._names, self._tied = [], {}
         for part in self.parts:
-            for raw, tensor in part.state_dict().items():
-                key = canonical_fqn(raw)
-                if key in tensors:
-                    raise StateDictError(f"two parts of the model have a tensor called {key}")
-                tensors[key] = tensor
-        return tensors
+            raws = {canonical_fqn(raw): (raw, tensor) for raw, tensor in part.state_dict().items()}
+            twice = sorted(set(raws) & set(tensors))
+            if twice:
+                raise StateDictError(
+                    f"two parts of the model have tensors called {', '.join(twice)}"
+                )
+            self._names.append({key: raw for key, (raw, _) in raws.items()})
+            self._tied.update(_tied(part, raws))
+            tensors.update((key, tensor) for key, (_, tensor) in raws.items())
+        return {key: tensor for key, tensor in tensors.items() if key not in self._tied}
 
 
-def canonical_fqn(name: str) -> str:
-    """`name` without the segments that activation checkpointing and torch.compile put in."""
-    for segment in _WRAPPER_SEGMENTS:
-        name = name.replace(segment, "")
-    return name
-
-
-def _canonical_names(part: nn.Module) -> Iterator[tuple[str, str]]:
-    return ((canonical_fqn(raw), raw) for raw in part.state_dict())
+def _tied(part: nn.Module, keys: Iterable[str]) -> dict[str, str]:
+    """Each name in `keys` whose very parameter or buffer has an earlier name there."""
+    identity = {
+        canonical_fqn(name): id(tensor)
+        for tensors in (
+            part.named_parameters(remove_duplicate=False),
+            part.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in tensors
+    }
+    first: dict[int, str] = {}
+    return {
+        key: first[identity[key]]
+        for key in keys
+        if key in identity and first.setdefault(identity[key], key) != key
+    }

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, StorageReader
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
@@ -22,36 +24,82 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
+from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.ranks import causes, expect_one_process, ours, sentence
 
 _BUFFER_BYTES = 1 << 16
 
 
-class StepReader(FileSystemReader):
-    """A DCP storage reader for one committed step."""
+class DcpReader(FileSystemReader):
+    """A DCP storage reader for one folder of a store.
 
-    def __init__(self, catalog: Catalog, manifest: Manifest) -> None:
-        super().__init__(names.step_dir(manifest.step))
-        self._catalog = catalog
-        self._manifest = manifest
-        self.fs = _StoreFileSystem(catalog.store)
+    `digest` is what our manifest says of `.metadata`; None for a foreign folder, of which nothing
+    that is pickled is run.
+    """
+
+    def __init__(self, store: Store, folder: str, *, digest: str | None) -> None:
+        super().__init__(folder)
+        self.uri = f"{store.uri}/{folder}"
+        self.runs_pickles = digest is not None
+        self._store = store
+        self._digest = digest
+        self.fs = _StoreFileSystem(store)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """`.metadata`, unpickled only if it is the very file that was committed.
 
         Raises:
-            IntegrityError: its SHA-256 is not the manifest's.
+            IntegrityError: its SHA-256 is not the manifest's, or, in a foreign folder, it names
+                anything but torch's own metadata types.
         """
-        key = f"{names.step_dir(self._manifest.step)}/{names.METADATA}"
-        data = self._catalog.store.read(key)
-        expected = {entry.path: entry.digest for entry in self._manifest.files}[names.METADATA]
-        if digest_of(data) != expected:
-            damage = f"{names.METADATA} is {digest_of(data)}, the manifest says {expected}"
-            raise self._catalog.corrupt(self._manifest.step, [damage])
-        metadata: Metadata = pickle.loads(data)  # hash checked above
+        data = self._store.read(f"{self.path}/{names.METADATA}")
+        metadata = self._unpickled(data)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _unpickled(self, data: bytes) -> Metadata:
+        if self._digest is None:
+            return read_foreign_metadata(data, self.uri)
+        if digest_of(data) != self._digest:
+            raise IntegrityError(
+                f"{names.METADATA} is {digest_of(data)}, the manifest says {self._digest}",
+                self.uri,
+                "nothing was unpickled and nothing was changed",
+            )
+        return cast(Metadata, pickle.loads(data))  # hash checked above
+
+
+def step_reader(catalog: Catalog, manifest: Manifest) -> DcpReader:
+    """The reader of one committed step; of an adopted one it runs no pickle either."""
+    digests = {entry.path: entry.digest for entry in manifest.files}
+    is_ours = not manifest.lineage.adopted
+    reader = DcpReader(catalog.store, names.step_dir(manifest.step), digest=digests[names.METADATA])
+    reader.runs_pickles = is_ours
+    return reader
+
+
+class _Planner(DefaultLoadPlanner):
+    """Torch's planner, but for what is not a tensor: plain values, unless the pickles are ours."""
+
+    def __init__(self, reader: StorageReader) -> None:
+        super().__init__()
+        self._where = str(getattr(reader, "uri", ""))
+        self._runs_pickles = bool(getattr(reader, "runs_pickles", False))
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """One value that is no tensor, in its place."""
+        name = read_item.dest_index.fqn
+        try:
+            loaded = torch.load(value, weights_only=not self._runs_pickles)
+        except pickle.UnpicklingError as error:
+            raise IntegrityError(
+                f"{name} holds a pickle that is more than plain values; it was not run",
+                self._where,
+                "storage was not changed; the model may hold some of the step's tensors",
+                f"exclude its part from loading: LoadConfig(exclude=({name.partition('.')[0]!r},))",
+            ) from error
+        set_element(self.original_state_dict, self.mappings[name], loaded)
 
 
 def read_tensors(catalog: Catalog, manifest: Manifest, keys: Sequence[str]) -> dict[str, Tensor]:
@@ -61,12 +109,12 @@ def read_tensors(catalog: Catalog, manifest: Manifest, keys: Sequence[str]) -> d
         key: torch.empty(entries[key].shape, dtype=getattr(torch, entries[key].dtype))
         for key in keys
     }
-    load_into(state_dict, StepReader(catalog, manifest), process_group=None)
+    load_into(state_dict, step_reader(catalog, manifest), process_group=None)
     return state_dict
 
 
 def load_into(
-    state_dict: dict[str, Any], reader: StepReader, *, process_group: dist.ProcessGroup | None
+    state_dict: dict[str, Any], reader: StorageReader, *, process_group: dist.ProcessGroup | None
 ) -> None:
     """Every tensor of `state_dict` filled in place, every other entry replaced.
 
@@ -80,11 +128,12 @@ def load_into(
         dcp.load(
             state_dict,
             storage_reader=reader,
+            planner=_Planner(reader),
             process_group=process_group,
             no_dist=process_group is None,
         )
     except CheckpointException as error:
-        raise _cause(error, str(reader.path)) from error
+        raise _cause(error, str(getattr(reader, "uri", reader))) from error
 
 
 def _cause(error: CheckpointException, step: str) -> RayCkptError:
@@ -99,7 +148,12 @@ def _cause(error: CheckpointException, step: str) -> RayCkptError:
             safe="no tensor was read, the model is as it was",
             do="load it with the model and optimizer it was saved from",
         )
-    return IntegrityError(f"{step} cannot be read: {text}", step, "storage was not changed")
+    return IntegrityError(
+        f"{step} cannot be read: {text}",
+        step,
+        "storage was not changed; what it was read into may hold some of its values",
+        "do not train on: start again from another step or source, or once it can be read",
+    )
 
 
 def read_asset(catalog: Catalog, manifest: Manifest, name: str) -> bytes | None:
@@ -113,7 +167,8 @@ def read_asset(catalog: Catalog, manifest: Manifest, name: str) -> bytes | None:
     if path not in expected:
         return None
     data = catalog.store.read(f"{names.step_dir(manifest.step)}/{path}")
-    if digest_of(data) != expected[path]:
+    algorithm = expected[path].partition(":")[0]  # adopted steps have another for assets
+    if digest_of(data, algorithm) != expected[path]:
         raise IntegrityError(
             f"{path} of step-{manifest.step} differs from its manifest", catalog.uri
         )

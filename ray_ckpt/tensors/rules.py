@@ -1,137 +1,319 @@
 """Rules that pair native tensor names with Hugging Face ones, and the engine that applies a table.
 
-A table is total in both directions: a tensor that no rule speaks for is an error, and so is a rule
-that matches nothing. `{n}` in a name stands for a layer number, the same on both sides.
+    rename       one name      <->  one name
+    rotary       one name      <->  one name, rows of each head in another order
+    transpose    one name      <->  one name, last two dimensions exchanged
+    split        one fused     <->  several
+    experts      one stacked   <->  one an expert, `{e}` in its name
+    left_out     nothing       <->  what Hugging Face stores and training has no use for
+
+A table is total in both directions: a tensor that no rule speaks for is an error, so is a rule some
+of whose tensors are lacking, and so is, for a whole model, a rule that matches nothing. `{n}` in a
+name stands for a layer number, the same on both sides of a rule.
 """
 
+import fnmatch
+import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from ray_ckpt.core.errors import StateDictError
+from ray_ckpt.tensors import layouts
+from ray_ckpt.tensors.layouts import Tensors
+
+_LOG = logging.getLogger(__name__)
+_NAMES_TOLD = 20
+Key = TypeVar("Key", int, str)
 
 
-def unchanged(tensor: Tensor) -> Tensor:
-    """The very tensor."""
-    return tensor
+def unchanged(tensors: Tensors) -> Tensors:
+    """The very tensors."""
+    return tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """One pair of names, and how values differ between them."""
+    """Names on both sides, and how values differ between them."""
 
-    native: str
-    hf: str
-    to_hf: Callable[[Tensor], Tensor] = unchanged
-    from_hf: Callable[[Tensor], Tensor] = unchanged
+    native: tuple[str, ...]
+    hf: tuple[str, ...]
+    to_hf: Callable[[Tensors], Tensors] = unchanged
+    """Takes one tensor for each native name, gives one for each HF name; pure."""
+    from_hf: Callable[[Tensors], Tensors] = unchanged
+    """Undoes it bit for bit."""
+    layers: tuple[int, ...] | None = None
+    """Layers that have these tensors; None for all."""
 
 
 def rename(native: str, hf: str) -> Rule:
     """The same values under another name."""
-    return Rule(native=native, hf=hf)
+    return Rule(native=(native,), hf=(hf,))
+
+
+def renames(native_prefix: str, hf_prefix: str, names: Mapping[str, str]) -> list[Rule]:
+    """One :func:`rename` for each native name, the prefixes put before both."""
+    return [rename(native_prefix + native, hf_prefix + hf) for native, hf in names.items()]
 
 
 def rotary(native: str, hf: str, *, num_heads: int) -> Rule:
-    """A projection whose rows rotary embedding pairs up: (2i, 2i+1) natively, (i, i+d/2) in HF."""
+    """Weight or bias whose rows rotary embedding pairs: (2i, 2i+1) natively, (i, i+d/2) in HF."""
     return Rule(
-        native=native,
-        hf=hf,
-        to_hf=lambda weight: interleaved_to_halves(weight, num_heads),
-        from_hf=lambda weight: halves_to_interleaved(weight, num_heads),
+        native=(native,),
+        hf=(hf,),
+        to_hf=lambda tensors: (layouts.interleaved_to_halves(tensors[0], num_heads),),
+        from_hf=lambda tensors: (layouts.halves_to_interleaved(tensors[0], num_heads),),
     )
+
+
+def transpose(native: str, hf: str) -> Rule:
+    """[..., rows, columns] on one side, [..., columns, rows] on the other."""
+    return Rule(native=(native,), hf=(hf,), to_hf=_exchanged, from_hf=_exchanged)
+
+
+def split(native: str, hf: Sequence[str], *, rows: Sequence[int]) -> Rule:
+    """One native tensor that holds several HF ones, one below the other."""
+    return Rule(
+        native=(native,),
+        hf=tuple(hf),
+        to_hf=lambda tensors: layouts.split_rows(tensors[0], rows),
+        from_hf=lambda tensors: (layouts.join_rows(tensors),),
+    )
+
+
+def split_alternating(native: str, hf: Sequence[str], *, dim: int) -> Rule:
+    """One native tensor in which the slices of several HF ones take turns along `dim`."""
+    return Rule(
+        native=(native,),
+        hf=tuple(hf),
+        to_hf=lambda tensors: layouts.split_alternating(tensors[0], dim, len(hf)),
+        from_hf=lambda tensors: (layouts.join_alternating(tensors, dim),),
+    )
+
+
+def split_qkv(native: str, hf: Sequence[str], *, num_heads: int, num_kv_heads: int) -> Rule:
+    """Queries, keys and values fused by key/value head natively, three tensors in HF."""
+    return Rule(
+        native=(native,),
+        hf=tuple(hf),
+        to_hf=lambda tensors: layouts.split_qkv(tensors[0], num_heads, num_kv_heads),
+        from_hf=lambda tensors: (layouts.join_qkv(tensors, num_kv_heads),),
+    )
+
+
+def experts(native: str, hf: str, *, num_experts: int) -> Rule:
+    """[num_experts, ...] natively; in HF a tensor an expert, whose number stands for `{e}`."""
+    return Rule(
+        native=(native,),
+        hf=tuple(hf.replace("{e}", str(expert)) for expert in range(num_experts)),
+        to_hf=lambda tensors: layouts.unstack(tensors[0]),
+        from_hf=lambda tensors: (layouts.stack(tensors),),
+    )
+
+
+def left_out(hf: str) -> Rule:
+    """HF names, `*` for any text, that are no part of the model: never needed, never written."""
+    return Rule(native=(), hf=(hf,))
+
+
+def output(native: str, config: Mapping[str, object]) -> Rule:
+    """The output projection; tied to the embedding it has no name of its own on either side."""
+    if config.get("tie_word_embeddings", False):
+        return left_out("lm_head.weight")
+    return rename(native, "lm_head.weight")
+
+
+def in_layers(layers: Iterable[int], rules: Iterable[Rule]) -> list[Rule]:
+    """The same rules for some layers only."""
+    numbers = tuple(layers)
+    return [replace(rule, layers=numbers) for rule in rules]
+
+
+def _exchanged(tensors: Tensors) -> Tensors:
+    return (layouts.swap_last_two(tensors[0]),)
 
 
 class RuleAdapter:
     """A StateDictAdapter made of a table of rules."""
 
-    def __init__(self, family: str, rules: Sequence[Rule]) -> None:
+    def __init__(self, family: str, rules: Sequence[Rule], *, num_layers: int = 0) -> None:
         self.family = family
-        self._rules = tuple(rules)
+        pairs = [rule for rule in rules if rule.native]
+        links = [link for rule in pairs for link in _links(rule, range(num_layers))]
+        self._to_hf = _Direction(family, "native", links)
+        self._from_hf = _Direction(family, "Hugging Face", [link.mirrored() for link in links])
+        unused = [fnmatch.translate(name) for rule in rules if not rule.native for name in rule.hf]
+        self._unused = re.compile("|".join(unused)) if unused else None
 
     def to_hf(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """HF names and values; the input is left as it is. Part of a model will do."""
-        pairs = self._match(state_dict, [rule.native for rule in self._rules], "native")
-        return {
-            _fill(self._rules[i].hf, layer): self._rules[i].to_hf(state_dict[key])
-            for key, (i, layer) in pairs.items()
-        }
+        """HF names and values; the input is left as it is. Whole rules of a model will do.
+
+        Raises:
+            StateDictError: a tensor that no rule speaks for, or a rule lacks some of its tensors.
+        """
+        return self._to_hf.apply(state_dict)
 
     def from_hf(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Native names and values; undoes :meth:`to_hf` bit for bit."""
-        pairs = self._match(state_dict, [rule.hf for rule in self._rules], "Hugging Face")
-        return {
-            _fill(self._rules[i].native, layer): self._rules[i].from_hf(state_dict[key])
-            for key, (i, layer) in pairs.items()
-        }
+        used = self._used(state_dict)
+        left = [name for name in state_dict if name not in used]
+        if left:
+            _LOG.warning("no part of the model num_tensors=%d names=%s", len(left), _told(left))
+        return self._from_hf.apply({name: state_dict[name] for name in used})
 
-    def sources(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """For a whole model: each HF name with the native names it is made of.
+    def expect_whole(self, native: Iterable[str]) -> None:
+        """Returns if these are all native tensors of the model, and no other.
 
         Raises:
-            StateDictError: a key that no rule speaks for, or a rule that matches no key.
+            StateDictError: a key that no rule speaks for; or a rule, or a layer, that is lacking.
         """
-        pairs = self._match(keys, [rule.native for rule in self._rules], "native")
-        used = {index for index, _ in pairs.values()}
-        idle = [rule.native for index, rule in enumerate(self._rules) if index not in used]
-        if idle:
-            raise StateDictError(
-                f"the {self.family} adapter expects tensors that are not there: {', '.join(idle)}",
-                safe="nothing was written",
-                do="check the model's family and config (tied embeddings, number of layers)",
-            )
-        return {_fill(self._rules[i].hf, layer): (key,) for key, (i, layer) in pairs.items()}
+        self._to_hf.expect_whole(native)
 
-    def _match(
-        self, keys: Iterable[str], patterns: Sequence[str], kind: str
-    ) -> dict[str, tuple[int, str]]:
-        """For each key the index of its rule, and the layer number in its name."""
-        compiled = [re.compile(re.escape(p).replace(r"\{n\}", r"(\d+)")) for p in patterns]
-        pairs: dict[str, tuple[int, str]] = {}
-        unmatched: list[str] = []
-        for key in keys:
-            found = ((i, m) for i, regex in enumerate(compiled) if (m := regex.fullmatch(key)))
-            index, match = next(found, (-1, None))
-            if match is None:
-                unmatched.append(key)
-            else:
-                pairs[key] = (index, match[1] if match.groups() else "")
-        if unmatched:
+    def expect_whole_hf(self, hf: Iterable[str]) -> None:
+        """Returns if these are all HF tensors of the model; ones that are left out may be there."""
+        self._from_hf.expect_whole(self._used(hf))
+
+    def _used(self, hf: Iterable[str]) -> dict[str, None]:
+        """Names that a rule must speak for, in order."""
+        unused = self._unused
+        return {name: None for name in hf if unused is None or not unused.match(name)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Link:
+    """One rule in one layer and one direction, its names written out."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    patterns: tuple[str, ...]
+    """Of the sources."""
+    target_patterns: tuple[str, ...]
+    layer: int | None
+    apply: Callable[[Tensors], Tensors]
+    undo: Callable[[Tensors], Tensors]
+
+    def mirrored(self) -> "_Link":
+        """The other direction."""
+        return _Link(
+            sources=self.targets,
+            targets=self.sources,
+            patterns=self.target_patterns,
+            target_patterns=self.patterns,
+            layer=self.layer,
+            apply=self.undo,
+            undo=self.apply,
+        )
+
+
+def _links(rule: Rule, layers: Iterable[int]) -> list[_Link]:
+    """The rule written out for every layer; once if its names have no layer number."""
+    numbered = any("{n}" in pattern for pattern in (*rule.native, *rule.hf))
+    chosen = (layers if rule.layers is None else rule.layers) if numbered else [None]
+    return [
+        _Link(
+            sources=tuple(pattern.replace("{n}", str(layer)) for pattern in rule.native),
+            targets=tuple(pattern.replace("{n}", str(layer)) for pattern in rule.hf),
+            patterns=rule.native,
+            target_patterns=rule.hf,
+            layer=layer,
+            apply=rule.to_hf,
+            undo=rule.from_hf,
+        )
+        for layer in chosen
+    ]
+
+
+class _Direction:
+    """All links of one direction, found by the name of any of their sources."""
+
+    def __init__(self, family: str, kind: str, links: Sequence[_Link]) -> None:
+        self._family = family
+        self._kind = kind
+        self._links = links
+        self._link_of = {name: link for link in links for name in link.sources}
+        assert len(self._link_of) == sum(len(link.sources) for link in links), "a name in two rules"
+
+    def apply(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Targets of every rule whose sources are given, in the order of their first source."""
+        self._expect_known(state_dict)
+        links = {id(link): link for link in (self._link_of[name] for name in state_dict)}.values()
+        self._expect_given([name for link in links for name in link.sources], state_dict)
+        made: dict[str, Tensor] = {}
+        for link in links:
+            tensors = link.apply(tuple(state_dict[name] for name in link.sources))
+            if len(tensors) != len(link.targets):
+                raise StateDictError(
+                    f"{link.sources[0]} holds {len(tensors)} tensors, the {self._family} adapter "
+                    f"expects {len(link.targets)}: {_told(link.targets)}",
+                    safe="nothing was loaded or written",
+                    do="check the model's config (number of experts)",
+                )
+            made.update(zip(link.targets, tensors, strict=True))
+        return made
+
+    def expect_whole(self, names: Iterable[str]) -> None:
+        """Returns if the names are the sources of all rules."""
+        given = set(names)
+        self._expect_known(given)
+        self._expect_given(self._link_of, given)
+
+    def _expect_known(self, names: Iterable[str]) -> None:
+        strangers = sorted(name for name in names if name not in self._link_of)
+        if strangers:
             raise StateDictError(
-                f"no rule of the {self.family} adapter speaks for these {kind} tensors: "
-                + ", ".join(sorted(unmatched)),
-                safe="nothing was written, and no tensor is ever left out in silence",
+                f"no rule of the {self._family} adapter speaks for these {self._kind} tensors: "
+                + _told(strangers),
+                safe="nothing was loaded or written, and no tensor is ever left out in silence",
                 do="add a rule to the adapter, or name the model's own family",
             )
-        return pairs
+
+    def _expect_given(self, names: Iterable[str], given: Iterable[str]) -> None:
+        lacking = [name for name in names if name not in given]
+        if lacking:
+            raise StateDictError(
+                f"the {self._family} adapter expects {len(lacking)} {self._kind} tensors that are "
+                f"not there: {_told(self._summed_up(lacking))}",
+                safe="nothing was loaded or written",
+                do="check the model's family and config (tied embeddings, number of layers and "
+                "experts)",
+            )
+
+    def _summed_up(self, lacking: Sequence[str]) -> list[str]:
+        """Layers of which nothing is there, rules of which nothing is there, else single names."""
+        absent = set(lacking)
+        layers = _absent_as_a_whole(
+            (link.layer, name in absent)
+            for link in self._links
+            if link.layer is not None
+            for name in link.sources
+        )
+        patterns = _absent_as_a_whole(
+            (pattern, name in absent)
+            for link in self._links
+            if link.layer not in layers
+            for pattern, name in zip(link.patterns, link.sources, strict=True)
+        )
+        told = dict.fromkeys(f"all of layer {layer}" for layer in sorted(layers))
+        for name in lacking:
+            link = self._link_of[name]
+            if link.layer not in layers:
+                pattern = link.patterns[link.sources.index(name)]
+                told[pattern if pattern in patterns else name] = None
+        return list(told)
 
 
-def interleaved_to_halves(weight: Tensor, num_heads: int) -> Tensor:
-    """Rotary rows reordered from interleaved pairs to two halves.
-
-    For head_dim 4, rows 0 1 2 3 of each head become 0 2 1 3.
-
-    Args:
-        weight: [num_heads * head_dim, hidden], any dtype; head_dim is even.
-        num_heads: query heads for q_proj, key/value heads for k_proj.
-
-    Returns:
-        A new tensor of the same shape and dtype; undone by :func:`halves_to_interleaved`.
-
-    Source: what transformers' Llama does with the two halves of a head (`rotate_half`).
-    """
-    rows, hidden = weight.shape
-    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, hidden)
-    return pairs.transpose(1, 2).reshape(rows, hidden)
+def _absent_as_a_whole(facts: Iterable[tuple[Key, bool]]) -> set[Key]:
+    """Keys that are never told to be there."""
+    there: Counter[Key] = Counter()
+    for key, absent in facts:
+        there[key] += not absent
+    return {key for key, count in there.items() if count == 0}
 
 
-def halves_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Undoes :func:`interleaved_to_halves`; [num_heads * head_dim, hidden] in and out."""
-    rows, hidden = weight.shape
-    halves = weight.reshape(num_heads, 2, rows // num_heads // 2, hidden)
-    return halves.transpose(1, 2).reshape(rows, hidden)
-
-
-def _fill(pattern: str, layer: str) -> str:
-    return pattern.replace("{n}", layer)
+def _told(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_TOLD} more" if len(names) > _NAMES_TOLD else ""
+    return ", ".join(names[:_NAMES_TOLD]) + more

@@ -5,27 +5,20 @@ Keys on storage, as TorchTitan writes them: model tensors under their FQN alone;
 to rank, under `rng.rank_<r>.`.
 """
 
-import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ray_ckpt.core.errors import StateDictError
-from ray_ckpt.tensors.model_wrapper import ModelWrapper, canonical_fqn
+from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.optimizer_state import OptimizerState
+from ray_ckpt.tensors.random_state import RandomState
 
 RNG = "rng"
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +26,10 @@ class TrainingState:
     """What `CheckpointManager` saves and restores, as the training loop holds it."""
 
     model: ModelWrapper
-    optimizer: Optimizer | None = None
-    lr_scheduler: LRScheduler | None = None
+    optimizer: Optimizer | Sequence[Optimizer] | None = None
+    """Several are saved as one: each parameter belongs to one of them."""
+    lr_scheduler: LRScheduler | Sequence[LRScheduler] | Stateful | None = None
+    """Several are saved under their numbers: `lr_scheduler.0.last_epoch`."""
     extra: Mapping[str, Stateful] = field(default_factory=dict[str, Stateful])
     """Whatever else has `state_dict` and `load_state_dict`: `dataloader`, `train_state`, ..."""
 
@@ -44,84 +39,77 @@ class TrainingState:
         Raises:
             StateDictError: a name of `extra` is taken.
         """
-        parts: dict[str, Stateful] = {RNG: RngState(rank)}
+        parts: dict[str, Stateful] = {RNG: RandomState(rank)}
         if self.optimizer is not None:
-            parts["optimizer"] = OptimizerState(self.model.parts, self.optimizer)
-        if self.lr_scheduler is not None:
-            parts["lr_scheduler"] = self.lr_scheduler
+            # TorchTitan's container is an Optimizer itself; torch's own cannot be iterated over
+            several = (
+                list(self.optimizer) if isinstance(self.optimizer, Iterable) else [self.optimizer]
+            )
+            parts["optimizer"] = OptimizerState(self.model.parts, several)
+        if isinstance(self.lr_scheduler, Sequence):
+            parts["lr_scheduler"] = SchedulerStates(self.lr_scheduler)
+        elif self.lr_scheduler is not None:
+            parts["lr_scheduler"] = _schedule_part(self.lr_scheduler)
         taken = sorted(set(parts) & set(self.extra))
         if taken:
             raise StateDictError(
-                f"these names are taken: {', '.join(taken)}", "TrainingState.extra"
+                f"these names are taken: {', '.join(taken)}",
+                "TrainingState.extra",
+                "nothing was saved or loaded",
+                "call them something else",
             )
         return {**parts, **self.extra}
 
 
-def collect(model: ModelWrapper, parts: Mapping[str, Stateful]) -> dict[str, Any]:
-    """Model tensors under their FQNs, the other parts under their names: what DCP takes."""
-    return {**model.state_dict(), **{name: part.state_dict() for name, part in parts.items()}}
+def _schedule_part(schedule: LRScheduler | Stateful) -> Stateful:
+    """The schedule itself, unless all it saves follows from the step and the optimizer."""
+    if isinstance(schedule, LambdaLR) and not any(schedule.state_dict()["lr_lambdas"]):
+        return LambdaState(schedule)
+    return schedule
 
 
-class OptimizerState:
-    """An optimizer's state by parameter name, so that it survives another sharding or grouping."""
+class LambdaState:
+    """A DCP `Stateful` around a LambdaLR of plain functions, under TorchTitan's one key.
 
-    def __init__(self, parts: list[nn.Module], optimizer: Optimizer) -> None:
-        # torch wants one module that holds every parameter of the optimizer
-        self._whole = nn.ModuleList(parts)
-        self._optimizer = optimizer
-        self._part_of = {
-            canonical_fqn(name): str(index)
-            for index, part in enumerate(parts)
-            for name, _ in part.named_parameters()
-        }
+    Its base rates are the `initial_lr` of the optimizer's groups and its last ones their `lr`,
+    which the optimizer brings along.
+    """
+
+    def __init__(self, schedule: LambdaLR) -> None:
+        self._schedule = schedule
 
     def state_dict(self) -> dict[str, Any]:
-        """`state.<fqn>.<name>` and `param_groups.<fqn>.<key>`."""
-        found = get_optimizer_state_dict(self._whole, self._optimizer, options=_FLAT)
-        return {self._outside(key): value for key, value in found.items()}
+        """`last_epoch`."""
+        return {"last_epoch": self._schedule.last_epoch}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The schedule goes on where it was; the optimizer must have its state already."""
+        groups = self._schedule.optimizer.param_groups
+        self._schedule.load_state_dict(
+            {
+                **self._schedule.state_dict(),
+                "last_epoch": int(state_dict["last_epoch"]),
+                "_step_count": int(state_dict["last_epoch"]) + 1,
+                "base_lrs": [group["initial_lr"] for group in groups],
+                "_last_lr": [group["lr"] for group in groups],
+            }
+        )
+
+
+class SchedulerStates:
+    """A DCP `Stateful` around several schedules, by their number."""
+
+    def __init__(self, schedulers: Sequence[LRScheduler]) -> None:
+        self._schedulers = [_schedule_part(scheduler) for scheduler in schedulers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """`0.last_epoch`, `1.last_epoch`, ..."""
+        return {str(number): s.state_dict() for number, s in enumerate(self._schedulers)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Undoes :meth:`state_dict`."""
-        inside = {self._inside(key): value for key, value in state_dict.items()}
-        set_optimizer_state_dict(self._whole, self._optimizer, inside, options=_FLAT)
-
-    def _outside(self, key: str) -> str:
-        """`state.0.front.weight.step` without the number of the part."""
-        kind, _, rest = key.partition(".")
-        return f"{kind}.{rest.partition('.')[2]}"
-
-    def _inside(self, key: str) -> str:
-        """Undoes :meth:`_outside`; an unknown parameter keeps its name, and torch complains."""
-        kind, _, rest = key.partition(".")
-        part = self._part_of.get(rest.rpartition(".")[0])
-        return key if part is None else f"{kind}.{part}.{rest}"
-
-
-class RngState:
-    """The random number generators of one rank: Python's, torch's on the CPU and on its GPU."""
-
-    def __init__(self, rank: int) -> None:
-        self._key = f"rank_{rank}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """One entry named after the rank, which DCP keeps apart from other ranks'."""
-        version, words, gauss = random.getstate()
-        states: dict[str, Any] = {
-            "python": {"version": version, "words": list(words), "gauss": gauss},
-            "torch": torch.get_rng_state(),
-        }
-        if torch.cuda.is_available():
-            states["cuda"] = torch.cuda.get_rng_state()
-        return {self._key: states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The generators go on where they were."""
-        states = state_dict[self._key]
-        python = states["python"]
-        random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
-        torch.set_rng_state(states["torch"])
-        if "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"])
+        for number, scheduler in enumerate(self._schedulers):
+            scheduler.load_state_dict(state_dict[str(number)])
 
 
 @dataclass(slots=True)

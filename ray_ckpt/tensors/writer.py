@@ -9,6 +9,7 @@ An error on any rank reaches all of them through DCP, and nothing becomes visibl
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
@@ -16,19 +17,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from typing_extensions import Buffer
 
 from ray_ckpt.core import names
+from ray_ckpt.core.errors import RayCkptError, StorageError
 from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
-from ray_ckpt.storage.local import write_synced
+from ray_ckpt.storage.local import translated, write_synced
 from ray_ckpt.tensors.index import model_keys, tensor_index
+from ray_ckpt.tensors.ranks import Phase
+
+log = logging.getLogger("ray_ckpt")
+
+
+def no_note(save: str, phase: Phase) -> None:
+    """Nobody waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +50,32 @@ class SaveJob:
     catalog: Catalog
     draft: Manifest
     """The manifest so far: everything but files, tensors and the model's keys."""
-    family: str | None
-    """The model's adapter family; None if no export is to be possible."""
     assets: Mapping[str, bytes]
     """Files that go to `hf_assets/`, by name; only the coordinator's are written."""
     reserved: frozenset[str]
     """First segments of keys that are not the model's: `optimizer`, `rng`, ..."""
     check_lease: Callable[[], None]
     """Raises if another writer has taken over; called right before the commit."""
+    supersedes: int | None = None
+    """Committed steps newer than this one are another branch of training: they are set aside."""
+    note: Callable[[str, Phase], None] = no_note
+    """Told how far this rank has come, for those who wait."""
+
+    @property
+    def step(self) -> int:
+        """The step that is saved."""
+        return self.draft.step
 
     @property
     def attempt(self) -> str:
         """Name of the staging folder, the same on every rank."""
         return f"save-{self.draft.save_id}"
+
+    def is_committed(self) -> bool:
+        """Whether storage shows this very save; one read."""
+        with contextlib.suppress(RayCkptError):
+            return self.catalog.manifest(self.step).save_id == self.draft.save_id
+        return False
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,8 @@ class _DescribedResult(WriteResult):
     """A write result that carries its file's manifest entry to the coordinator."""
 
     file: FileEntry | None = None
+    is_finite: bool = True
+    """False for a weight with NaN or Inf in it."""
 
 
 class CommittingWriter(FileSystemWriter):
@@ -73,38 +100,65 @@ class CommittingWriter(FileSystemWriter):
         """Makes the staging folder; here, where DCP carries a rank's error to all of them."""
         self._staging = self._job.catalog.commit.staging(self._job.attempt)
         self.path = self._staging
-        return super().prepare_local_plan(plan)
+        with translated(self._staging):
+            prepared = super().prepare_local_plan(plan)
+        self._job.note(self._job.attempt, Phase.PLANNED)
+        return prepared
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuses a step that is there already, before a byte is written."""
+        if self._job.supersedes is not None:
+            self._job.catalog.roll_back(self._job.supersedes)
         self._job.catalog.refuse_existing(self._job.draft.step)
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Shards written, synced and handed over; each result knows its file's digest."""
-        results = super().write_data(plan, planner).value()
+        with translated(self._folder_of_attempt):
+            results = super().write_data(plan, planner).value()
         files = cast(_DigestingFileSystem, self.fs).described
         self._job.catalog.commit.contribute(self._folder_of_attempt, self._folder)
+        broken = {
+            item.index
+            for item in plan.items
+            if item.type != WriteItemType.BYTE_IO and not self._is_sound(item, planner)
+        }
         described: Future[list[WriteResult]] = Future()
-        described.set_result([_describe(result, files) for result in results])
+        described.set_result(
+            [_describe(r, files, is_finite=r.index not in broken) for r in results]
+        )
+        self._job.note(self._job.attempt, Phase.WRITTEN)
         return described
+
+    def _is_sound(self, item: WriteItem, planner: SavePlanner) -> bool:
+        """Whether a weight is finite everywhere; optimizers may hold what they like."""
+        if item.index.fqn.partition(".")[0] in self._job.reserved:
+            return True
+        return is_finite(planner.resolve_data(item))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator, after every rank has written: the step is committed."""
         described = [cast(_DescribedResult, result) for rank in results for result in rank]
         plain = [[_plain(cast(_DescribedResult, r)) for r in rank] for rank in results]
-        super().finish(metadata, plain)
+        with translated(self._folder_of_attempt):
+            super().finish(metadata, plain)
+            extra = [self._describe_metadata(), *self._write_assets()]
         shards = {result.file.path: result.file for result in described if result.file}
-        extra = [self._describe_metadata(), *self._write_assets()]
         manifest = replace(
             self._job.draft,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             files=tuple(sorted([*shards.values(), *extra], key=lambda entry: entry.path)),
             tensors=tensor_index(metadata),
             model=self._model_entry(metadata),
+            non_finite=tuple(sorted({r.index.fqn for r in described if not r.is_finite})),
         )
         self._job.check_lease()
-        self._job.catalog.commit_step(self._folder_of_attempt, manifest)
+        try:
+            self._job.catalog.commit_step(self._folder_of_attempt, manifest)
+        except StorageError as error:
+            if not self._job.is_committed():
+                raise
+            log.warning("step-%d is there, but may not survive a power cut\n%s", self._step, error)
 
     def storage_meta(self) -> StorageMeta:
         """The step's name instead of a path of this machine; equal for equal content."""
@@ -121,8 +175,12 @@ class CommittingWriter(FileSystemWriter):
         return self._staging
 
     @property
+    def _step(self) -> int:
+        return self._job.draft.step
+
+    @property
     def _folder(self) -> str:
-        return names.step_dir(self._job.draft.step)
+        return names.step_dir(self._step)
 
     def _describe_metadata(self) -> FileEntry:
         return describe_file(
@@ -139,11 +197,9 @@ class CommittingWriter(FileSystemWriter):
             for name in self._job.assets
         ]
 
-    def _model_entry(self, metadata: Metadata) -> ModelEntry | None:
-        if self._job.family is None:
-            return None
+    def _model_entry(self, metadata: Metadata) -> ModelEntry:
         keys = model_keys(metadata, self._job.reserved)
-        return ModelEntry(family=self._job.family, keys=keys)
+        return replace(self._job.draft.model or ModelEntry(family=None, keys=()), keys=keys)
 
 
 class _DigestingFileSystem(FileSystem):
@@ -203,12 +259,32 @@ class _DigestingStream(io.RawIOBase):
         super().close()
 
 
-def _describe(result: WriteResult, files: Mapping[str, FileEntry]) -> _DescribedResult:
+_ALWAYS_FINITE = frozenset({torch.float4_e2m1fn_x2})
+"""Floating-point types that have neither NaN nor Inf."""
+
+
+def is_finite(data: Any) -> bool:
+    """Whether no element of a floating-point or complex tensor is NaN or Inf; true of all else.
+
+    One pass that adds: a sum over finite numbers may overflow, so that only then each is looked at.
+    """
+    if not isinstance(data, Tensor) or data.dtype in _ALWAYS_FINITE:
+        return True
+    if not data.is_floating_point() and not data.is_complex():
+        return True
+    tensor = data.float() if data.dtype.itemsize == 1 else data
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _describe(
+    result: WriteResult, files: Mapping[str, FileEntry], *, is_finite: bool
+) -> _DescribedResult:
     return _DescribedResult(
         index=result.index,
         size_in_bytes=result.size_in_bytes,
         storage_data=result.storage_data,
         file=files[result.storage_data.relative_path],
+        is_finite=is_finite,
     )
 
 

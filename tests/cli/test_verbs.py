@@ -31,7 +31,9 @@ def run_root(root: str) -> str:
 def test_ls_lists_every_step_with_the_promised_keys(cli: Cli, run_root: str) -> None:
     rows = cli("ls", run_root, "--json").json
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
-    assert set(rows[0]) == {"step", "state", "bytes", "committed_at", "pins", "exports", "copies"}
+    keys = {"step", "state", "bytes", "committed_at", "pins", "exports", "copies", "note"}
+    assert set(rows[0]) == keys
+    assert {row["note"] for row in rows} == {None}
     assert {row["state"] for row in rows} == {"committed"}
     assert all(row["bytes"] > 10_000 for row in rows)
 
@@ -238,7 +240,7 @@ def test_every_verb_helps_and_takes_json() -> None:
         assert "--json" in [flag for param in verb.params for flag in param.opts]
     assert set(command_group.commands) == {
         *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish"),
-        *("pin", "unpin", "purge", "undo"),
+        *("pin", "unpin", "purge", "undo", "save-now"),
     }
 
 

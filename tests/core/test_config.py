@@ -9,12 +9,12 @@ from ray_ckpt.core.config import (
     KeepConfig,
     LifecyclePolicy,
     PublishPolicy,
-    SaveConfig,
     build,
     load_toml,
 )
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.retention import KeepBest, KeepEvery, KeepLatest
+from ray_ckpt.core.saving import SaveConfig
 
 TEXT = """
 [save]
@@ -72,7 +72,7 @@ def test_an_empty_text_gives_the_defaults() -> None:
     ("text", "expected"),
     [
         ("[save]\nevery_step = 5", ["unknown key 'every_step'", "did you mean 'every_steps'?"]),
-        ("[save]\nzzz = 5", ["unknown key 'zzz'", "known: every_steps, first_step"]),
+        ("[save]\nzzz = 5", ["unknown key 'zzz'", "known: every_steps, every_s, first_step"]),
         ("[sav]\n", ["unknown key 'sav'", "did you mean 'save'?"]),
         ("[[lifecycle.export]]\nname='a'\ndtpye='x'", ["lifecycle: export[0]", "'dtype'"]),
         ("[[lifecycle.export]]\ndtype='float32'", ["'name' is missing", "add name = ..."]),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_ckpt.core.config import SaveConfig
+from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from tests.tensors.ranks import run
@@ -35,7 +35,9 @@ class SavedRun:
 def saved_run(tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
     """Twelve steps without an interruption, saved asynchronously every three."""
     root = tmp_path_factory.mktemp("saved") / "run"
-    return SavedRun(root, run(train, str(root), STEPS[-1], SaveConfig(every_steps=3)))
+    return SavedRun(
+        root, run(train, str(root), STEPS[-1], SaveConfig(every_steps=3, when_busy="wait"))
+    )
 
 
 @pytest.fixture

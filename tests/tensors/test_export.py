@@ -27,7 +27,8 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
 from ray_ckpt.tensors.adapters import make_adapter
-from ray_ckpt.tensors.export import INDEX, export_step, plan_export, write_shard
+from ray_ckpt.tensors.export import export_step, write_shard
+from ray_ckpt.tensors.export_plan import plan_export
 from ray_ckpt.tensors.reader import read_tensors
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, cast_floating
 from tests.tensors.conftest import SavedRun
@@ -116,7 +117,7 @@ def test_several_shards_hold_every_tensor_once_and_the_plan_says_where(
 
 
 def test_the_index_agrees_with_the_files(folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
     sizes: dict[str, int] = {}
     for name in sorted(set(index["weight_map"].values())):
         with safe_open(folder / name, "pt") as file:

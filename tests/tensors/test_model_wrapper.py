@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ray_ckpt.core.errors import StateDictError
-from ray_ckpt.tensors.model_wrapper import ModelWrapper, canonical_fqn
+from ray_ckpt.tensors.fqn import canonical_fqn
+from ray_ckpt.tensors.model_wrapper import ModelWrapper
 
 
 class Offset:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,51 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from jobs.corpus import EOS_ID, VOCAB_SIZE, Windows, tokenizer_files
 from jobs.decoder import Decoder, DecoderConfig, hf_config, init_weights
-from ray_ckpt.core.config import SaveConfig
 from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.events import SaveEvent
+from ray_ckpt.core.loading import LoadConfig
+from ray_ckpt.core.saving import SaveConfig
+from ray_ckpt.tensors.converters import CONVERTERS, ModelConverter
+from ray_ckpt.tensors.converters.ema import EMA
 from ray_ckpt.tensors.loading import LoadReport
-from ray_ckpt.tensors.manager import CheckpointManager, HfAssets, Run
+from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.run import HfAssets, Run
 from ray_ckpt.tensors.states import TrainingState
 
 SIZES = DecoderConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=24, max_seq_len=32)
 BATCH_SIZE = 4
 SEQ_LEN = 8
 TEXT = random.Random(0).randbytes(4000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a training differs from the plainest one; the same in every process."""
+
+    dropout: float = 0.0
+    """Behind every block; its draws come from each rank's own generator."""
+    converters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name to options, in order of conversion."""
+    load: LoadConfig = field(default_factory=LoadConfig)
+
+    def make_converters(self) -> list[ModelConverter]:
+        return [CONVERTERS[name](**options) for name, options in self.converters.items()]
+
+
+PLAIN = Setup()
+
+
+class Counted(Windows):
+    """Remembers every sample that was handed out."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT, seq_len=SEQ_LEN, seed=0)
+        self.handed_out: list[int] = []
+
+    def _window(self, index: int) -> Tensor:
+        self.handed_out.append(index)
+        return super()._window(index)
 
 
 @dataclass(kw_only=True)
@@ -40,8 +74,9 @@ class Trainer:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
-    windows: Windows
+    windows: Counted
     checkpoints: CheckpointManager
+    converters: list[ModelConverter]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +87,10 @@ class Outcome:
     losses: dict[int, float]
     draws: dict[int, tuple[float, float]]
     """After each step the next random number of torch and of Python."""
+    samples: dict[int, list[int]]
+    """For each step the samples that this rank was given."""
+    loaded: dict[str, Tensor]
+    """`state` as it was right after loading."""
     state: dict[str, Tensor]
     num_samples: int
     committed: list[int]
@@ -65,19 +104,23 @@ def train(
     save: SaveConfig,
     seed: int = 0,
     sizes: DecoderConfig = SIZES,
+    setup: Setup = PLAIN,
 ) -> Outcome:
     """Loads, trains until `last_step`, saves on the way; `seed` is of everything but the data."""
     told = record_log()
     torch.manual_seed(seed)
     committed: list[int] = []
-    trainer = make_trainer(root, save, sizes=sizes, on_commit=committed.append)
+    trainer = make_trainer(root, save, sizes=sizes, setup=setup, on_commit=committed.append)
     random.seed(1000 * seed + dist.get_rank())
     torch.manual_seed(1000 * seed + dist.get_rank())
-    report = trainer.checkpoints.load()
+    report = trainer.checkpoints.load(config=setup.load)
+    loaded = full_state(trainer)
     losses: dict[int, float] = {}
     draws: dict[int, tuple[float, float]] = {}
+    samples: dict[int, list[int]] = {}
     for step in range(report.step + 1, last_step + 1):
         losses[step] = train_step(trainer)
+        samples[step], trainer.windows.handed_out = trainer.windows.handed_out, []
         draws[step] = (torch.rand(()).item(), random.random())
         trainer.checkpoints.save(
             step, last_step=step == last_step, metrics={"loss": losses[step], "step": float(step)}
@@ -87,6 +130,8 @@ def train(
         report=report,
         losses=losses,
         draws=draws,
+        samples=samples,
+        loaded=loaded,
         state=full_state(trainer),
         num_samples=trainer.windows.num_samples,
         committed=committed,
@@ -99,29 +144,36 @@ def make_trainer(
     save: SaveConfig,
     *,
     sizes: DecoderConfig = SIZES,
+    setup: Setup = PLAIN,
     on_commit: Callable[[int], None] | None = None,
 ) -> Trainer:
     """Built as in any script; nothing is loaded yet. Collective."""
     model = Decoder(sizes, VOCAB_SIZE)
     init_weights(model)
+    converters = setup.make_converters()
+    for converter in converters:
+        converter.convert(model)
+    if setup.dropout:
+        _drop(model, setup.dropout)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
-    windows = Windows(TEXT, seq_len=SEQ_LEN, seed=0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.99**step)
+    windows = Counted()
     checkpoints = CheckpointManager(
         root,
         TrainingState(
-            model=ModelWrapper(model),
+            model=ModelWrapper(model, converters=converters),
             optimizer=optimizer,
             lr_scheduler=schedule,
             extra={"dataloader": windows},
         ),
         config=save,
         assets=make_assets(sizes),
-        run=Run(on_commit=on_commit),
+        run=Run(on_event=committed_steps(on_commit)),
     )
     return Trainer(
         model=model,
@@ -129,7 +181,21 @@ def make_trainer(
         schedule=schedule,
         windows=windows,
         checkpoints=checkpoints,
+        converters=converters,
     )
+
+
+def _drop(model: Decoder, probability: float) -> None:
+    """Every block's output loses some of its elements."""
+    for block in model.layers.values():
+        block.register_forward_hook(lambda _, args, out: F.dropout(out, probability))
+
+
+def committed_steps(tell: Callable[[int], None] | None) -> Callable[[SaveEvent], None] | None:
+    """An `on_event` that tells the steps that were committed."""
+    if tell is None:
+        return None
+    return lambda event: tell(event.step) if event.kind == "committed" else None
 
 
 def train_step(trainer: Trainer) -> float:
@@ -140,6 +206,9 @@ def train_step(trainer: Trainer) -> float:
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
     trainer.optimizer.step()
+    for converter in trainer.converters:
+        if isinstance(converter, EMA):
+            converter.update()
     trainer.schedule.step()
     trainer.optimizer.zero_grad()
     mean = loss.detach().clone()
@@ -148,11 +217,10 @@ def train_step(trainer: Trainer) -> float:
 
 
 def full_state(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights and optimizer moments by name, whole, however they are sharded. Collective."""
-    state: dict[str, Tensor] = {}
+    """The model's tensors and optimizer moments by name, whole. Collective."""
+    state = {key: _whole(value) for key, value in trainer.model.state_dict().items()}
     for name, parameter in trainer.model.named_parameters():
-        state[name] = _whole(parameter.detach())
-        for key, value in trainer.optimizer.state[parameter].items():
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
             state[f"{name}:{key}"] = _whole(value)
     return state
 

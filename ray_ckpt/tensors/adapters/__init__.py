@@ -1,5 +1,7 @@
 """Adapters give tensors other *names*: native <-> Hugging Face. One file a model family.
 
+Native names are TorchTitan's, Hugging Face ones those on disk: what `save_pretrained` writes.
+
 To add a family: `tensors/adapters/<family>.py` with a function `adapter(config)`, and a line in
 ADAPTERS; `tests/tensors/test_adapters.py` then runs over it.
 """
@@ -10,31 +12,54 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ray_ckpt.core.errors import ConfigError
-from ray_ckpt.tensors.adapters import llama
+from ray_ckpt.tensors.adapters import (
+    deepseek_v3,
+    gpt_oss,
+    identity,
+    llama,
+    mixtral,
+    qwen3,
+    qwen3_moe,
+)
 
 
 class StateDictAdapter(Protocol):
     """Total and invertible: every tensor is spoken for, in both directions, or it is an error."""
 
     def to_hf(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """HF names and values; pure. Part of a model will do."""
+        """HF names and values; pure, and recordable. A part of a model made of whole rules will do.
+
+        Raises:
+            StateDictError: a tensor that nothing speaks for, or part of a rule's tensors.
+        """
         ...
 
     def from_hf(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Native names and values; undoes :meth:`to_hf` bit for bit."""
         ...
 
-    def sources(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """For a whole model: each HF name with the native names it is made of.
+    def expect_whole(self, native: Iterable[str]) -> None:
+        """Returns if these are the native names of a whole model.
 
         Raises:
-            StateDictError: a key that nothing speaks for, or an expected one that is not there.
+            StateDictError: a name that nothing speaks for, or an expected one that is not there.
         """
+        ...
+
+    def expect_whole_hf(self, hf: Iterable[str]) -> None:
+        """Returns if these are the HF names of a whole model; raises as :meth:`expect_whole`."""
         ...
 
 
 ADAPTERS: dict[str, Callable[[Mapping[str, Any]], StateDictAdapter]] = {
+    "deepseek_v3": deepseek_v3.adapter,
+    "gpt_oss": gpt_oss.adapter,
+    "identity": identity.adapter,
     "llama": llama.adapter,
+    "mixtral": mixtral.adapter,
+    "qwen3": qwen3.adapter,
+    "qwen3_moe": qwen3_moe.adapter,
+    "torchtitan_llama3": llama.torchtitan_adapter,
 }
 
 

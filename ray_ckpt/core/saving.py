@@ -1,0 +1,74 @@
+"""When a training loop saves, what the last save holds, and how a save is made."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ray_ckpt.core.config import Dtype, a_word, at_least
+from ray_ckpt.core.errors import ConfigError
+
+Mode = Literal["sync", "async", "process"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Everything:
+    """The last save is like the others: the run can go on from it."""
+
+    kind: Literal["everything"] = "everything"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOnly:
+    """The last save holds the weights alone, converters undone; a run can start from them."""
+
+    kind: Literal["model"] = "model"
+    dtype: Dtype | None = None
+    """What floating-point tensors are cast to; None leaves them as they train."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HuggingFace:
+    """The last save is an export that the ranks write themselves; the steps before it stay."""
+
+    kind: Literal["hf"] = "hf"
+    name: str = "hf"
+    """Folder under `exports/`."""
+    dtype: Dtype = "bfloat16"
+    """What floating-point tensors are cast to."""
+
+    def __post_init__(self) -> None:
+        a_word("last.name", self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveConfig:
+    """How a training loop saves."""
+
+    every_steps: int | None = 500
+    """Optimizer steps between two saves; None saves by time or on request only."""
+    every_s: float | None = None
+    """Seconds between two saves, by rank 0's clock; with `every_steps`, whichever comes first."""
+    first_step: bool = False
+    """Also save after the first step."""
+    last: Everything | ModelOnly | HuggingFace = field(default_factory=Everything)
+    """What the save of the last step holds."""
+    sigterm_notice_s: float | None = None
+    """Seconds between SIGTERM and the kill: a save that fits is made, then `stop_reason` is set."""
+    listen: bool = True
+    """Save when somebody asks to: `request_save()`, `ray-ckpt save-now`."""
+
+    mode: Mode = "async"
+    """`async` and `process`: training goes on as soon as the state is copied to host memory; a
+    thread writes it, or a process of its own that does not share the trainer's interpreter lock."""
+    when_busy: Literal["skip", "wait"] = "skip"
+    """What becomes of a save that is due while the one before is still being written."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """Whether a save that failed in the background stops training at the next step."""
+    timeout_s: float = 600.0
+    """Seconds the ranks wait for each other during one save before it fails."""
+
+    def __post_init__(self) -> None:
+        at_least(1, every_steps=self.every_steps)
+        for name in ("every_s", "sigterm_notice_s", "timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds, got {value}", name)

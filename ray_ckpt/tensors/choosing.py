@@ -1,0 +1,122 @@
+"""Which step is loaded: nothing is used before every byte of it was read and is as committed."""
+
+import logging
+from dataclasses import dataclass
+
+from ray_ckpt.core.errors import IntegrityError, RayCkptError, UsageError
+from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.loading import LoadConfig
+from ray_ckpt.core.observation import READABLE
+from ray_ckpt.core.resume import ResumePlan, plan_resume
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.tensors.ranks import Ranks
+
+log = logging.getLogger("ray_ckpt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A step of the run, or none, and why."""
+
+    step: int | None
+    reason: str
+    skipped: tuple[tuple[int, str], ...] = ()
+    """Newer steps that were passed over, newest first, each with the reason."""
+
+
+def choose(catalog: Catalog, ranks: Ranks, step: int) -> Choice:
+    """The very step, every byte of which was read and is as committed.
+
+    Raises:
+        StepNotFoundError: it is not there.
+        UsageError: it holds the model only.
+        IntegrityError: it is damaged; storage is not touched.
+    """
+    damage = _damage(catalog, ranks, step)
+    if damage:
+        raise catalog.corrupt(step, damage)
+    if step > 0 and catalog.manifest(step).holds == "model":
+        raise UsageError(
+            f"step-{step} holds the model only: training cannot go on from it",
+            catalog.uri,
+            "nothing was loaded",
+            f"start a run from it: LoadConfig(start=FromWeights(path='{catalog.uri}/step-{step}'))",
+        )
+    return Choice(step=step, reason="asked for by number")
+
+
+def choose_newest(catalog: Catalog, ranks: Ranks, config: LoadConfig) -> Choice:
+    """The newest step whose every byte was read and is as committed; damaged ones are set aside.
+
+    Raises:
+        IntegrityError: steps are here and none can be used: a run that started from scratch
+            beside them would throw them away. Or one is damaged and the config says `raise`.
+    """
+    damaged: dict[int, str] = {}
+    while True:
+        plan, visibly_damaged = ranks.on_coordinator(lambda: _plan(catalog))
+        if plan.refusal is not None:
+            raise _refused(catalog, plan)
+        if plan.step is not None and not visibly_damaged:
+            damage = _damage(catalog, ranks, plan.step)
+            visibly_damaged = {plan.step: "; ".join(damage)} if damage else {}
+        if not visibly_damaged:
+            skipped = {**dict(plan.skipped), **damaged}
+            return Choice(
+                step=plan.step,
+                reason=plan.reason,
+                skipped=tuple(sorted(skipped.items(), reverse=True)),
+            )
+        for step, why in visibly_damaged.items():
+            if config.on_damage == "raise":
+                raise catalog.corrupt(step, [why])
+            _set_aside(catalog, ranks, step, why)
+        damaged.update(visibly_damaged)
+
+
+def _plan(catalog: Catalog) -> tuple[ResumePlan, dict[int, str]]:
+    """What to resume from, and newer steps in place whose sizes or manifest alone show damage.
+
+    These must go out of the way: the run that goes on from an older step will save them again.
+    """
+    views = catalog.observe().checkpoints
+    plan = plan_resume(views)
+    at_risk = {*READABLE, CheckpointState.QUARANTINED}
+    newer = (view for view in views if view.step > (plan.step or 0) and view.state in at_risk)
+    damaged = {view.step: view.problem for view in newer if view.problem is not None}
+    return plan, {step: why for step, why in damaged.items() if catalog.is_in_place(step)}
+
+
+def _refused(catalog: Catalog, plan: ResumePlan) -> IntegrityError:
+    reasons = "; ".join(f"step-{step}: {why}" for step, why in plan.skipped)
+    return IntegrityError(
+        f"no checkpoint can be loaded: {plan.refusal} ({reasons})",
+        catalog.uri,
+        "nothing was loaded, and training did not start from scratch",
+        f"ray-ckpt adopt {catalog.uri} (foreign folders), or give this run a root of its own",
+    )
+
+
+def _damage(catalog: Catalog, ranks: Ranks, step: int) -> list[str]:
+    """Each rank reads its share of the files; all hear of all damage."""
+    found: list[str] = []
+    for share in ranks.gather(_own_share(catalog, ranks, step)):
+        if isinstance(share, RayCkptError):
+            raise share
+        found.extend(share)
+    return found
+
+
+def _own_share(catalog: Catalog, ranks: Ranks, step: int) -> list[str] | RayCkptError:
+    try:
+        return catalog.damage(step, part=slice(ranks.rank, None, ranks.size))
+    except RayCkptError as error:
+        return error
+
+
+def _set_aside(catalog: Catalog, ranks: Ranks, step: int, damage: str) -> None:
+    def quarantine() -> None:
+        catalog.quarantine(step)
+        log.warning("step-%d is damaged and was moved to quarantine: %s", step, damage)
+
+    ranks.on_coordinator(quarantine)

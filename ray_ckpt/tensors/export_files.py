@@ -1,0 +1,74 @@
+"""The files of an export, as every way of making one writes them.
+
+model-00001-of-00002.safetensors    tensors
+model.safetensors.index.json        which file holds which tensor
+config.json tokenizer.json ...      what the run gave with its steps
+README.md                           the model card
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.storage.local import sync_file, write_synced
+from ray_ckpt.tensors.export_plan import CONFIG, ExportPlan
+from ray_ckpt.tensors.model_card import model_card
+
+
+def write_tensors(tensors: Mapping[str, Tensor], plan: ExportPlan, path: Path) -> None:
+    """One safetensors file, written and synced."""
+    save_file(_apart(tensors), path, metadata={"format": "pt", **plan.layout.metadata})
+    sync_file(path)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory: safetensors holds each by itself."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = tensor.contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        apart[name] = own
+    return apart
+
+
+def write_companions(
+    assets: Mapping[str, bytes], plan: ExportPlan, source: Manifest, folder: Path
+) -> None:
+    """Everything beside the tensors that `from_pretrained` and a reader look for."""
+    for name, data in assets.items():
+        if name != CONFIG:
+            write_synced(folder / name, data)
+    write_synced(folder / plan.layout.config_file, _json(_config(plan)))
+    if plan.index_file is not None:
+        write_synced(folder / plan.index_file, _json(_index(plan)))
+    write_synced(folder / "README.md", model_card(source, plan).encode())
+
+
+def _config(plan: ExportPlan) -> dict[str, Any]:
+    """The model's own config with the layout's entries; a format's own file has these alone.
+
+    How the base was quantized on the Hub, which a run may have started from, is no longer true.
+    """
+    if plan.layout.config_file != CONFIG:
+        return dict(plan.layout.config)
+    own = {key: value for key, value in plan.config.items() if key != "quantization_config"}
+    # transformers 4 reads torch_dtype, transformers 5 reads dtype
+    return {**own, **plan.layout.config, "torch_dtype": plan.dtype, "dtype": plan.dtype}
+
+
+def _index(plan: ExportPlan) -> dict[str, Any]:
+    weight_map = {name: shard.file for shard in plan.shards for name in shard.outputs}
+    return {"metadata": {"total_size": plan.total_bytes}, "weight_map": weight_map}
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

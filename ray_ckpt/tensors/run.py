@@ -1,0 +1,49 @@
+"""What a run tells its CheckpointManager about itself, beside the state."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray_ckpt.core.config import LifecyclePolicy
+from ray_ckpt.core.events import SaveEvent
+
+CONFIG = "config.json"
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""How a tokenizer's and a model's own files end; code from the Hub is not taken along."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfAssets:
+    """What an export needs beside the weights; saved with every step, so that it is never lost."""
+
+    family: str
+    """The adapter that knows the model's names, for example `llama`."""
+    files: Mapping[str, bytes]
+    """`config.json`, `generation_config.json`, the tokenizer's files, by name."""
+
+    @classmethod
+    def of_folder(cls, family: str, folder: str | Path) -> "HfAssets":
+        """What a local Hugging Face folder holds beside its weights."""
+        files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in _TEXTS]
+        return cls(
+            family=family,
+            files={p.name: p.read_bytes() for p in files if not p.name.endswith(".index.json")},
+        )
+
+    def config(self) -> dict[str, Any] | None:
+        """What `config.json` says; None if it is not among the files."""
+        return json.loads(self.files[CONFIG]) if CONFIG in self.files else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """The run this process belongs to."""
+
+    owner: str | None = None
+    """Equal for all restarts of one training job, which may take its own lease over at once."""
+    policy: LifecyclePolicy | None = None
+    """What is to happen after a save; None leaves the root's policy as it is."""
+    on_event: Callable[[SaveEvent], None] | None = None
+    """Called on rank 0 for every save that ended or was skipped; must not block."""

@@ -1,0 +1,115 @@
+"""How a save is carried out: at once, in a thread, or in a process of its own.
+
+    sync       written from the model's own memory; training waits
+    async      copied to host memory; a thread writes the copy
+    process    copied to shared memory; one more process a rank writes the copy
+
+Knows nothing of why a save is made or what it holds.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.saving import Mode
+from ray_ckpt.tensors.pending import PendingSave
+from ray_ckpt.tensors.ranks import Phase, Ranks
+from ray_ckpt.tensors.save_process import SaveProcess
+from ray_ckpt.tensors.staging import HostMemory, Stager
+from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
+
+log = logging.getLogger("ray_ckpt")
+
+
+class Saver:
+    """Owns the buffers and, in `process` mode, the process; one save at a time."""
+
+    def __init__(self, mode: Mode, *, timeout_s: float) -> None:
+        self._mode = mode
+        # of the thread that writes: training's thread has collectives of its own meanwhile
+        self._ranks = Ranks(timeout_s=timeout_s)
+        self._stager = Stager(_memory(mode))
+        self._process: SaveProcess | None = None
+        if mode == "process":
+            self._process = SaveProcess(self._ranks, self._stager, timeout_s=timeout_s)
+        self._is_broken = False
+        """Whether a save ended here without an error that all ranks heard of."""
+
+    def mend(self, ranks: Ranks) -> None:
+        """The next save can succeed, however the last one failed; collective, no save in flight.
+
+        `ranks` is training's, which waits for a rank that hung for as long as training does.
+        """
+        if ranks.any(self._is_broken):
+            self._ranks.renew()
+            self._is_broken = False
+
+    def begin(
+        self, job: SaveJob, state_dict: dict[str, Any], *, ended: Callable[[PendingSave], None]
+    ) -> PendingSave:
+        """The save has begun; `state_dict` may change. In `sync` mode it has ended too.
+
+        `ended` is called with it in the end, well or not, in the thread that wrote.
+        """
+        noted = replace(job, note=self._ranks.note)
+        staged = state_dict if self._mode == "sync" else self._stager.stage(state_dict)
+        pending = PendingSave(
+            job.draft.step,
+            lambda: self._write(noted, staged),
+            missing=lambda: self._ranks.who_is_missing(job.attempt),
+            ended=ended,
+        )
+        if self._mode == "sync":
+            pending.run()
+        else:
+            pending.start()
+        return pending
+
+    def close(self) -> None:
+        """Nothing is held any more; collective, and no save is in flight."""
+        if self._process is not None:
+            self._process.close()
+        self._stager.close()
+        self._ranks.close()
+
+    def _write(self, job: SaveJob, state_dict: dict[str, Any]) -> None:
+        try:
+            job.note(job.attempt, Phase.STAGED)
+            self._save(job, state_dict)
+        except (CheckpointException, RayCkptError):
+            raise  # every rank has heard of it
+        except BaseException as error:
+            self._is_broken = True
+            if not (self._ranks.is_coordinator and job.is_committed()):
+                raise
+            log.warning("step-%d is committed, but some rank has not heard: %r", job.step, error)
+
+    def _save(self, job: SaveJob, state_dict: dict[str, Any]) -> None:
+        if self._process is not None:
+            self._process.save(job, state_dict)
+            return
+        writer = CommittingWriter(job)
+        try:
+            dcp_save(
+                state_dict,
+                storage_writer=writer,
+                process_group=self._ranks.group,
+                no_dist=self._ranks.group is None,
+            )
+        except BaseException as error:
+            # without an error that every rank has heard of, rank 0 may be committing the folder now
+            if self._ranks.is_coordinator or isinstance(error, CheckpointException):
+                writer.discard()
+            raise
+
+
+def _memory(mode: Mode) -> HostMemory:
+    if mode == "process":
+        return HostMemory.SHARED
+    return HostMemory.PINNED if torch.cuda.is_available() else HostMemory.PLAIN

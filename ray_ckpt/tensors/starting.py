@@ -1,0 +1,100 @@
+"""What a run begins from: a step, what that step needs, or what the config names."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.loading import BASE, FromScratch, LoadConfig, Source
+from ray_ckpt.core.manifest import Manifest, NeededSource
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.tensors.choosing import Choice
+from ray_ckpt.tensors.contents import saves_adapter
+from ray_ckpt.tensors.converters import owners
+from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.ranks import Ranks
+from ray_ckpt.tensors.sources import Naming, OpenSource, open_source, open_step
+
+
+def open_sources(
+    catalog: Catalog,
+    choice: Choice,
+    config: LoadConfig,
+    naming: Naming,
+    *,
+    parts: tuple[str, ...],
+) -> list[OpenSource]:
+    """Every folder that tensors come from; none for a run from scratch. No tensor is read.
+
+    Raises:
+        ConfigError: a folder is not there, or the step needs one that the config does not name.
+    """
+    named = () if isinstance(config.start, FromScratch) else config.start.sources
+    if choice.step is None:
+        return [open_source(source, naming) for source in named]
+    manifest = catalog.manifest(choice.step)
+    step = open_step(
+        catalog,
+        manifest,
+        owners=_owners(manifest, naming),
+        parts=parts if manifest.holds == "everything" else (),
+    )
+    held = {key.partition(".")[0] for key in step.shapes.keys() - step.model_keys}
+    step = replace(step, left=tuple(sorted(held - {*parts, *config.exclude})))
+    return [step, *(_open_needed(needed, named, naming) for needed in manifest.needs)]
+
+
+def _owners(manifest: Manifest, naming: Naming) -> tuple[str, ...]:
+    """Whose keys the step itself must bring: all but those that it needs another source for."""
+    elsewhere = {owner for needed in manifest.needs for owner in needed.owners}
+    return tuple(sorted({BASE, *(c.name for c in naming.converters)} - elsewhere))
+
+
+def _open_needed(needed: NeededSource, named: Sequence[Source], naming: Naming) -> OpenSource:
+    """What a step cannot be loaded without, where the config says that it lies."""
+    found = next((s for s in named if set(needed.owners) <= set(s.owners)), None)
+    if found is None:
+        raise ConfigError(
+            f"the step holds an adapter alone and needs the {' and '.join(needed.owners)} that it "
+            f"was trained on: {needed.name} ({needed.format})",
+            "load.start",
+            "nothing was loaded",
+            f"name it: LoadConfig(start=FromWeights(path='.../{needed.name}', "
+            f"format='{needed.format}'))",
+        )
+    opened = open_source(found, naming)
+    owner_of = owners(opened.model_keys, naming.converters)
+    return replace(
+        opened,
+        owners=needed.owners,
+        parts=(),
+        model_keys=frozenset(k for k, owner in owner_of.items() if owner in needed.owners),
+        expected=needed,
+    )
+
+
+def base_of_saves(sources: Sequence[OpenSource], model: ModelWrapper) -> OpenSource | None:
+    """The folder that saves will need, where a converter says that they hold the adapter alone.
+
+    Raises:
+        ConfigError: the base does not come from a folder of its own.
+    """
+    if not saves_adapter(model):
+        return None
+    base = next((s for s in sources if BASE in s.owners and s.named is not None), None)
+    if base is None:
+        raise ConfigError(
+            "saves are to hold the adapter alone, and the base comes from no folder of its own: "
+            "nobody could load them",
+            "converters",
+            "nothing was loaded",
+            "name the base: LoadConfig(start=FromWeights(path=...)) in a root without other "
+            "checkpoints, or LoRA(saves='everything')",
+        )
+    return base
+
+
+def needs_of(base: OpenSource | None, ranks: Ranks) -> tuple[NeededSource, ...]:
+    """What the manifests of saves name. Collective; ranks share the reading of a new base."""
+    if base is None:
+        return ()
+    return (base.expected or replace(base.identified(ranks), owners=(BASE,)),)

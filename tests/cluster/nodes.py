@@ -1,0 +1,86 @@
+"""More nodes for the session's Ray: real raylets on this machine, killed like hosts."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from tests.waiting import wait_for
+
+_RAY = str(Path(sys.executable).parent / "ray")
+TRAINER = "trainer"
+"""A resource that only these nodes have: training that asks for it runs on no other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """A host of its own, as far as Ray can tell."""
+
+    label: str
+    """A resource that it alone has."""
+    process: subprocess.Popen[bytes]
+
+    def find_id(self) -> str | None:
+        """Ray's name for it; None until it has joined."""
+        found = [n["NodeID"] for n in ray.nodes() if n["Alive"] and self.label in n["Resources"]]
+        return found[0] if found else None
+
+    def kill(self) -> None:
+        """The host has lost power: every process of it is gone, and nobody was told."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Nodes:
+    """Adds nodes with one CPU and one `trainer` each."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._nodes: list[Node] = []
+
+    def add(self) -> Node:
+        """A node that tasks and actors may run on from now on."""
+        label = uuid.uuid4().hex
+        command = [
+            *(_RAY, "start", "--block", "--disable-usage-stats"),
+            *("--address", self._address, "--num-cpus", "1"),
+            *("--resources", json.dumps({TRAINER: 1, label: 1})),
+        ]
+        # a session of its own: what the node starts can be killed with it, and nothing else
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        node = Node(label=label, process=process)
+        self._nodes.append(node)
+        wait_for(node.find_id)
+        return node
+
+    def drain(self, node: Node, *, deadline_s: int) -> None:
+        """The cloud has announced that it takes the node away in so many seconds."""
+        command = [
+            *(_RAY, "drain-node", "--address", self._address, "--node-id", str(node.find_id())),
+            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot reclaim"),
+            *("--deadline-remaining-seconds", str(deadline_s)),
+        ]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+    def close(self) -> None:
+        """Every node is gone."""
+        for node in self._nodes:
+            node.kill()
+
+
+def nodes_of(address: str) -> Iterator[Nodes]:
+    """For a fixture."""
+    nodes = Nodes(address)
+    try:
+        yield nodes
+    finally:
+        nodes.close()
