@@ -228,6 +228,9 @@ class Catalog:
             save_id = self.manifest(step).save_id
         except IntegrityError:  # the manifest itself is damaged
             save_id = f"unreadable{uuid.uuid4().hex[:8]}"
+            if not self.commit.moves_bytes:
+                # nobody can tell any more whose files stay: without the note they were foreign
+                self.store.write(names.begun_key(names.step_dir(step)), b"")
         aside = names.set_aside_dir(names.QUARANTINE, step, save_id)
         self.commit.set_aside(names.step_dir(step), aside)
 

@@ -28,12 +28,12 @@ from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export_files import write_companions, write_tensors
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_model
+from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.run import HfAssets
 from ray_ckpt.tensors.transforms import StateDictTransforms
-from ray_ckpt.tensors.writer import is_finite
 
 
 @dataclass(frozen=True, kw_only=True)

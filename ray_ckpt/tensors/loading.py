@@ -147,7 +147,7 @@ def _put_part(name: str, part: Stateful, state: Any) -> None:
             f"{name} refused its state: {error!r}",
             "TrainingState",
             "the step is untouched; this process holds a part of it: start it again",
-            f"without it: LoadConfig(exclude=({name!r},))",
+            f"without it: LoadConfig(exclude={_excluding([name])})",
         ) from error
 
 
@@ -235,15 +235,20 @@ def _refuse_left_behind(source: OpenSource) -> None:
             source.uri,
             _SAFE,
             "give TrainingState these parts, or go on without: "
-            f"LoadConfig(exclude=({', '.join(map(repr, source.left))},))",
+            f"LoadConfig(exclude={_excluding(source.left)})",
         )
 
 
 def _without(part: str, source: OpenSource) -> str:
     if source.named is not None:
         return f"take {part} out of the parts in load.start"
-    excluded = "('optimizer', 'lr_scheduler')" if part == "optimizer" else f"('{part}',)"
-    return f"LoadConfig(exclude={excluded})"
+    return f"LoadConfig(exclude={_excluding([part])})"
+
+
+def _excluding(parts: Sequence[str]) -> tuple[str, ...]:
+    """These parts, and the schedule with the optimizer into which it writes."""
+    with_it = ("lr_scheduler",) if "optimizer" in parts else ()
+    return tuple(dict.fromkeys((*parts, *with_it)))
 
 
 def _shapes_of(values: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import torch
 
-from ray_ckpt.core.errors import ConfigError, RayCkptError, SaveError
+from ray_ckpt.core.errors import RayCkptError, SaveError
 from ray_ckpt.core.events import SaveEvent, SaveStats
 from ray_ckpt.core.loading import FromScratch, LoadConfig
 from ray_ckpt.core.manifest import Lineage, Manifest, ModelEntry, NeededSource
@@ -43,7 +43,7 @@ from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.run import HfAssets, Run
 from ray_ckpt.tensors.saver import Saver
 from ray_ckpt.tensors.sources import Naming
-from ray_ckpt.tensors.starting import base_of_saves, needs_of, open_sources
+from ray_ckpt.tensors.starting import base_of_saves, needs_of, open_sources, refuse_unknown_parts
 from ray_ckpt.tensors.states import TrainingState
 from ray_ckpt.tensors.triggers import ASKED_FOR, TIME_HAS_COME, Heard, Listener
 from ray_ckpt.tensors.writer import SaveJob
@@ -326,7 +326,9 @@ class CheckpointManager:
             ConfigError: a source or an excluded part is not there.
         """
         config = config or LoadConfig()
-        self._refuse_unknown_parts(config)
+        start = () if isinstance(config.start, FromScratch) else config.start.sources
+        named = [part for source in start for part in source.parts]
+        refuse_unknown_parts("load.start", named, self._parts)
         if step == NEWEST:
             choice = choose_newest(self._catalog, self._ranks, config)
         else:
@@ -334,7 +336,7 @@ class CheckpointManager:
         parts = {name: p for name, p in self._parts.items() if name not in config.exclude}
         naming = Naming.of(self._assets, self._state.model.converters)
         sources = self._ranks.together(
-            lambda: open_sources(self._catalog, choice, config, naming, parts=tuple(parts))
+            lambda: open_sources(self._catalog, choice, config, naming, parts=tuple(self._parts))
         )
         base = base_of_saves(sources, self._state.model)
         restored = restore(sources, self._ranks, model=self._state.model, parts=parts)
@@ -345,24 +347,11 @@ class CheckpointManager:
             reason=choice.reason,
             skipped=choice.skipped,
             sources=restored.sources,
-            as_initialised=(*restored.as_initialised, *sorted(config.exclude)),
+            as_initialised=(*restored.as_initialised, *sorted(set(self._parts) - set(parts))),
         )
         if self._ranks.is_coordinator:
             report.log()
         return report
-
-    def _refuse_unknown_parts(self, config: LoadConfig) -> None:
-        start = () if isinstance(config.start, FromScratch) else config.start.sources
-        taken = tuple(part for source in start for part in source.parts)
-        for field, named in (("load.exclude", config.exclude), ("load.start", taken)):
-            unknown = sorted(set(named) - set(self._parts))
-            if unknown:
-                raise ConfigError(
-                    f"this run has no part called {', '.join(unknown)}",
-                    field,
-                    "nothing was loaded",
-                    f"its parts: {', '.join(self._parts)}",
-                )
 
     # ---- parts ----
 

@@ -1,6 +1,6 @@
 """What a run begins from: a step, what that step needs, or what the config names."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from ray_ckpt.core.errors import ConfigError
@@ -10,6 +10,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.tensors.choosing import Choice
 from ray_ckpt.tensors.contents import saves_adapter
 from ray_ckpt.tensors.converters import owners
+from ray_ckpt.tensors.index import NOT_THE_MODEL
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.sources import Naming, OpenSource, open_source, open_step
@@ -26,21 +27,38 @@ def open_sources(
     """Every folder that tensors come from; none for a run from scratch. No tensor is read.
 
     Raises:
-        ConfigError: a folder is not there, or the step needs one that the config does not name.
+        ConfigError: a folder is not there, the step needs one that the config does not name, or a
+            part is excluded that neither the run, whose `parts` are given, nor the step has.
     """
     named = () if isinstance(config.start, FromScratch) else config.start.sources
     if choice.step is None:
+        refuse_unknown_parts("load.exclude", config.exclude, {*parts, *NOT_THE_MODEL})
         return [open_source(source, naming) for source in named]
     manifest = catalog.manifest(choice.step)
     step = open_step(
         catalog,
         manifest,
         owners=_owners(manifest, naming),
-        parts=parts if manifest.holds == "everything" else (),
+        parts=tuple(part for part in parts if part not in config.exclude)
+        if manifest.holds == "everything"
+        else (),
     )
     held = {key.partition(".")[0] for key in step.shapes.keys() - step.model_keys}
+    refuse_unknown_parts("load.exclude", config.exclude, {*parts, *held, *NOT_THE_MODEL})
     step = replace(step, left=tuple(sorted(held - {*parts, *config.exclude})))
     return [step, *(_open_needed(needed, named, naming) for needed in manifest.needs)]
+
+
+def refuse_unknown_parts(field: str, named: Iterable[str], known: Collection[str]) -> None:
+    """Raises ConfigError for a part that nobody has: a slip of the pen must not be passed over."""
+    unknown = sorted(set(named) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"no part is called {', '.join(unknown)}",
+            field,
+            "nothing was loaded",
+            f"parts of this run and its steps: {', '.join(sorted(known))}",
+        )
 
 
 def _owners(manifest: Manifest, naming: Naming) -> tuple[str, ...]:

@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -33,6 +31,7 @@ from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
 from ray_ckpt.storage.local import translated, write_synced
+from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.index import model_keys, tensor_index
 from ray_ckpt.tensors.ranks import Phase
 
@@ -257,23 +256,6 @@ class _DigestingStream(io.RawIOBase):
         """The wrapped stream stays open: whoever opened it closes it."""
         self.flush()
         super().close()
-
-
-_ALWAYS_FINITE = frozenset({torch.float4_e2m1fn_x2})
-"""Floating-point types that have neither NaN nor Inf."""
-
-
-def is_finite(data: Any) -> bool:
-    """Whether no element of a floating-point or complex tensor is NaN or Inf; true of all else.
-
-    One pass that adds: a sum over finite numbers may overflow, so that only then each is looked at.
-    """
-    if not isinstance(data, Tensor) or data.dtype in _ALWAYS_FINITE:
-        return True
-    if not data.is_floating_point() and not data.is_complex():
-        return True
-    tensor = data.float() if data.dtype.itemsize == 1 else data
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _describe(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.tensors.ranks import _context
+from tests.tensors.ranks import fork_server
 
 DIED = 9
 SURVIVED = 0
@@ -154,7 +154,7 @@ def attempts(
 ) -> Iterator[tuple[int, str]]:
     """Number and root of each attempt in which `target(root, number, *args)` met its fault."""
     for number, root in zip(range(MAX_CHANGES), roots, strict=False):
-        process = _context().Process(
+        process = fork_server().Process(
             target=_run, args=(dict(os.environ), target, root, number, args)
         )
         process.start()

@@ -34,7 +34,9 @@ class RankGroup:
     def __init__(self, function: Callable[..., Any], *args: Any, num_ranks: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._processes = [
-            _context().Process(target=_main, args=(self._folder, rank, num_ranks, function, args))
+            fork_server().Process(
+                target=_main, args=(self._folder, rank, num_ranks, function, args)
+            )
             for rank in range(num_ranks)
         ]
         for process in self._processes:
@@ -99,7 +101,8 @@ def stopped(pid: int) -> Generator[None]:
 
 
 @functools.cache
-def _context() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
+    """Starts processes that have imported what every test needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context

@@ -19,7 +19,14 @@ from ray_ckpt.core.loading import LoadConfig
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.adopt import adopt_step
 from ray_ckpt.tensors.loading import LoadReport
-from tests.tensors.plain import EVERY_STEP_SYNC, Layer, loaded, plain_manager, saved_steps
+from tests.tensors.plain import (
+    EVERY_STEP_SYNC,
+    Layer,
+    loaded,
+    plain_manager,
+    save_steps,
+    saved_steps,
+)
 from tests.tensors.ranks import run
 from tests.tensors.tiny import error_of, files_in, record_log
 
@@ -161,6 +168,24 @@ def test_when_all_steps_are_damaged_no_run_starts_from_scratch_beside_them(
     with pytest.raises(IntegrityError, match="training did not start from scratch"):
         manager.load()
     manager.close()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("name", [names.MANIFEST, "__0_0.distcp"])
+def test_a_damaged_step_of_an_object_store_is_passed_over_and_saved_anew(
+    s3_root: str, name: str
+) -> None:
+    save_steps(s3_root, 1, 2)
+    store = open_catalog(s3_root).store
+    store.write(f"step-2/{name}", store.read(f"step-2/{name}")[:99])
+    model = Layer(value=-1.0)
+    manager = plain_manager(s3_root, model, EVERY_STEP_SYNC)
+    assert (manager.load().step, model.values()) == (1, {1.0})
+    model.fill(22.0)
+    manager.save(2)
+    manager.close()
+    assert saved_steps(s3_root) == [1, 2]
+    assert loaded(s3_root) == (2, {22.0})
 
 
 # ---- what would run code ----

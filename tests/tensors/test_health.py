@@ -17,10 +17,10 @@ from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.reconcile import decide_all
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export_plan import plan_export
+from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.states import TrainingState
-from ray_ckpt.tensors.writer import is_finite
 from tests.tensors.plain import EVERY_STEP_SYNC, Layer, loaded, plain_manager, save_steps
 from tests.tensors.ranks import run
 from tests.tensors.tiny import error_of
@@ -111,6 +111,21 @@ def test_a_model_of_every_kind_of_number_is_saved(tmp_path: Path) -> None:
     manager.close()
     broken = {name for name in _MIXED if name.startswith("bad")}
     assert set(open_catalog(str(tmp_path)).manifest(1).non_finite) == broken
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
+        *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    ],
+    ids=str,
+)
+def test_every_byte_of_a_float8_is_what_torch_says_it_is(dtype: torch.dtype) -> None:
+    bytes_ = torch.arange(256).to(torch.uint8)
+    found = [is_finite(byte.reshape(1).view(dtype)) for byte in bytes_]
+    assert found == bytes_.view(dtype).float().isfinite().tolist()
+    assert is_finite(torch.empty(0, dtype=dtype))
 
 
 @pytest.mark.parametrize(
