@@ -25,7 +25,12 @@ from typing import Any
 
 POLL_S = 0.005
 TIMEOUT_S = 60.0
-_PRELOAD = ["torch.distributed.checkpoint", "ray_ckpt.tensors.manager", "tests.tensors.tiny"]
+_PRELOAD = [
+    "torch.distributed.checkpoint",
+    "ray_ckpt.tensors.manager",
+    "ray_ckpt.storage.s3",
+    "tests.tensors.tiny",
+]
 
 
 class RankGroup:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,10 +101,13 @@ def test_a_trainer_that_was_taken_over_commits_nothing_more(tmp_path: Path) -> N
     assert saved_steps(tmp_path) == [1, 2]
 
 
-def test_a_root_is_free_for_the_next_trainer_even_after_a_save_that_failed(tmp_path: Path) -> None:
+def test_a_manager_lets_go_of_everything_even_after_a_save_that_failed(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
-    manager = plain_manager(tmp_path, Layer(), EVERY_STEP, owner="one")
+    handler = signal.getsignal(signal.SIGTERM)
+    config = replace(EVERY_STEP, sigterm_notice_s=30.0)
+    manager = plain_manager(tmp_path, Layer(), config, owner="one")
     manager.save(1)
     with pytest.raises(StepExistsError):
         manager.close()
+    assert signal.getsignal(signal.SIGTERM) is handler
     plain_manager(tmp_path, Layer(), owner="another").close()
