@@ -44,6 +44,7 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
+from ray_ckpt.tensors.sources import Naming, open_source
 from ray_ckpt.tensors.states import TrainState
 
 log = logging.getLogger("jobs.train")
@@ -231,9 +232,14 @@ def main() -> None:
     config = parse(TrainConfig, __doc__)
     catalog = open_catalog(config.root)
     name = f"{run_name(catalog.uri)}-{int(time.time())}"
-    # found out before anything is started: whether the root can be written, and is nobody else's
+    # found out before anything is started: whether the root can be written, is nobody else's, and
+    # whether there is something to start from; Ray Train would start the workers over and over
     catalog.records.begin_run(run_name(catalog.uri), config.lifecycle)
     Lease(catalog.store, "trainer", owner=name).wait_until_free()
+    if not catalog.observe().readable():
+        naming = Naming.of(make_assets(config.model), converters=())
+        for source in config.load.start.sources:
+            open_source(source, naming)
     ray.init(address="auto")
     start_manager_job(config.root)
     make_trainer(config, train_worker, name=name).fit()

@@ -46,5 +46,5 @@ def ray_cluster() -> Iterator[str]:
 
     from ray_ckpt.cluster.local import embedded_ray
 
-    with embedded_ray("tests", {}):
+    with embedded_ray("tests", {}, on_poll=lambda: None):
         yield ray.get_runtime_context().gcs_address

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ray_ckpt.cli.interrupt import kept_interrupt
 from ray_ckpt.cli.output import print_steps
 from ray_ckpt.cli.progress import Screen
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, UsageError
@@ -34,7 +35,6 @@ EXPORT = "hf-bf16"
 STEPS = 60
 KILL_AFTER = 34
 """The worker is killed once this step was reported and step 30 is committed."""
-POLL_S = 0.3
 _ENVIRONMENT = {
     # Ray Train looks at its workers five times a second instead of every two seconds
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -81,11 +81,11 @@ def demo(root: str | None, destination: str | None, hold: bool, as_json: bool) -
     _refuse_unwritable(catalog)
     started = time.monotonic()
     story = Story(root=catalog.uri)
-    with Screen(quiet=as_json) as screen:
+    with Screen(quiet=as_json) as screen, kept_interrupt() as check:
         screen.say("starting a local Ray")
         from ray_ckpt.cluster.local import embedded_ray
 
-        with embedded_ray("ray-ckpt demo", _ENVIRONMENT) as jobs:
+        with embedded_ray("ray-ckpt demo", _ENVIRONMENT, on_poll=check) as jobs:
             screen.say(f"Ray dashboard: {jobs.dashboard}")
             _live(jobs, catalog, destination, story=story, screen=screen)
             story.seconds["total"] = round(time.monotonic() - started, 1)
@@ -126,11 +126,11 @@ def _train(
     screen.say(f"training {STEPS} steps on 2 workers, saving every 10; root {catalog.uri}")
     while not jobs.is_over(job):
         _watch(catalog, story, screen)
-        time.sleep(POLL_S)
+        jobs.pause()
     jobs.output(job)
     story.seconds["train"] = round(time.monotonic() - began, 1)
     while not _is_settled(_watch(catalog, story, screen), catalog):
-        time.sleep(POLL_S)
+        jobs.pause()
     observed = catalog.observe()
     for kind in (ActionKind.EXPORT, ActionKind.PUBLISH):
         spent = [r.result["seconds"] for r in observed.records.values() if r.action.kind is kind]
@@ -186,7 +186,7 @@ def _look_at_export(jobs: "LocalJobs", catalog: Catalog, *, story: Story, screen
     step = [f"root={catalog.uri}", f"step={STEPS}", f"name={EXPORT}"]
     command = shlex.join(["jobs.sample", *step, *sizes])
     job = jobs.submit(command, name=f"look at {EXPORT} step-{STEPS}")
-    output = jobs.wait(job, poll_s=POLL_S)
+    output = jobs.wait(job)
     story.sample = json.loads(output.splitlines()[-1])
 
 
@@ -262,4 +262,4 @@ def _hold(jobs: "LocalJobs") -> None:
     click.echo(f"the dashboard stays up at {jobs.dashboard}; Ctrl-C ends it")
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            time.sleep(1)
+            jobs.pause()

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import ray
@@ -19,16 +19,20 @@ from ray_ckpt.cluster.submit import submit_job
 from ray_ckpt.core.errors import RayCkptError
 
 _LOG_LINES = 25
+_POLL_S = 0.3
 
 
 class LocalJobs:
     """Submits `python -m ...` as Ray jobs and tells how they ended."""
 
-    def __init__(self, dashboard: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, dashboard: str, environment: Mapping[str, str], on_poll: Callable[[], None]
+    ) -> None:
         self.dashboard = dashboard
         # `python` in a job is the one that runs here
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         self._environment = {**environment, "PATH": path}
+        self._on_poll = on_poll
         self._client = JobSubmissionClient(dashboard)
 
     def submit(self, command: str, *, name: str) -> str:
@@ -59,16 +63,25 @@ class LocalJobs:
             )
         return text
 
-    def wait(self, job: str, *, poll_s: float) -> str:
+    def pause(self) -> None:
+        """Time enough has passed for another look."""
+        self._on_poll()
+        time.sleep(_POLL_S)
+
+    def wait(self, job: str) -> str:
         """What the job printed, once it is over."""
         while not self.is_over(job):
-            time.sleep(poll_s)
+            self.pause()
         return self.output(job)
 
 
 @contextlib.contextmanager
-def embedded_ray(name: str, environment: Mapping[str, str]) -> Generator[LocalJobs]:
+def embedded_ray(
+    name: str, environment: Mapping[str, str], *, on_poll: Callable[[], None]
+) -> Generator[LocalJobs]:
     """A Ray with a dashboard on 127.0.0.1, gone afterwards; `name` is what it calls this process.
+
+    `on_poll` is called whenever a job is waited for; what it raises ends the waiting.
 
     Every port is a free one, so that it runs beside any other Ray of this machine: `ray.init` alone
     would give the agent that takes jobs a fixed port. Workers hold a CPU each and I/O tasks none,
@@ -94,7 +107,7 @@ def embedded_ray(name: str, environment: Mapping[str, str]) -> Generator[LocalJo
             logging_level=logging.ERROR,
             job_config=JobConfig(metadata={"job_name": name}),
         )
-        yield LocalJobs(f"http://{context.dashboard_url}", environment)
+        yield LocalJobs(f"http://{context.dashboard_url}", environment, on_poll)
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -44,6 +44,11 @@ class FromScratch:
 
     kind: Literal["scratch"] = "scratch"
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """None."""
+        return ()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FromWeights:
@@ -85,9 +90,6 @@ class FromSources:
             )
 
 
-Start = FromScratch | FromWeights | FromSources
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
     """How a training loop loads."""
@@ -104,8 +106,7 @@ class LoadConfig:
             raise ConfigError(
                 "the model cannot be excluded from loading", "exclude", do="use load.start instead"
             )
-        start = () if isinstance(self.start, FromScratch) else self.start.sources
-        parts = {part for source in start for part in source.parts}
+        parts = {part for source in self.start.sources for part in source.parts}
         if "lr_scheduler" in parts and "optimizer" not in parts:
             raise ConfigError(
                 "lr_scheduler cannot be taken without optimizer, into which it writes",

@@ -10,6 +10,7 @@ from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import BASE
 from ray_ckpt.core.manifest import ModelEntry, NeededSource
+from ray_ckpt.tensors.adapters.identity import IdentityAdapter
 from ray_ckpt.tensors.converters import ModelConverter, entries_of
 from ray_ckpt.tensors.model_wrapper import ModelWrapper, StateDictMode
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, cast_floating
@@ -64,6 +65,23 @@ def exported_model(model: ModelWrapper, dtype: Dtype | None) -> Contents:
     if dtype is not None:
         tensors = cast_floating(tensors, TORCH_DTYPES[dtype])
     return Contents(state_dict=tensors, model=replace(_entry(model), converters=()), holds="model")
+
+
+def refuse_own_formats(model: ModelWrapper) -> None:
+    """Raises if a converter would leave something else than a model's own tensors.
+
+    Raises:
+        ConfigError: names it; nothing was saved.
+    """
+    for converter in model.converters:
+        if converter.state_dict_adapter(IdentityAdapter()) is not None:
+            raise ConfigError(
+                f"the last save is to hold the model alone, and {converter.name} exports it in a "
+                "format of its own",
+                "save.last",
+                "nothing was saved",
+                "last = {kind = 'hf'}, or leave out the flavor of the converter",
+            )
 
 
 def saves_adapter(model: ModelWrapper) -> bool:

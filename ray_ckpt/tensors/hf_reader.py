@@ -102,15 +102,17 @@ class HfFolder:
         self._refuse_lacking("tensors", [f"{name} in {listed[name]}" for name in lacking])
         self.source_files = SourceFiles(store=store, folder=folder, files=tuple(files))
 
-    def config(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder.
+    def config(self, name: str, *, otherwise: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """A JSON file of the folder, or what is given otherwise.
 
         Raises:
-            UsageError: it is not there.
+            UsageError: it is not there, and nothing is given.
         """
         try:
             return json.loads(self._store.read(f"{self._folder}/{name}"))
         except ObjectNotFoundError as error:
+            if otherwise is not None:
+                return otherwise
             raise UsageError(
                 f"the folder holds no {name}",
                 self.uri,

@@ -19,27 +19,30 @@ Every method is collective: all ranks call it, in the same order, with the same 
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from ray_ckpt.core.errors import RayCkptError, SaveError
-from ray_ckpt.core.events import SaveEvent, SaveStats
-from ray_ckpt.core.loading import FromScratch, LoadConfig
-from ray_ckpt.core.manifest import Lineage, Manifest, ModelEntry, NeededSource
-from ray_ckpt.core.names import run_name
+from ray_ckpt.core.events import SaveStats
+from ray_ckpt.core.loading import LoadConfig
+from ray_ckpt.core.manifest import ModelEntry, NeededSource
 from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
 from ray_ckpt.core.schedule import SaveSchedule, fits
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.lease import Lease
 from ray_ckpt.tensors.choosing import choose, choose_newest
-from ray_ckpt.tensors.contents import Contents, everything, exported_model, model_as_it_trains
+from ray_ckpt.tensors.contents import (
+    Contents,
+    everything,
+    exported_model,
+    model_as_it_trains,
+    refuse_own_formats,
+)
 from ray_ckpt.tensors.hf_save import HfSave, hf_assets, save_hf
 from ray_ckpt.tensors.loading import LoadReport, restore
+from ray_ckpt.tensors.outcomes import Outcomes
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
+from ray_ckpt.tensors.root_writer import RootWriter
 from ray_ckpt.tensors.run import HfAssets, Run
 from ray_ckpt.tensors.saver import Saver
 from ray_ckpt.tensors.sources import Naming
@@ -65,37 +68,39 @@ class CheckpointManager:
         run: Run | None = None,
     ) -> None:
         self.config = config or SaveConfig()
-        self.stats = SaveStats()
         self.stop_reason: str | None = None
         """Why training should stop after this step; the same on every rank."""
-        self._state = state
-        self._assets = assets
         if isinstance(self.config.last, HuggingFace):
             hf_assets(assets)
-        self._run = run or Run()
+        elif isinstance(self.config.last, ModelOnly):
+            refuse_own_formats(state.model)
+        self._state = state
+        self._assets = assets
         self._schedule = SaveSchedule(
             every_steps=self.config.every_steps,
             every_s=self.config.every_s,
             first_step=self.config.first_step,
         )
+        run = run or Run()
         self._ranks = Ranks()
         self._parts = state.parts(self._ranks.rank)
         self._catalog = open_catalog(root)
-        self._token = self._ranks.on_coordinator(lambda: uuid.uuid4().hex[:12])
-        self._lease = Lease(self._catalog.store, "trainer", owner=self._run.owner or self._token)
-        self._run_id = self._ranks.on_coordinator(self._begin)
+        self._writer = RootWriter(self._catalog, run, self._ranks)
         self._saver = Saver(self.config.mode, timeout_s=self.config.timeout_s)
+        self._outcomes = Outcomes(
+            self._catalog.uri, run.on_event, is_coordinator=self._ranks.is_coordinator
+        )
         self._pending: PendingSave | None = None
-        self._failure: RayCkptError | None = None
-        """How the last save that failed on this rank did."""
-        self._num_saves = 0
-        self._branch: int | None = None
-        """The step this run goes on from, until its first save: newer ones are another branch."""
-        self._resumed_from: int | None = None
         self._needs: tuple[NeededSource, ...] = ()
+        """Which bases the saves of an adapter alone belong to; known from the load."""
         self._saved_at = time.monotonic()
         is_asked = self._catalog.records.take_save_request
         self._listener = Listener(self._ranks, self.config, is_asked=is_asked)
+
+    @property
+    def stats(self) -> SaveStats:
+        """Counts of this process's saves."""
+        return self._outcomes.stats
 
     # ---- saving ----
 
@@ -115,7 +120,7 @@ class CheckpointManager:
         is_time = self._schedule.is_time(time.monotonic() - self._saved_at)
         heard = self._listener.hear(is_time=is_time)
         if heard.has_failed:
-            raise _failed_before(self._failure)
+            raise _failed_before(self._outcomes.failure)
         reason = self.reason_to_save(step, last_step=last_step) or heard.reason
         if heard.stop_s is not None and self.stop_reason is None:
             return self._stop(step, heard.stop_s, last_step=last_step, metrics=metrics or {})
@@ -159,7 +164,7 @@ class CheckpointManager:
         contents = Contents(state_dict={}, model=ModelEntry(family=None, keys=()), holds="model")
         save = HfSave(
             catalog=self._catalog,
-            draft=self._job(step, contents, last_step=True, metrics=metrics).draft,
+            draft=self._writer.draft(step, contents, is_last_step=True, metrics=metrics),
             what=what,
             assets=hf_assets(self._assets),
         )
@@ -218,8 +223,7 @@ class CheckpointManager:
         """Like `wait`; then the root is free for the next writer."""
         with contextlib.ExitStack() as end:  # whatever fails, the rest is closed
             end.callback(self._ranks.close)
-            if self._ranks.is_coordinator:
-                end.callback(self._lease.release)
+            end.callback(self._writer.close)
             end.callback(self._saver.close)
             end.callback(self._listener.close)
             self.wait()
@@ -239,10 +243,8 @@ class CheckpointManager:
             return
         if heard.reason == TIME_HAS_COME:
             self._saved_at = time.monotonic()
-        text = f"{reason}; step-{self._pending.step} is still being written"
-        if self._ranks.is_coordinator:
-            log.warning("step-%d is not saved: %s", step, text)
-        self._tell(SaveEvent(kind="skipped", step=step, reason=text))
+        in_the_way = f"step-{self._pending.step} is still being written"
+        self._outcomes.skipped(step, f"{reason}; {in_the_way}")
 
     def _stop(
         self, step: int, elapsed_s: float, *, last_step: bool, metrics: Mapping[str, float]
@@ -258,10 +260,8 @@ class CheckpointManager:
             lambda: notice_s is None or fits(notice_s, elapsed_s, last_save_s)
         )
         if not is_in_time:
-            text = f"a save takes {last_save_s:.1f} s, {elapsed_s:.1f} of {notice_s} s are over"
-            if self._ranks.is_coordinator:
-                log.warning("step-%d is not saved before the stop: %s", step, text)
-            self._tell(SaveEvent(kind="skipped", step=step, reason=text))
+            late = f"{elapsed_s:.1f} of the {notice_s} s before the kill are over"
+            self._outcomes.skipped(step, f"a save takes {last_save_s:.1f} s, and {late}")
             return None
         pending = self.do_save(step, self.stop_reason, last_step=last_step, metrics=metrics)
         pending.error()
@@ -279,35 +279,12 @@ class CheckpointManager:
             self._pending = None
 
     def _ended(self, pending: PendingSave, reason: str) -> None:
-        """In the thread that wrote: counted, logged and told."""
-        error = pending.error()
-        if error is None:
-            self._branch = None
-            event = SaveEvent(
-                kind="committed", step=pending.step, reason=reason, seconds=pending.seconds
-            )
-            if self._ranks.is_coordinator:
-                log.info("step-%d is committed at %s", pending.step, self._catalog.uri)
-        else:
-            self._failure = error
-            event = SaveEvent(
-                kind="failed", step=pending.step, reason=str(error), seconds=pending.seconds
-            )
-            if self.config.mode != "sync":
-                log.error("the save of step-%d failed in the background\n%s", pending.step, error)
-                if self.config.on_failure == "stop":
-                    self._listener.failed()
-        self._tell(event)
-
-    def _tell(self, event: SaveEvent) -> None:
-        """Counted on every rank; the listener heard of it, whose faults are its own."""
-        self.stats.count(event)
-        if self._run.on_event is None or not self._ranks.is_coordinator:
-            return
-        try:
-            self._run.on_event(event)
-        except Exception as error:  # noqa: BLE001  training goes on
-            log.error("step-%d is %s, but on_event failed: %r", event.step, event.kind, error)
+        """In the thread that wrote."""
+        self._outcomes.ended(pending, reason)
+        if pending.error() is None:
+            self._writer.has_committed()
+        elif pending.is_in_background and self.config.on_failure == "stop":
+            self._listener.failed()
 
     # ---- loading ----
 
@@ -326,8 +303,7 @@ class CheckpointManager:
             ConfigError: a source or an excluded part is not there.
         """
         config = config or LoadConfig()
-        start = () if isinstance(config.start, FromScratch) else config.start.sources
-        named = [part for source in start for part in source.parts]
+        named = [part for source in config.start.sources for part in source.parts]
         refuse_unknown_parts("load.start", named, self._parts)
         if step == NEWEST:
             choice = choose_newest(self._catalog, self._ranks, config)
@@ -340,7 +316,7 @@ class CheckpointManager:
         )
         base = base_of_saves(sources, self._state.model)
         restored = restore(sources, self._ranks, model=self._state.model, parts=parts)
-        self._branch = self._resumed_from = choice.step
+        self._writer.goes_on_from(choice.step)
         self._needs = needs_of(base, self._ranks)
         report = LoadReport(
             step=choice.step or 0,
@@ -355,39 +331,18 @@ class CheckpointManager:
 
     # ---- parts ----
 
-    def _begin(self) -> str:
-        """On rank 0: the root is writable and ours; returns the run's id."""
-        self._lease.acquire()
-        # the lease is exclusive: whatever another trainer left in staging will never be finished
-        for attempt in self._catalog.commit.sweep(prefix="save-", idle_s=0.0, now=time.time()):
-            log.warning("removed %s, a save that died before its commit", attempt)
-        name = run_name(self._catalog.uri)
-        return self._catalog.records.begin_run(f"{name}-{self._token}", self._run.policy).run_id
-
     def _job(
         self, step: int, contents: Contents, *, last_step: bool, metrics: Mapping[str, float]
     ) -> SaveJob:
-        self._num_saves += 1
+        family = self._assets.family if self._assets else None
+        contents = replace(contents, model=replace(contents.model, family=family))
         return SaveJob(
             catalog=self._catalog,
-            draft=Manifest(
-                step=step,
-                save_id=f"{self._token}{self._num_saves:04d}",
-                created_at="",
-                lineage=Lineage(run_id=self._run_id, resumed_from=self._resumed_from),
-                files=(),
-                world_size=self._ranks.size,
-                is_last_step=last_step,
-                metrics=metrics,
-                versions={"torch": torch.__version__},
-                model=replace(contents.model, family=self._assets.family if self._assets else None),
-                holds=contents.holds,
-                needs=contents.needs,
-            ),
+            draft=self._writer.draft(step, contents, is_last_step=last_step, metrics=metrics),
             assets=self._assets.files if self._assets else {},
             reserved=frozenset(self._parts),
-            check_lease=self._lease.guard(),
-            supersedes=self._branch,
+            check_lease=self._writer.check_lease,
+            supersedes=self._writer.branch,
         )
 
 

@@ -8,8 +8,10 @@ from enum import StrEnum
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
-from ray_ckpt.core.errors import StateDictError
+from ray_ckpt.core.errors import StateDictError, UsageError
 from ray_ckpt.tensors.converters import BASE, ModelConverter, owners, transform_for_export
 from ray_ckpt.tensors.fqn import canonical_fqn
 
@@ -26,7 +28,11 @@ class StateDictMode(StrEnum):
 
 
 class ModelWrapper:
-    """One module or several parts that share no key; a DCP `Stateful`."""
+    """One module or several parts that share no key; a DCP `Stateful`.
+
+    Raises:
+        UsageError: a part is wrapped in FSDP1, whose parameters are flat and have no names.
+    """
 
     def __init__(
         self,
@@ -34,7 +40,9 @@ class ModelWrapper:
         *,
         converters: Sequence[ModelConverter] = (),
     ) -> None:
-        self.parts = [model] if isinstance(model, nn.Module) else list(model)
+        self.parts = [
+            _unwrapped(part) for part in ([model] if isinstance(model, nn.Module) else model)
+        ]
         self.converters = tuple(converters)
         self._names: list[dict[str, str]] = []
         """For each part the module's own name of each canonical one, as of the last gathering."""
@@ -108,6 +116,18 @@ class ModelWrapper:
             self._tied.update(_tied(part, raws))
             tensors.update((key, tensor) for key, (_, tensor) in raws.items())
         return {key: tensor for key, tensor in tensors.items() if key not in self._tied}
+
+
+def _unwrapped(part: nn.Module) -> nn.Module:
+    """The module that has the parameters' own names."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in part.modules()):
+        raise UsageError(
+            "the model is wrapped in FullyShardedDataParallel, whose flat parameters have no names",
+            "ModelWrapper",
+            "nothing was saved or loaded",
+            "shard it with torch.distributed.fsdp.fully_shard (FSDP2)",
+        )
+    return part.module if isinstance(part, DistributedDataParallel) else part
 
 
 def _tied(part: nn.Module, keys: Iterable[str]) -> dict[str, str]:

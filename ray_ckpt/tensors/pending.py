@@ -46,6 +46,11 @@ class PendingSave:
         )
         self._thread.start()
 
+    @property
+    def is_in_background(self) -> bool:
+        """Whether a thread of its own saves."""
+        return self._thread is not None
+
     def done(self) -> bool:
         """Whether the save has ended, well or not."""
         return self._thread is None or not self._thread.is_alive()

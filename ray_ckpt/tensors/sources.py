@@ -30,7 +30,7 @@ from ray_ckpt.tensors.index import NOT_THE_MODEL
 from ray_ckpt.tensors.quantized import dequantize
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.reader import DcpReader, step_reader
-from ray_ckpt.tensors.run import HfAssets
+from ray_ckpt.tensors.run import CONFIG, HfAssets
 from ray_ckpt.tensors.source_files import SourceFiles
 
 
@@ -143,7 +143,7 @@ def _open_dcp(source: Source, naming: Naming) -> OpenSource:
 
 def _open_hf(source: Source, naming: Naming) -> OpenSource:
     folder = _hf_folder(source)
-    config = folder.config("config.json")
+    config = folder.config(CONFIG, otherwise=naming.config)  # TorchTitan writes none
     adapter = _adapter(source, naming, config)
 
     def to_native(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from ray_ckpt.core.errors import ConfigError
-from ray_ckpt.core.loading import BASE, FromScratch, LoadConfig, Source
+from ray_ckpt.core.loading import BASE, LoadConfig, Source
 from ray_ckpt.core.manifest import Manifest, NeededSource
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.tensors.choosing import Choice
@@ -30,7 +30,7 @@ def open_sources(
         ConfigError: a folder is not there, the step needs one that the config does not name, or a
             part is excluded that neither the run, whose `parts` are given, nor the step has.
     """
-    named = () if isinstance(config.start, FromScratch) else config.start.sources
+    named = config.start.sources
     if choice.step is None:
         refuse_unknown_parts("load.exclude", config.exclude, {*parts, *NOT_THE_MODEL})
         return [open_source(source, naming) for source in named]

@@ -3,9 +3,10 @@
     native  --converters undone-->  --cast-->  --names-->  Hugging Face
 
 The order on export is fixed: converters are undone in full precision, the last conversion first;
-then floating-point tensors are cast; then names and layouts are exchanged, by the adapter of the
-one converter that has a format of its own (PEFT), else by the model family's. Loading from a
-Hugging Face folder goes the other way, without converters.
+then floating-point tensors are cast, but for those that the model family's adapter holds back; then
+names and layouts are exchanged, by the adapter of the one converter that has a format of its own
+(PEFT), else by the family's. Loading from a Hugging Face folder goes the other way, without
+converters.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,6 @@ from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.tensors.adapters import StateDictAdapter
 from ray_ckpt.tensors.converters import ModelConverter, transform_for_export
-from ray_ckpt.tensors.converters.torchao_files import is_part
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -74,14 +74,15 @@ class StateDictTransforms:
         return next(iter(given.values()), self.adapter)
 
     def _values(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return cast_floating(
-            transform_for_export(state_dict, self.converters), TORCH_DTYPES[self.dtype]
-        )
+        undone = transform_for_export(state_dict, self.converters)
+        names = self.names()
+        to_cast = {key: value for key, value in undone.items() if names.is_cast(key)}
+        return {**undone, **cast_floating(to_cast, TORCH_DTYPES[self.dtype])}
 
 
 def cast_floating(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in `dtype`; integers, bools, codes and scales as they are."""
+    """Floating-point tensors in `dtype`; integers and bools as they are."""
     return {
-        key: tensor.to(dtype) if tensor.is_floating_point() and not is_part(key) else tensor
+        key: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for key, tensor in state_dict.items()
     }

@@ -93,6 +93,8 @@ class CommittingWriter(FileSystemWriter):
         super().__init__(job.attempt, single_file_per_rank=True, sync_files=True)
         self._job = job
         self._staging: Path | None = None
+        self._tied: dict[str, str] = {}
+        """Of all ranks: in a pipeline each knows its own part of the model."""
         self.fs = _DigestingFileSystem()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -102,14 +104,15 @@ class CommittingWriter(FileSystemWriter):
         with translated(self._staging):
             prepared = super().prepare_local_plan(plan)
         self._job.note(self._job.attempt, Phase.PLANNED)
-        return prepared
+        return replace(prepared, storage_data=self._model.tied)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuses a step that is there already, before a byte is written."""
         if self._job.supersedes is not None:
             self._job.catalog.roll_back(self._job.supersedes)
         self._job.catalog.refuse_existing(self._job.draft.step)
-        return super().prepare_global_plan(plans)
+        self._tied = {name: to for plan in plans for name, to in plan.storage_data.items()}
+        return super().prepare_global_plan([replace(plan, storage_data=None) for plan in plans])
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Shards written, synced and handed over; each result knows its file's digest."""
@@ -174,6 +177,10 @@ class CommittingWriter(FileSystemWriter):
         return self._staging
 
     @property
+    def _model(self) -> ModelEntry:
+        return self._job.draft.model or ModelEntry(family=None, keys=())
+
+    @property
     def _step(self) -> int:
         return self._job.draft.step
 
@@ -198,7 +205,7 @@ class CommittingWriter(FileSystemWriter):
 
     def _model_entry(self, metadata: Metadata) -> ModelEntry:
         keys = model_keys(metadata, self._job.reserved)
-        return replace(self._job.draft.model or ModelEntry(family=None, keys=()), keys=keys)
+        return replace(self._model, keys=keys, tied=self._tied)
 
 
 class _DigestingFileSystem(FileSystem):

@@ -3,15 +3,43 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
+
+
+def measure(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
+    """The table's first line, and the rows for a script."""
+    command = [sys.executable, "-m", "jobs.bench", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    header, *rows, last = done.stdout.splitlines()
+    [measured] = json.loads(last).values()
+    assert len(rows) == len(measured)
+    return header, measured
 
 
 def test_plans_of_small_models_are_measured() -> None:
-    command = [sys.executable, "-m", "jobs.bench", "plan", "--layers", "4", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    assert done.returncode == 0, done.stderr
-    header, *_, last = done.stdout.splitlines()
-    assert header.split() == ["model", "inputs", "outputs", "wall", "s", "CPU", "s", "extra", "MB"]
-    llama, deepseek = json.loads(last)["plan"]
+    header, (llama, deepseek) = measure("plan", "--layers", "4")
+    assert header.split() == list(llama)
     assert (llama["model"], llama["num_inputs"], llama["num_outputs"]) == ("llama-3-405b", 39, 39)
     assert deepseek["num_outputs"] - deepseek["num_inputs"] == 3 * 255
     assert all(one["cpu_s"] > 0 and one["wall_s"] > 0 for one in (llama, deepseek))
+
+
+def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: Path) -> None:
+    words = ("--size-mb", "1", "--repeats", "2", "--folder", str(tmp_path))
+    _, rows = measure("integrity", *words)
+    assert {"save", "dcp.save", "verify", "load, which verifies", "dcp.load"} < {
+        row["what"] for row in rows
+    }
+    assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
+    _, rows = measure("vote", "--repeats", "1")
+    assert [row["what"].partition(" x ")[2] for row in rows] == [
+        "save(), which listens",
+        "save(), which does not",
+        "dist.barrier",
+    ]

@@ -65,3 +65,11 @@ def test_a_second_trainer_on_the_same_root_is_refused_before_anything_starts(roo
     assert done.returncode == 2, done.stderr
     assert f"held by process {os.getpid()}" in done.stderr
     assert "give this run a root of its own" in done.stderr
+
+
+def test_a_folder_to_start_from_that_is_not_there_is_told_before_anything_starts(root: str) -> None:
+    start = ("load.start.kind=weights", "load.start.path=/nowhere/base", "load.start.format=hf")
+    done = run("train", f"root={root}", *start)
+    assert done.returncode == 2, done.stderr
+    assert "/nowhere/base" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ from jobs.decoder import Decoder, DecoderConfig, hf_config
 from ray_ckpt.core.errors import ConfigError, StateDictError
 from ray_ckpt.tensors.adapters import ADAPTERS, StateDictAdapter, make_adapter
 from ray_ckpt.tensors.recording import TensorSpec, record
+from ray_ckpt.tensors.transforms import StateDictTransforms
 
 VOCAB_SIZE = 37
 SIZES = {
@@ -78,6 +79,7 @@ CASES = {
         family="gpt_oss", model_type="gpt_oss", sizes={**EXPERTS, "num_local_experts": 4}
     ),
     "identity": Case(family="identity", model_type="qwen3"),
+    "identity with routing biases": Case(family="identity", model_type="deepseek_v3", sizes=LATENT),
     "llama": Case(family="llama", model_type="llama", sizes={"num_hidden_layers": 12}),
     "llama with biases": Case(
         family="llama", model_type="llama", sizes={"attention_bias": True, "mlp_bias": True}
@@ -182,6 +184,20 @@ def test_part_of_a_model_can_be_renamed(adapter: StateDictAdapter, hf: dict[str,
     parts = [adapter.to_hf({key: tensor}) for key, tensor in native.items()]
     assert sum(len(part) for part in parts) == len(hf)
     assert _equal({key: value for part in parts for key, value in part.items()}, hf)
+
+
+def _dtypes(state_dict: dict[str, Tensor]) -> dict[str, torch.dtype]:
+    return {key: value.dtype for key, value in state_dict.items()}
+
+
+def test_an_export_has_the_types_in_which_transformers_keeps_the_model(
+    case: Case, adapter: StateDictAdapter, tmp_path: Path
+) -> None:
+    native = adapter.from_hf(case.hf(tmp_path / "float32"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bfloat16")
+    exported = StateDictTransforms(adapter=adapter, dtype="bfloat16").to_hf(native)
+    assert _dtypes(exported) == _dtypes(load_file(tmp_path / "bfloat16/model.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "torchtitan_llama3"])

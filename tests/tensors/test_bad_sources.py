@@ -134,7 +134,7 @@ def test_a_file_that_is_cut_short(root: str, hf: Path, num_bytes: int) -> None:
 
 def test_a_config_that_is_missing(root: str, hf: Path) -> None:
     (hf / "config.json").unlink()
-    error = refused(root, weights(hf, format="hf"))
+    error = refused(root, weights(hf, format="hf"), assets=HfAssets(family="llama", files={}))
     assert isinstance(error, UsageError)
     assert "the folder holds no config.json" in error.what
 

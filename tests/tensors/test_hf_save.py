@@ -15,7 +15,11 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import FromWeights, LoadConfig
 from ray_ckpt.core.saving import HuggingFace, ModelOnly, SaveConfig
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.converters.lora import LoRA
 from ray_ckpt.tensors.export import export_step
+from ray_ckpt.tensors.manager import CheckpointManager
+from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.states import TrainingState
 from tests.tensors import tiny
 from tests.tensors.plain import plain_manager
 from tests.tensors.ranks import run
@@ -80,6 +84,20 @@ def test_it_is_no_checkpoint_and_a_restart_goes_on_from_the_one_before(tmp_path:
 def test_a_run_without_config_is_refused_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         plain_manager(tmp_path, torch.nn.Linear(2, 2), HF)
+
+
+def test_a_model_alone_that_would_be_an_adapter_is_refused_before_it_starts(
+    tmp_path: Path,
+) -> None:
+    converter = LoRA(rank=2, alpha=2, targets=("0",), flavor="peft")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    converter.convert(model)
+    with pytest.raises(ConfigError, match=r"lora exports it in a format of its own"):
+        CheckpointManager(
+            str(tmp_path),
+            TrainingState(model=ModelWrapper(model, converters=[converter])),
+            config=replace(SYNC, last=ModelOnly(dtype="bfloat16")),
+        )
 
 
 def _break_a_weight(root: str) -> list[str]:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ray_ckpt.core.errors import RayCkptError, StateDictError
 from ray_ckpt.storage.backends import open_catalog
@@ -133,6 +134,38 @@ def test_chunks_of_a_pipeline_are_one_model_for_those_and_for_one_process(root: 
         assert isinstance(error, StateDictError)
         assert "lacks 2 tensors (side.bias, side.weight)" in error.what
         assert is_unchanged
+
+
+def _save_tied_chunk(root: str) -> None:
+    model = _chunk(dist.get_rank(), 1, extra="twin")
+    if dist.get_rank() == 1:
+        model.twin, model.back.bias = nn.Linear(3, 3), None
+        model.twin.weight = model.back.weight
+    else:
+        del model.twin
+    save(root, model)
+
+
+def test_names_that_share_a_tensor_in_any_chunk_of_a_pipeline_are_told(root: str) -> None:
+    run(_save_tied_chunk, root)
+    model = open_catalog(root).manifest(1).model
+    assert model is not None
+    assert model.keys == ("back.weight", "front.bias", "front.weight", "twin.bias")
+    assert model.tied == {"twin.weight": "back.weight"}
+
+
+def _save_replicated(root: str) -> dict[str, Tensor]:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    save(root, DistributedDataParallel(model))
+    return values_of(model)
+
+
+def test_a_model_under_data_parallel_is_saved_under_its_own_names(root: str) -> None:
+    saved, _ = run(_save_replicated, root)
+    loaded = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    load(root, loaded)
+    assert same_tensors(values_of(loaded), saved)
 
 
 def test_each_rank_of_a_pipeline_loads_its_own_chunk(root: str) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from ray_ckpt.core.errors import StateDictError
+from ray_ckpt.core.errors import StateDictError, UsageError
 from ray_ckpt.tensors.fqn import canonical_fqn
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 
@@ -103,6 +104,14 @@ def test_wrappers_leave_no_trace_in_names_and_load_again(
     assert set(wrapper.state_dict()) == BASE_KEYS
     wrapper.load_state_dict(values)
     assert all(torch.equal(value, values[key]) for key, value in wrapper.state_dict().items())
+
+
+def test_flat_parameters_are_refused_and_the_way_out_is_named() -> None:
+    flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor wants a GPU
+    nn.Module.__init__(flat)
+    with pytest.raises(UsageError, match="FullyShardedDataParallel") as raised:
+        ModelWrapper(nn.Sequential(flat))
+    assert "fully_shard" in raised.value.do
 
 
 def test_all_wrapper_segments_are_stripped_wherever_they_are() -> None:

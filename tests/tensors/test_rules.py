@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ray_ckpt.core.errors import StateDictError
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
 from ray_ckpt.tensors.rules import (
-    RuleAdapter,
     experts,
     in_layers,
     left_out,

@@ -160,7 +160,9 @@ def test_a_save_that_would_not_end_before_the_kill_is_not_begun(
     (event,) = events
     if not fits:
         assert (event.kind, event.step) == ("skipped", 2)
-        assert event.reason == "a save takes 10.0 s, 19.0 of 30.0 s are over"
+        assert (
+            event.reason == "a save takes 10.0 s, and 19.0 of the 30.0 s before the kill are over"
+        )
 
 
 @pytest.mark.usefixtures("handler")

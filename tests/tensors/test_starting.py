@@ -172,6 +172,17 @@ def test_a_hugging_face_model_says_the_same_once_it_is_loaded(
         assert outcome.report.sources == (f"base from {folder}",)
 
 
+def test_a_hugging_face_folder_without_a_config_is_read_by_the_runs_own(
+    root: str, tmp_path: Path
+) -> None:
+    expected = hf_base(tmp_path / "hf")
+    (tmp_path / "hf/config.json").unlink()
+    manager, model = open_manager(root)
+    manager.load(config=weights(tmp_path / "hf", format="hf"))
+    manager.close()
+    assert same_logits(model, expected)
+
+
 def test_a_folder_that_torch_saved_itself_is_read(root: str, tmp_path: Path) -> None:
     values = foreign_dcp(tmp_path / "theirs")
     for outcome in _start(root, weights(tmp_path / "theirs")):

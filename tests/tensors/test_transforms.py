@@ -7,7 +7,8 @@ import torch
 
 from ray_ckpt.core.errors import StateDictError, UsageError
 from ray_ckpt.tensors.recording import TensorSpec, record
-from ray_ckpt.tensors.rules import RuleAdapter, rename
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
+from ray_ckpt.tensors.rules import rename
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, StateDictTransforms, cast_floating
 
 ADAPTER = RuleAdapter("toy", [rename("a", "model.a"), rename("b", "model.b")])

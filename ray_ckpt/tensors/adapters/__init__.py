@@ -38,6 +38,10 @@ class StateDictAdapter(Protocol):
         """Native names and values; undoes :meth:`to_hf` bit for bit."""
         ...
 
+    def is_cast(self, native: str) -> bool:
+        """Whether an export in another type casts the tensor of this native name."""
+        ...
+
     def expect_whole(self, native: Iterable[str]) -> None:
         """Returns if these are the native names of a whole model.
 

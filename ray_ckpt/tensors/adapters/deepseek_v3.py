@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
 from ray_ckpt.tensors.rules import (
     Rule,
-    RuleAdapter,
     experts,
     in_layers,
     left_out,
     output,
     rename,
     renames,
+    uncast,
 )
 
 _LAYER, _HF_LAYER = "layers.{n}.", "model.layers.{n}."
@@ -74,7 +75,10 @@ def _moe(config: Mapping[str, Any]) -> list[Rule]:
     shared = _feed_forward("moe.shared_experts", "mlp.shared_experts")
     return [
         rename(_LAYER + "moe.router.gate.weight", _HF_LAYER + "mlp.gate.weight"),
-        rename(_LAYER + "moe.expert_bias_E", _HF_LAYER + "mlp.gate.e_score_correction_bias"),
+        # moves by tiny steps, which decide whom a token is sent to: transformers keeps it as well
+        uncast(
+            rename(_LAYER + "moe.expert_bias_E", _HF_LAYER + "mlp.gate.e_score_correction_bias")
+        ),
         experts(stacked + "w1_EFD", single + "gate_proj.weight", num_experts=num_experts),
         experts(stacked + "w2_EDF", single + "down_proj.weight", num_experts=num_experts),
         experts(stacked + "w3_EFD", single + "up_proj.weight", num_experts=num_experts),

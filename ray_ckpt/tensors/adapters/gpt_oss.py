@@ -7,7 +7,8 @@ Hub see `tensors.quantized`, which makes this one of it.
 from collections.abc import Mapping
 from typing import Any
 
-from ray_ckpt.tensors.rules import RuleAdapter, output, rename, renames, transpose
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
+from ray_ckpt.tensors.rules import output, rename, renames, transpose
 
 _ATTENTION_BIASES = {
     "qkv_linear.wq.bias": "q_proj.bias",

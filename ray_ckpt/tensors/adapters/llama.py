@@ -7,9 +7,9 @@ TorchTitan since 0.3 (`attention.qkv_linear.wq`, `lm_head`).
 from collections.abc import Mapping
 from typing import Any
 
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
 from ray_ckpt.tensors.rules import (
     Rule,
-    RuleAdapter,
     left_out,
     output,
     rename,

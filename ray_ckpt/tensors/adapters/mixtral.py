@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ray_ckpt.tensors.rules import RuleAdapter, experts, output, rename, renames
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
+from ray_ckpt.tensors.rules import experts, output, rename, renames
 
 
 def adapter(config: Mapping[str, Any]) -> RuleAdapter:

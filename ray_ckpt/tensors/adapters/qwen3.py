@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ray_ckpt.tensors.rules import RuleAdapter, output, rename, renames
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
+from ray_ckpt.tensors.rules import output, rename, renames
 
 _ATTENTION_BIASES = {
     "qkv_linear.wq.bias": "q_proj.bias",

@@ -7,7 +7,8 @@ model that was trained with it is refused rather than exported as another model.
 from collections.abc import Mapping
 from typing import Any
 
-from ray_ckpt.tensors.rules import RuleAdapter, experts, in_layers, output, rename, renames
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
+from ray_ckpt.tensors.rules import experts, in_layers, output, rename, renames
 
 
 def adapter(config: Mapping[str, Any]) -> RuleAdapter:

@@ -56,6 +56,10 @@ class PeftAdapter:
             native[stem + NATIVE_B] = lora_b
         return native
 
+    def is_cast(self, native: str) -> bool:
+        """Every tensor of an adapter."""
+        return True
+
     def expect_whole(self, native: Iterable[str]) -> None:
         """Returns if every LoRA layer has both halves; any set of layers is a whole adapter."""
         _refuse_incomplete(native, NATIVE_A, NATIVE_B)

@@ -52,7 +52,7 @@ def in_place_of(
 
 
 def is_part(name: str) -> bool:
-    """Whether it is a part of a quantized weight, which no cast may touch."""
+    """Whether it is a part of a quantized weight: its codes, its scales."""
     return _PART in name
 
 
@@ -72,6 +72,10 @@ class TorchAoAdapter:
     def from_hf(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Native names and values; undoes :meth:`to_hf` bit for bit."""
         return _by_part(state_dict, self._base.from_hf)
+
+    def is_cast(self, native: str) -> bool:
+        """What the family's adapter says; codes and scales never are."""
+        return not is_part(native) and self._base.is_cast(native)
 
     def expect_whole(self, native: Iterable[str]) -> None:
         """As the family's adapter says of the weights."""

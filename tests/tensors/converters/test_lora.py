@@ -18,7 +18,8 @@ from ray_ckpt.tensors.converters.lora import LoRA, init_lora_weights
 from ray_ckpt.tensors.converters.peft import PeftAdapter
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.recording import TensorSpec
-from ray_ckpt.tensors.rules import RuleAdapter, split, transpose
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
+from ray_ckpt.tensors.rules import split, transpose
 from tests.tensors.converters.models import (
     ATTENTION,
     hf_logits,

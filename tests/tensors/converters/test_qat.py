@@ -22,7 +22,8 @@ from ray_ckpt.core.errors import ConfigError, StateDictError
 from ray_ckpt.tensors.converters.qat import CODES, QAT, quantize
 from ray_ckpt.tensors.converters.torchao_files import TorchAoAdapter
 from ray_ckpt.tensors.recording import TensorSpec, record
-from ray_ckpt.tensors.rules import RuleAdapter, split, transpose
+from ray_ckpt.tensors.rule_adapter import RuleAdapter
+from ray_ckpt.tensors.rules import split, transpose
 from ray_ckpt.tensors.transforms import StateDictTransforms
 from tests.tensors.converters.models import (
     CONFIG,

@@ -1,16 +1,12 @@
-"""Measure what ray_ckpt does on this machine: a table, and with --json one last line of JSON.
+"""What it takes to plan the exports of two large models: names and shapes alone, no data."""
 
-python -m jobs.bench plan [--json]    plans the exports of two large models: names and shapes alone
-"""
-
-import argparse
-import json
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,49 +51,29 @@ class Planned:
     num_outputs: int
     wall_s: float
     cpu_s: float
-    peak_extra_mb: float
-    """How much the peak of resident memory grew, in a process of its own."""
+    extra_mb: float
+    """How much the resident memory grew, in a process of its own."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what the command line names."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=["plan"])
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--layers", type=int, help="fewer layers than the real models have")
-    parsed = parser.parse_args(arguments)
-    planned = bench_plans(parsed.layers)
-    print(f"{'model':<16}{'inputs':>8}{'outputs':>9}{'wall s':>8}{'CPU s':>8}{'extra MB':>10}")
-    for one in planned:
-        print(
-            f"{one.model:<16}{one.num_inputs:>8}{one.num_outputs:>9}"
-            f"{one.wall_s:>8.2f}{one.cpu_s:>8.2f}{one.peak_extra_mb:>10.1f}"
-        )
-    if parsed.json:
-        print(json.dumps({"plan": [asdict(one) for one in planned]}))
-
-
-def bench_plans(num_layers: int | None) -> list[Planned]:
+def measure_plans(num_layers: int | None) -> list[Planned]:
     """One plan a model, each in a new process, so that peaks of memory do not hide each other."""
     shorter = {} if num_layers is None else {"num_hidden_layers": num_layers}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
         waiting = [
-            processes.submit(bench_plan, "llama-3-405b", "llama", LLAMA_3_405B | shorter),
-            processes.submit(bench_plan, "deepseek-v3", "deepseek_v3", DEEPSEEK_V3 | shorter),
+            processes.submit(measure_plan, "llama-3-405b", "llama", LLAMA_3_405B | shorter),
+            processes.submit(measure_plan, "deepseek-v3", "deepseek_v3", DEEPSEEK_V3 | shorter),
         ]
         return [one.result() for one in waiting]
 
 
-def bench_plan(model: str, family: str, config: Mapping[str, Any]) -> Planned:
+def measure_plan(model: str, family: str, config: Mapping[str, Any]) -> Planned:
     """From a config to a recording of the whole export."""
     specs = {
         name: TensorSpec(shape=shape, dtype=torch.float32)
         for name, shape in _SHAPES[family](config).items()
     }
-    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident_bytes = _resident_bytes()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     transforms = StateDictTransforms(adapter=make_adapter(family, config), dtype="bfloat16")
     recording = record(transforms.whole_to_hf, specs)
@@ -107,8 +83,13 @@ def bench_plan(model: str, family: str, config: Mapping[str, Any]) -> Planned:
         num_outputs=len(recording.outputs),
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
-        peak_extra_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kb) / 1e3,
+        extra_mb=(_resident_bytes() - resident_bytes) / 1e6,
     )
+
+
+def _resident_bytes() -> int:
+    num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return num_pages * resource.getpagesize()
 
 
 def llama_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -190,7 +171,3 @@ def _ends(config: Mapping[str, Any]) -> Shapes:
 
 def _in_layers(layers: range, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     return {f"layers.{n}.{name}": shape for n in layers for name, shape in shapes.items()}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,80 @@
+"""Measure what ray_ckpt does on this machine: a table, and with --json one last line of JSON.
+
+python -m jobs.bench plan         plans the exports of two large models: names and shapes alone
+python -m jobs.bench integrity    what digests, the look for NaN and verifying on load cost
+python -m jobs.bench vote         what a save() that finds nothing due costs on two ranks
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs.bench.integrity import measure_integrity
+from jobs.bench.plan import measure_plans
+from jobs.bench.vote import measure_votes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=BENCHMARKS)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--layers", type=int, help="plan: fewer layers than the real models have")
+    parser.add_argument("--size-mb", type=int, default=512, help="integrity: of the weights")
+    parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
+    parser.add_argument("--folder", type=Path, help="integrity: the disk to measure on")
+    parsed = parser.parse_args(arguments)
+    rows = [asdict(row) for row in BENCHMARKS[parsed.what](parsed)]
+    print_table(rows)
+    if parsed.json:
+        print(json.dumps({parsed.what: rows}))
+
+
+def plan(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of the plans."""
+    return measure_plans(parsed.layers)
+
+
+def integrity(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows about trust; what was written is removed."""
+    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
+        return measure_integrity(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
+
+
+def vote(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows about a step without a save."""
+    return measure_votes(parsed.repeats)
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
+    "plan": plan,
+    "integrity": integrity,
+    "vote": vote,
+}
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Columns are the rows' fields; units are in their names."""
+    texts = [{key: _text(value) for key, value in row.items()} for row in rows]
+    widths = {key: max(len(key), *(len(text[key]) for text in texts)) for key in rows[0]}
+    print("  ".join(key.ljust(width) for key, width in widths.items()))
+    for row, text in zip(rows, texts, strict=True):
+        cells = (
+            text[key].ljust(width) if isinstance(row[key], str) else text[key].rjust(width)
+            for key, width in widths.items()
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A run as the one writer of its root: its lease, its id, and the step it goes on from.
+
+Knows whose save it is. Neither what a save holds nor how it is carried out.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+
+import torch
+
+from ray_ckpt.core.manifest import Lineage, Manifest
+from ray_ckpt.core.names import run_name
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.lease import Lease
+from ray_ckpt.tensors.contents import Contents
+from ray_ckpt.tensors.ranks import Ranks
+from ray_ckpt.tensors.run import Run
+
+log = logging.getLogger("ray_ckpt")
+
+
+class RootWriter:
+    """Holds the root's lease from its construction, which is collective, to `close`."""
+
+    def __init__(self, catalog: Catalog, run: Run, ranks: Ranks) -> None:
+        self._catalog = catalog
+        self._run = run
+        self._ranks = ranks
+        self._token = ranks.on_coordinator(lambda: uuid.uuid4().hex[:12])
+        self._lease = Lease(catalog.store, "trainer", owner=run.owner or self._token)
+        self._run_id = ranks.on_coordinator(self._begin)
+        self._resumed_from: int | None = None
+        self._num_saves = 0
+        self.check_lease = self._lease.guard()
+        """Raises if another writer has taken over."""
+        self.branch: int | None = None
+        """The step this run goes on from, until its first save: newer ones are another branch."""
+
+    def goes_on_from(self, step: int | None) -> None:
+        """What is saved from now on comes after `step`; None for a fresh start."""
+        self.branch = self._resumed_from = step
+
+    def has_committed(self) -> None:
+        """The branch is this run's own now: nothing newer is left of another one."""
+        self.branch = None
+
+    def draft(
+        self, step: int, contents: Contents, *, is_last_step: bool, metrics: Mapping[str, float]
+    ) -> Manifest:
+        """The manifest of a save that begins now, with an id of its own; the same on every rank.
+
+        Files, tensors and the model's keys are filled in by those who write them.
+        """
+        self._num_saves += 1
+        return Manifest(
+            step=step,
+            save_id=f"{self._token}{self._num_saves:04d}",
+            created_at="",
+            lineage=Lineage(run_id=self._run_id, resumed_from=self._resumed_from),
+            files=(),
+            world_size=self._ranks.size,
+            is_last_step=is_last_step,
+            metrics=metrics,
+            versions={"torch": torch.__version__},
+            model=contents.model,
+            holds=contents.holds,
+            needs=contents.needs,
+        )
+
+    def close(self) -> None:
+        """The root is free for the next writer."""
+        if self._ranks.is_coordinator:
+            self._lease.release()
+
+    def _begin(self) -> str:
+        """On rank 0: the root is writable and ours; returns the run's id."""
+        self._lease.acquire()
+        # the lease is exclusive: whatever another trainer left in staging will never be finished
+        for attempt in self._catalog.commit.sweep(prefix="save-", idle_s=0.0, now=time.time()):
+            log.warning("removed %s, a save that died before its commit", attempt)
+        name = run_name(self._catalog.uri)
+        return self._catalog.records.begin_run(f"{name}-{self._token}", self._run.policy).run_id
