@@ -49,10 +49,18 @@ def _straight(converters: str) -> list[Outcome]:
 
 
 def _modes_and_converters() -> list[Any]:
+    """Every mode without converters; converters where their tensors are copied or travel."""
     quick = [("process", "none"), ("async", "lora")]
-    every = [(m, c) for m in ("sync", "async", "process") for c in ("none", "lora", "ema")]
-    # others of the same kind, and torchao, whose import takes seconds
-    slow = [*(one for one in every if one not in quick), ("async", "float8"), ("async", "qat")]
+    slow = [
+        ("sync", "none"),
+        ("async", "none"),
+        ("process", "lora"),
+        ("sync", "ema"),
+        ("process", "ema"),
+        ("async", "float8"),
+        ("process", "float8"),
+        ("process", "qat"),
+    ]
     return [*quick, *(pytest.param(*one, marks=pytest.mark.slow) for one in slow)]
 
 
