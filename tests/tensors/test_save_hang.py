@@ -27,7 +27,7 @@ from tests.tensors.plain import (
 from tests.tensors.ranks import TIMEOUT_S, RankGroup, wait_until
 from tests.tensors.tiny import error_of
 
-PATIENCE_S = 3.0
+PATIENCE_S = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
