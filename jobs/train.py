@@ -43,7 +43,7 @@ from ray_ckpt.core.config import at_least, build
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.lease import Lease
+from ray_ckpt.storage.lease import TRAINER, Lease
 from ray_ckpt.tensors.sources import Naming, open_source
 from ray_ckpt.tensors.states import TrainState
 
@@ -235,7 +235,7 @@ def main() -> None:
     # found out before anything is started: whether the root can be written, is nobody else's, and
     # whether there is something to start from; Ray Train would start the workers over and over
     catalog.records.begin_run(run_name(catalog.uri), config.lifecycle)
-    Lease(catalog.store, "trainer", owner=name).wait_until_free()
+    Lease(catalog.store, TRAINER, owner=name).wait_until_free()
     if not catalog.observe().readable():
         naming = Naming.of(make_assets(config.model), converters=())
         for source in config.load.start.sources:

@@ -25,7 +25,7 @@ from ray_ckpt.core.config import Dtype, KeepConfig
 from ray_ckpt.core.errors import ConfigError, ForeignFolderError, IntegrityError, UsageError
 from ray_ckpt.core.reconcile import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.lease import holder_of
+from ray_ckpt.storage.lease import TRAINER, holder_of
 
 _NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
 
@@ -245,7 +245,7 @@ def undo(root: str, step: int, as_json: bool) -> None:
 def save_now(root: str, as_json: bool) -> None:
     """Ask the trainer that writes to ROOT to save at its next step."""
     catalog = open_root(root)
-    trainer = holder_of(catalog.store, "trainer")
+    trainer = holder_of(catalog.store, TRAINER)
     if trainer is None:
         raise UsageError(
             "no trainer writes here now: nobody holds the lease",
@@ -264,14 +264,13 @@ def save_now(root: str, as_json: bool) -> None:
 
 def _perform(catalog: Catalog, action: Action) -> ActionRecord:
     """On the cluster that RAY_ADDRESS names, else in this process."""
-    from ray_ckpt.cluster.perform import ensure_verified, perform_here, perform_on_cluster
+    from ray_ckpt.cluster.perform import perform_here, perform_on_cluster
 
+    told = lambda text: click.echo(text, err=True)  # noqa: E731
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        told = lambda text: click.echo(text, err=True)  # noqa: E731
         return perform_on_cluster(catalog.uri, action, address=address, told=told)
-    ensure_verified(catalog, catalog.checkpoint(action.step))
-    return perform_here(catalog, action)
+    return perform_here(catalog, action, told=told)
 
 
 def _flavors(forms: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import sys
 
 import click
 
-from ray_ckpt.cli import act, inspect
+from ray_ckpt.cli import act, inspect, queue
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.core.errors import RayCkptError
 
@@ -42,6 +42,7 @@ VERBS = (
     act.purge,
     act.undo,
     act.save_now,
+    queue.drain,
 )
 for _verb in VERBS:
     cli.add_command(_verb)

@@ -1,19 +1,22 @@
-"""An action that somebody asked for: done by the manager on a cluster, or in this process.
+"""An action that somebody asked for: done by the root's manager, or by this process in its place.
 
-Both ways leave the same record under `.ray_ckpt/actions/`, so `ray-ckpt ls` and the next manager
-know of it, and both are safe to interrupt and to repeat.
+Either way it is a request on storage first and a record at the end: whatever dies in between, the
+next manager finishes it. All of it is safe to interrupt and to repeat.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import ray
 
 from ray_ckpt.cluster.connect import start_manager_job
-from ray_ckpt.cluster.tasks import run_action
+from ray_ckpt.cluster.drain import POLL_S, Told, work
+from ray_ckpt.cluster.executors import Threads
+from ray_ckpt.cluster.reconciler import Reconciler, Round
 from ray_ckpt.core import errors
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import RayCkptError, StorageError
@@ -23,28 +26,30 @@ from ray_ckpt.core.reconcile import is_result, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 
-POLL_S = 0.3
-Told = Callable[[str], None]
-"""Called with a sentence whenever there is something new to say."""
 
-
-def perform_here(catalog: Catalog, action: Action) -> ActionRecord:
-    """The action is done, in this process.
+def perform_here(catalog: Catalog, action: Action, *, told: Told = lambda _: None) -> ActionRecord:
+    """The action is done, and what must come before it: by this process, or by the live manager.
 
     Raises:
-        RayCkptError: it failed; the record says so too.
+        RayCkptError: it failed, for the reason that its record names. If that may pass, it is still
+            asked for.
     """
-    records = catalog.records
-    record = ActionRecord(action=action).started(time.time())
-    records.write_action(record)
-    try:
-        result = run_action(catalog.uri, action.to_document())
-    except Exception as error:
-        records.write_action(record.failed(error, time.time()))
-        raise
-    record = record.succeeded(result, time.time())
-    records.write_action(record)
-    return record
+    _start_afresh(catalog, action)
+    _ask(catalog, action)
+    concerned = {needed.key for needed in _chain(action)}
+
+    def is_over(done: Round) -> bool:
+        records = [r for key, r in done.observed.records.items() if key in concerned]
+        if done.standing_by is None:
+            _raise_if(records, ActionState.DEAD, ActionState.RETRY_WAIT)
+        _raise_if(records, ActionState.DEAD)
+        return _is_done(catalog, action)
+
+    reconciler = Reconciler(
+        catalog, Threads(), owner=uuid.uuid4().hex, wants=lambda needed: needed.key in concerned
+    )
+    work(reconciler, until=is_over, told=told)
+    return catalog.records.action(action)
 
 
 def verify_here(catalog: Catalog, checkpoint: CheckpointView) -> ActionRecord:
@@ -77,8 +82,7 @@ def perform_on_cluster(
 ) -> ActionRecord:
     """The export or publish is done, by the root's manager on the cluster at `address`.
 
-    The request is on storage before the manager hears of it: whatever dies, it is not lost. What
-    failed before gets a fresh start, and a copy that was made before is looked for again.
+    What failed before gets a fresh start, and a copy that was made before is looked for again.
 
     Raises:
         RayCkptError: the action is DEAD, for the reason that its record names.
@@ -86,10 +90,33 @@ def perform_on_cluster(
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     catalog = open_catalog(root)
-    if action.kind is ActionKind.EXPORT and _is_exported(catalog, action):
+    if action.kind is ActionKind.EXPORT and _is_done(catalog, action):
         return catalog.records.action(action)
     _start_afresh(catalog, action)
     return _wait(catalog, action, start_manager_job(root), told)
+
+
+def _wait(catalog: Catalog, action: Action, manager: Any, told: Told) -> ActionRecord:
+    said = ""
+    while not _is_done(catalog, action):
+        found = _concerned(catalog, action)
+        _raise_if(found, ActionState.DEAD)
+        _ask(catalog, action)  # once more is not twice
+        manager.wake.remote()
+        state = next((r.state for r in found if r.action.key == action.key), ActionState.PENDING)
+        sentence = f"{action.title}: {state}"
+        if sentence != said:
+            told(sentence)
+            said = sentence
+        time.sleep(POLL_S)
+    return catalog.records.action(action)
+
+
+def _ask(catalog: Catalog, action: Action) -> None:
+    """The request is on storage before anybody hears of it."""
+    assert action.export is not None, "only exports and copies are asked for"
+    request = Request(step=action.step, export=action.export, destination=action.destination)
+    catalog.records.add_request(request)
 
 
 def _start_afresh(catalog: Catalog, action: Action) -> None:
@@ -99,42 +126,31 @@ def _start_afresh(catalog: Catalog, action: Action) -> None:
             catalog.records.forget_action(record.action)
 
 
-def _wait(catalog: Catalog, action: Action, manager: Any, told: Told) -> ActionRecord:
-    assert action.export is not None, "only exports and copies are asked for"
-    request = Request(step=action.step, export=action.export, destination=action.destination)
-    said = ""
-    while True:
-        found = {record.action.key: record for record in _concerned(catalog, action)}
-        record = found.get(action.key, ActionRecord(action=action))
-        if record.state is ActionState.SUCCEEDED:
-            return record
-        _raise_if_dead(found.values())
-        catalog.records.add_request(request)  # once more is not twice
-        manager.wake.remote()
-        sentence = f"{action.title}: {record.state}"
-        if sentence != said:
-            told(sentence)
-            said = sentence
-        time.sleep(POLL_S)
+def _is_done(catalog: Catalog, action: Action) -> bool:
+    """By its effect where storage shows it, else by its record."""
+    if catalog.records.action(action).state is ActionState.SUCCEEDED:
+        return True
+    exports = catalog.observe().exports if action.kind is ActionKind.EXPORT else ()
+    return any(is_result(export.manifest, action) for export in exports)
 
 
-def _raise_if_dead(records: Iterable[ActionRecord]) -> None:
-    """The error that a dead record tells of, of its own class where that is ours."""
+def _raise_if(records: Iterable[ActionRecord], *states: ActionState) -> None:
+    """The error that a record in one of these states tells of, of its own class if it is ours."""
     for record in records:
-        if record.state is ActionState.DEAD:
+        if record.state in states:
             kind: Any = getattr(errors, record.error_kind or "", RayCkptError)
             raise kind(f"{record.action.title} failed: {record.error}")
 
 
-def _is_exported(catalog: Catalog, action: Action) -> bool:
-    return any(is_result(export.manifest, action) for export in catalog.observe().exports)
-
-
 def _concerned(catalog: Catalog, action: Action) -> list[ActionRecord]:
-    """Records of the action and of what must come before it: the verify, and the export."""
-    before = (
+    keys = {needed.key for needed in _chain(action)}
+    return [r for r in catalog.records.actions().values() if r.action.key in keys]
+
+
+def _chain(action: Action) -> tuple[Action, Action, Action]:
+    """The verify and the export that must come before it, and the action itself."""
+    return (
         replace(action, kind=ActionKind.VERIFY, export=None, destination=None),
         replace(action, kind=ActionKind.EXPORT, destination=None),
+        action,
     )
-    keys = {needed.key for needed in (*before, action)}
-    return [r for r in catalog.records.actions().values() if r.action.key in keys]

@@ -4,10 +4,12 @@ The plan takes for granted that checkpoints nobody has verified yet will verify;
 verifies the ones that are to stay, first, and decides again on what was found.
 """
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_ckpt.cluster.perform import ensure_verified, perform_here
+from ray_ckpt.cluster.perform import ensure_verified
+from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.config import KeepConfig
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.lifecycle import CheckpointState
@@ -95,7 +97,11 @@ def apply_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
     views = {view.step: view for view in observed.readable()}
     grace_s = observed.policy.keep.trash_grace_s
     for step in decided.doomed:
-        perform_here(catalog, purge_action(views[step], grace_s=grace_s))
+        record = ActionRecord(action=purge_action(views[step], grace_s=grace_s))
+        catalog.records.write_action(record.started(time.time()))
+        catalog.trash(step)
+        record = record.started(time.time()).succeeded({}, time.time())
+        catalog.records.write_action(record)
     return decided
 
 

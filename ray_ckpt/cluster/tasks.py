@@ -13,34 +13,41 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.lease import MANAGER, LeaseGuard
 from ray_ckpt.storage.publish import publish_export
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
+Guard = Callable[[], None]
+"""Raises LeaseHeldError once another manager has taken over."""
 
 
-def run_action(root: str, document: Mapping[str, Any]) -> Result:
+def run_action(root: str, document: Mapping[str, Any], epoch: int) -> Result:
     """The action's effect is there; returns what its record says about it.
 
-    Takes and returns plain values only, so that nothing large ever travels through Ray.
+    Takes and returns plain values only, so that nothing large ever travels through Ray. `epoch` is
+    the manager's that planned it: what moves a checkpoint is refused once another has taken over.
     """
     action = Action.from_document(document)
     started = time.perf_counter()
-    result = _RUNNERS[action.kind](open_catalog(root), action)
+    catalog = open_catalog(root)
+    guard = LeaseGuard(store=catalog.store, role=MANAGER, epoch=epoch)
+    result = _RUNNERS[action.kind](catalog, action, guard)
     return {**result, "seconds": round(time.perf_counter() - started, 3)}
 
 
-def _verify(catalog: Catalog, action: Action) -> Result:
+def _verify(catalog: Catalog, action: Action, guard: Guard) -> Result:
     """Reads every byte. Damage moves the step out of every reader's way."""
     try:
         manifest = catalog.verify(action.step)
     except IntegrityError:
+        guard()
         catalog.quarantine(action.step)
         raise
     return {"bytes": manifest.total_bytes, "files": len(manifest.files)}
 
 
-def _export(catalog: Catalog, action: Action) -> Result:
+def _export(catalog: Catalog, action: Action, _: Guard) -> Result:
     """The engine returns an export that is there already as it is."""
     from ray_ckpt.tensors.export import export_step  # torch, which the manager never needs
 
@@ -49,7 +56,7 @@ def _export(catalog: Catalog, action: Action) -> Result:
     return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
 
 
-def _publish(catalog: Catalog, action: Action) -> Result:
+def _publish(catalog: Catalog, action: Action, _: Guard) -> Result:
     """Looks at the destination first; the same content there means nothing is sent."""
     assert action.export is not None, "a publish action names its export"
     assert action.destination is not None, "and where it goes"
@@ -58,14 +65,15 @@ def _publish(catalog: Catalog, action: Action) -> Result:
     return {"location": published.location, "bytes": published.bytes_sent}
 
 
-def _purge(catalog: Catalog, action: Action) -> Result:
+def _purge(catalog: Catalog, action: Action, guard: Guard) -> Result:
     """One step, which a repeated run finds in the trash and leaves there."""
     manifest = catalog.manifest(action.step)
+    guard()
     catalog.trash(action.step)
     return {"bytes": manifest.total_bytes}
 
 
-_RUNNERS: dict[ActionKind, Callable[[Catalog, Action], Result]] = {
+_RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard], Result]] = {
     ActionKind.VERIFY: _verify,
     ActionKind.EXPORT: _export,
     ActionKind.PUBLISH: _publish,

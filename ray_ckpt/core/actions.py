@@ -125,6 +125,17 @@ class ActionRecord:
             return self.failed(_interrupted_too_often(self.attempts), now)
         return replace(self, state=move_action(self.state, ActionState.PENDING), changed_at=now)
 
+    def cancelled(self, why: str, now: float) -> "ActionRecord":
+        """The record of an action that nobody waits for any more."""
+        return replace(
+            self,
+            state=move_action(self.state, ActionState.CANCELLED),
+            changed_at=now,
+            next_attempt_at=None,
+            error=why,
+            error_kind=None,
+        )
+
     def succeeded(self, result: Mapping[str, Any], now: float) -> "ActionRecord":
         """The record once the effect is there."""
         state = move_action(self.state, ActionState.SUCCEEDED)

@@ -10,7 +10,7 @@ delay an action but never lose it.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ray_ckpt.core.actions import Action, ExportSpec
+from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
@@ -59,6 +59,44 @@ def plan(observed: Observation, *, now: float) -> Plan:
         settled=tuple(request for request in observed.requests if _is_settled(request, observed)),
         problems=tuple(_problems(observed)),
     )
+
+
+def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
+    """Unfinished records whose checkpoint is not in place any more, as they are to be from now on.
+
+    A purge whose step lies in the trash was carried out by a manager that died before it said so;
+    for anything else there is nothing left to do.
+    """
+    present = {_identity(view) for view in observed.readable()}
+    trashed = {_identity(v) for v in observed.checkpoints if v.state is CheckpointState.TRASHED}
+    waiting = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
+    found: list[ActionRecord] = []
+    for record in observed.records.values():
+        source = (record.action.step, record.action.source_id)
+        if record.state not in waiting or source in present:
+            continue
+        if record.action.kind is ActionKind.PURGE and source in trashed:
+            found.append(record.started(now).succeeded({}, now))
+        else:
+            found.append(record.cancelled("its checkpoint is not in place any more", now))
+    return found
+
+
+def _identity(view: CheckpointView) -> tuple[int, str]:
+    return view.step, view.manifest.content_id if view.manifest else ""
+
+
+def unfinished(observed: Observation, *, now: float) -> list[str]:
+    """A sentence for everything that has begun, waits, or could begin now; empty when idle."""
+    ended = ActionState.SUCCEEDED, ActionState.DEAD, ActionState.SUPERSEDED, ActionState.CANCELLED
+    begun = {
+        key: f"{record.action.title} is {record.state}"
+        for key, record in observed.records.items()
+        if record.state not in ended
+    }
+    planned = plan(observed, now=now)
+    may_start = {action.key: f"{action.title} may start" for action in planned.actions}
+    return list({**may_start, **begun}.values())
 
 
 def decide_all(observed: Observation, *, holds: dict[int, tuple[str, ...]]) -> list[Verdict]:

@@ -25,6 +25,8 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.storage.base import Store
 
+TRAINER = "trainer"
+MANAGER = "manager"
 BEAT_S = 2.0
 PATIENCE_S = 20.0
 """A holder that has not been heard of for so long has lost its lease."""
@@ -54,7 +56,8 @@ class Lease:
         self._holder = Holder(
             owner=owner, token=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), beat=0
         )
-        self._epoch = 0
+        self.epoch = 0
+        """The one that is ours; 0 until `acquire`."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -69,7 +72,7 @@ class Lease:
             self._store.create(names.lease_key(self._role, epoch + 1), self._text())
         except ObjectExistsError as error:
             raise _held(self._store, self._role, "another writer took it a moment ago") from error
-        self._epoch = epoch + 1
+        self.epoch = epoch + 1
         self._store.delete([names.lease_key(self._role, epoch)] if epoch else [])
         self._thread = threading.Thread(target=self._keep_alive, name="ray_ckpt lease", daemon=True)
         self._thread.start()
@@ -95,7 +98,7 @@ class Lease:
 
     def guard(self) -> "LeaseGuard":
         """:meth:`check` as a value that another process can be given."""
-        return LeaseGuard(store=self._store, role=self._role, epoch=self._epoch)
+        return LeaseGuard(store=self._store, role=self._role, epoch=self.epoch)
 
     def release(self) -> None:
         """The next writer need not wait."""
@@ -103,12 +106,18 @@ class Lease:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            # must stay: without it an earlier holder that was taken over would be the highest again
-            self._holder = replace(self._holder, is_released=True)
-            self._store.write(names.lease_key(self._role, self._epoch), self._text())
+            if self._is_ours():
+                # must stay: without it an earlier holder, taken over, would be the highest again
+                self._holder = replace(self._holder, is_released=True)
+                self._store.write(names.lease_key(self._role, self.epoch), self._text())
 
     def _current(self) -> tuple[int, Holder | None]:
         return _current(self._store, self._role)
+
+    def _is_ours(self) -> bool:
+        """By one look; a root that was made anew has our epoch's number and another token in it."""
+        epoch, holder = self._current()
+        return epoch == self.epoch and holder is not None and holder.token == self._holder.token
 
     def _watch(self, epoch: int, holder: Holder) -> None:
         """Watches the heartbeat; a beat within PATIENCE_S means that the holder lives."""
@@ -127,12 +136,10 @@ class Lease:
     def _keep_alive(self) -> None:
         while not self._stop.wait(BEAT_S):
             try:
-                epoch, holder = self._current()
-                # a root that was made anew has our epoch's number, and somebody else in it
-                if epoch != self._epoch or holder is None or holder.token != self._holder.token:
+                if not self._is_ours():
                     return  # taken over: check() tells the writer before it shows anything
                 self._holder = replace(self._holder, beat=self._holder.beat + 1)
-                self._store.write(names.lease_key(self._role, self._epoch), self._text())
+                self._store.write(names.lease_key(self._role, self.epoch), self._text())
             except StorageError:
                 continue  # the next beat may pass; missing too many costs the lease
 

@@ -13,7 +13,7 @@ import torch
 from ray_ckpt.core.manifest import Lineage, Manifest
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.lease import Lease
+from ray_ckpt.storage.lease import TRAINER, Lease
 from ray_ckpt.tensors.contents import Contents
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.run import Run
@@ -29,7 +29,7 @@ class RootWriter:
         self._run = run
         self._ranks = ranks
         self._token = ranks.on_coordinator(lambda: uuid.uuid4().hex[:12])
-        self._lease = Lease(catalog.store, "trainer", owner=run.owner or self._token)
+        self._lease = Lease(catalog.store, TRAINER, owner=run.owner or self._token)
         self._run_id = ranks.on_coordinator(self._begin)
         self._resumed_from: int | None = None
         self._num_saves = 0

@@ -9,7 +9,7 @@ from ray_ckpt.core.config import load_toml
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
 
-JOBS = ("train", "export", "publish", "purge", "sample")
+JOBS = ("train", "export", "publish", "purge", "reconcile", "sample")
 
 
 def run(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:

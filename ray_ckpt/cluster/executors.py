@@ -1,0 +1,98 @@
+"""Where an action is carried out while the loop that planned it goes on.
+
+RayTasks    one Ray task an action, on any node with room
+Threads     this process, for a root that no cluster is at hand for
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayTaskError
+
+from ray_ckpt.cluster.tasks import run_action
+from ray_ckpt.core.actions import Action
+
+IO_RESOURCE = "ckpt_io"
+"""Custom resource of the nodes that run tasks after a save. They ask for no CPU, so that a trainer
+which holds every CPU never starves them."""
+
+
+class Running(Protocol):
+    """An action that has begun; a `concurrent.futures.Future` is one."""
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not; answers at once."""
+        ...
+
+    def result(self) -> Mapping[str, Any]:
+        """What the record says of it; raises what the action raised, or what became of its node."""
+        ...
+
+
+class Executor(Protocol):
+    """Carries out actions of one root; `epoch` is the lease under which they were planned."""
+
+    def start(self, root: str, action: Action, *, epoch: int) -> Running:
+        """The action has begun; returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is held any more."""
+        ...
+
+
+class RayTasks:
+    """Ray never retries one: our records own the attempts. It dies with the process that asked."""
+
+    def start(self, root: str, action: Action, *, epoch: int) -> Running:
+        """A task that the dashboard shows under the action's title."""
+        task = ray.remote(run_action).options(
+            name=action.title,
+            num_cpus=0,
+            max_retries=0,
+            resources=io_resources(ray.cluster_resources),
+        )
+        return _RayTask(task.remote(root, action.to_document(), epoch))
+
+    def close(self) -> None:
+        """Nothing is."""
+
+
+class _RayTask:
+    def __init__(self, task: "ray.ObjectRef[Any]") -> None:
+        self._task = task
+
+    def done(self) -> bool:
+        finished, _ = ray.wait([self._task], timeout=0)
+        return bool(finished)
+
+    def result(self) -> Mapping[str, Any]:
+        try:
+            return ray.get(self._task)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+
+class Threads:
+    """One action after the other: whoever waits in front of a terminal has one machine."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt action")
+
+    def start(self, root: str, action: Action, *, epoch: int) -> Running:
+        """Begins when those before it have ended."""
+        return self._pool.submit(run_action, root, action.to_document(), epoch)
+
+    def close(self) -> None:
+        """Waits for what has begun; the rest never begins."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def io_resources(cluster_resources: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    """What a task asks for: a slot of `ckpt_io` where the cluster has any, else nothing at all.
+
+    Without the resource a task still never waits behind a trainer, but may land on any node.
+    """
+    return {IO_RESOURCE: 1.0} if IO_RESOURCE in cluster_resources() else {}

@@ -1,0 +1,213 @@
+"""One root's rounds: observe storage, plan, act; under a lease, and wherever it runs.
+
+The manager actor, `jobs/reconcile.py`, `ray-ckpt drain` and an export typed without a cluster all
+turn this crank. It keeps nothing between rounds that it cannot read from storage again: killed at
+any line, the next one goes on. Whoever does not hold the lease changes nothing.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ray_ckpt.cluster.executors import Executor, Running
+from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.errors import LeaseHeldError, TransitionError
+from ray_ckpt.core.lifecycle import ActionState, CheckpointState, move_checkpoint
+from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.reconcile import Plan, overtaken, plan
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.lease import MANAGER, Lease
+
+log = logging.getLogger("ray_ckpt")
+
+MAX_RUNNING = 2
+ABANDONED_AFTER_S = 6 * 3600.0
+"""A save or an export whose files have not changed for so long is given up and swept."""
+_TRASHED = CheckpointState.TRASHED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What one round saw, and what it would do."""
+
+    observed: Observation
+    planned: Plan
+    running: tuple[Action, ...]
+    """Actions in flight after the round."""
+    waiting: tuple[Action, ...]
+    """Actions that may start and have found no room yet."""
+    standing_by: str | None = None
+    """Who else holds the lease; None where the round has acted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    record: ActionRecord
+    running: Running
+
+
+def every_action(action: Action) -> bool:
+    """Everything that is planned is done."""
+    return True
+
+
+class Reconciler:
+    """Drives the actions of one root while it holds the lease; `close` gives it back.
+
+    `owner` is equal for all incarnations of one manager, which may take over from itself at once;
+    `wants` tells the actions that are to be done, where that is not all of them.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        executor: Executor,
+        *,
+        owner: str,
+        wants: Callable[[Action], bool] = every_action,
+    ) -> None:
+        self._catalog = catalog
+        self._executor = executor
+        self._owner = owner
+        self._wants = wants
+        self._lease: Lease | None = None
+        self._in_flight: dict[str, _InFlight] = {}
+        self._seen: dict[int, CheckpointState] = {}
+
+    def round(self, now: float) -> Round:
+        """One look at storage, and what follows from it, has begun."""
+        try:
+            self._hold_lease()
+            return self._act(now)
+        except LeaseHeldError as error:
+            return self._stand_by(error, now)
+
+    def close(self) -> None:
+        """No action is in flight, and the next one need not wait for the lease."""
+        self._executor.close()
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _hold_lease(self) -> None:
+        """Checked before anything is changed: a manager that was paused finds out here."""
+        if self._lease is None:
+            lease = Lease(self._catalog.store, MANAGER, owner=self._owner)
+            lease.acquire()
+            log.info("this process manages %s epoch=%d", self._catalog.uri, lease.epoch)
+            self._lease = lease
+        self._lease.check()
+
+    def _stand_by(self, error: LeaseHeldError, now: float) -> Round:
+        """Another one acts. Tasks of ours that still run end in private places, or find out too."""
+        if self._lease is not None:
+            log.warning("this process does not manage %s any more: %s", self._catalog.uri, error)
+            self._lease.release()
+            self._lease = None
+        self._in_flight.clear()
+        observed = self._catalog.observe()
+        planned = plan(observed, now=now)
+        return Round(
+            observed=observed,
+            planned=planned,
+            running=(),
+            waiting=planned.actions,
+            standing_by=error.what,
+        )
+
+    def _act(self, now: float) -> Round:
+        self._collect(now)
+        observed = self._settle_records(self._catalog.observe(), now)
+        self._note_changes(observed)
+        planned = plan(observed, now=now)
+        wanted = [action for action in planned.actions if self._wants(action)]
+        for action in wanted:
+            if len(self._in_flight) < MAX_RUNNING and action.key not in self._in_flight:
+                self._start(action, observed.records.get(action.key), now)
+        for request in planned.settled:
+            self._catalog.records.settle_request(request)
+        self._tidy(observed, now)
+        open_requests = tuple(r for r in observed.requests if r not in planned.settled)
+        return Round(
+            observed=replace(observed, requests=open_requests),
+            planned=planned,
+            running=tuple(flight.record.action for flight in self._in_flight.values()),
+            waiting=tuple(action for action in wanted if action.key not in self._in_flight),
+        )
+
+    def _tidy(self, observed: Observation, now: float) -> None:
+        """What nobody waits for: the trash whose time is over, attempts that died."""
+        self._held().check()  # the one thing here that nobody can undo
+        self._catalog.empty_trash(older_than_s=observed.policy.keep.trash_grace_s, now=now)
+        self._catalog.commit.sweep(prefix="", idle_s=ABANDONED_AFTER_S, now=now)
+
+    def _note_changes(self, observed: Observation) -> None:
+        """Tells every move of a checkpoint since the last round; an illegal one is a warning."""
+        states = {view.step: view.state for view in observed.checkpoints}
+        for step, before in self._seen.items():
+            gone = CheckpointState.PURGED if before is _TRASHED else CheckpointState.MISSING
+            after = states.get(step, gone)
+            if after is before:
+                continue
+            try:
+                log.info("step-%d: %s -> %s", step, before, move_checkpoint(before, after))
+            except TransitionError as error:
+                log.warning("step-%d was changed by somebody else: %s", step, error.what)
+        self._seen = states
+
+    def _settle_records(self, observed: Observation, now: float) -> Observation:
+        """Records that time has overtaken say what is true now.
+
+        One that says RUNNING under a manager that died is to run again: its task died with it.
+        """
+        interrupted = [
+            record.interrupted(now)
+            for key, record in observed.records.items()
+            if record.state is ActionState.RUNNING and key not in self._in_flight
+        ]
+        observed = self._rewrite(observed, interrupted)
+        return self._rewrite(observed, overtaken(observed, now=now))
+
+    def _rewrite(self, observed: Observation, records: list[ActionRecord]) -> Observation:
+        for record in records:
+            self._write(record)
+        changed = {record.action.key: record for record in records}
+        return replace(observed, records={**observed.records, **changed})
+
+    def _start(self, action: Action, record: ActionRecord | None, now: float) -> None:
+        """The record says RUNNING before the task exists, so that no crash hides an attempt."""
+        if record is None or record.state.is_terminal:
+            record = ActionRecord(action=action)
+        started = record.started(now)
+        self._write(started)
+        epoch = self._held().epoch
+        running = self._executor.start(self._catalog.uri, action, epoch=epoch)
+        self._in_flight[action.key] = _InFlight(record=started, running=running)
+        log.info("started %s attempt=%d", action.title, started.attempts)
+
+    def _collect(self, now: float) -> None:
+        """Records of the actions that have ended since the last round."""
+        for key, flight in list(self._in_flight.items()):
+            if flight.running.done():
+                self._write(_outcome(flight, now))
+                del self._in_flight[key]
+
+    def _write(self, record: ActionRecord) -> None:
+        """Records have one writer: whoever holds the lease."""
+        self._held().check()
+        self._catalog.records.write_action(record)
+
+    def _held(self) -> Lease:
+        assert self._lease is not None, "taken at the beginning of the round"
+        return self._lease
+
+
+def _outcome(flight: _InFlight, now: float) -> ActionRecord:
+    title = flight.record.action.title
+    try:
+        result = flight.running.result()
+    except Exception as error:  # noqa: BLE001  what failed is in the record; the loop goes on
+        log.warning("failed %s: %s", title, error)
+        return flight.record.failed(error, now)
+    log.info("finished %s", title)
+    return flight.record.succeeded(result, now)
