@@ -43,6 +43,8 @@ VERBS = (
     act.undo,
     act.save_now,
     queue.drain,
+    queue.retry,
+    queue.cancel,
 )
 for _verb in VERBS:
     cli.add_command(_verb)

@@ -1,13 +1,21 @@
-"""Verbs about what is still to be done: drain."""
+"""Verbs about what is still to be done: drain, retry, cancel."""
 
+import getpass
+import socket
 import sys
-from typing import Any
+import time
+from typing import Any, Literal
 
 import click
 
 from ray_ckpt.cli.output import emit, json_option, open_root, root_argument
-from ray_ckpt.core.lifecycle import ActionState
-from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.actions import Action
+from ray_ckpt.core.errors import UsageError
+from ray_ckpt.core.lifecycle import ActionKind, ActionState
+from ray_ckpt.core.observation import Command, Observation
+from ray_ckpt.core.reconcile import GIVEN_UP, plan
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.lease import MANAGER, holder_of
 
 
 @click.command()
@@ -48,3 +56,82 @@ def _print(document: dict[str, Any], uri: str) -> None:
     for dead in document["dead"]:
         click.echo(f"{dead['title']} failed for good: {dead['error']}", err=True)
     click.echo(f"nothing is left to do: ray-ckpt ls {uri}")
+
+
+_KIND = click.option(
+    "--kind",
+    type=click.Choice([str(kind) for kind in ActionKind]),
+    help="Only actions of one kind.",
+)
+_OF_STEP = click.option("--step", type=int, help="Only actions about this checkpoint.")
+
+
+@click.command()
+@root_argument
+@_OF_STEP
+@_KIND
+@json_option
+def retry(root: str, step: int | None, kind: str | None, as_json: bool) -> None:
+    """Give actions that failed, were cancelled or wait for another try a fresh start, now."""
+    catalog = open_root(root)
+    waiting = (ActionState.RETRY_WAIT, ActionState.BLOCKED)
+    records = catalog.records.actions().values()
+    chosen = [
+        record.action
+        for record in records
+        if record.state in (*GIVEN_UP, *waiting) and _is_meant(record.action, step, kind)
+    ]
+    _command(catalog, "retry", chosen, as_json=as_json)
+
+
+@click.command()
+@root_argument
+@_OF_STEP
+@_KIND
+@json_option
+def cancel(root: str, step: int | None, kind: str | None, as_json: bool) -> None:
+    """Give up actions that have not ended; one that runs is stopped. `retry` brings them back.
+
+    A checkpoint whose required copy was cancelled stays: purge never takes it.
+    """
+    if step is None and kind is None:
+        raise UsageError("cancel what?", "", "nothing was cancelled", "give --step, --kind or both")
+    catalog = open_root(root)
+    observed = catalog.observe()
+    open_records = [
+        record.action
+        for record in observed.records.values()
+        if record.state is not ActionState.SUCCEEDED and record.state not in GIVEN_UP
+    ]
+    known = {a.key: a for a in (*plan(observed, now=time.time()).actions, *open_records)}
+    chosen = [action for action in known.values() if _is_meant(action, step, kind)]
+    _command(catalog, "cancel", chosen, as_json=as_json)
+
+
+def _is_meant(action: Action, step: int | None, kind: str | None) -> bool:
+    return step in (None, action.step) and kind in (None, str(action.kind))
+
+
+def _command(
+    catalog: Catalog, verb: Literal["retry", "cancel"], actions: list[Action], *, as_json: bool
+) -> None:
+    """Written down for whoever manages the root, now or next."""
+    by = f"{getpass.getuser()}@{socket.gethostname()}"
+    for action in actions:
+        catalog.records.add_command(Command(verb=verb, action=action, by=by))
+    manager = holder_of(catalog.store, MANAGER)
+    document = {
+        "verb": verb,
+        "actions": [action.title for action in actions],
+        "manager": manager.host if manager else None,
+    }
+
+    def render() -> None:
+        for action in actions:
+            click.echo(f"{verb}: {action.title}")
+        if not actions:
+            click.echo(f"nothing to {verb}: ray-ckpt ls {catalog.uri}")
+        elif manager is None:
+            click.echo(f"no manager is alive to do it; do it here: ray-ckpt drain {catalog.uri}")
+
+    emit(document, as_json=as_json, render=render)

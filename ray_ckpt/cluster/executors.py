@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError as OutOfMemory
+from ray.exceptions import RayError, RayTaskError
 
-from ray_ckpt.cluster.tasks import run_action
-from ray_ckpt.core.actions import Action
+from ray_ckpt.cluster.tasks import Attempt, run_action
+from ray_ckpt.core.errors import OutOfMemoryError, TransientError
 
 IO_RESOURCE = "ckpt_io"
 """Custom resource of the nodes that run tasks after a save. They ask for no CPU, so that a trainer
@@ -30,12 +31,16 @@ class Running(Protocol):
         """What the record says of it; raises what the action raised, or what became of its node."""
         ...
 
+    def cancel(self) -> object:
+        """It ends soon, if it can be stopped at all."""
+        ...
+
 
 class Executor(Protocol):
-    """Carries out actions of one root; `epoch` is the lease under which they were planned."""
+    """Carries out actions of one root."""
 
-    def start(self, root: str, action: Action, *, epoch: int) -> Running:
-        """The action has begun; returns at once."""
+    def start(self, root: str, attempt: Attempt) -> Running:
+        """The attempt has begun; returns at once."""
         ...
 
     def close(self) -> None:
@@ -46,15 +51,15 @@ class Executor(Protocol):
 class RayTasks:
     """Ray never retries one: our records own the attempts. It dies with the process that asked."""
 
-    def start(self, root: str, action: Action, *, epoch: int) -> Running:
+    def start(self, root: str, attempt: Attempt) -> Running:
         """A task that the dashboard shows under the action's title."""
         task = ray.remote(run_action).options(
-            name=action.title,
+            name=attempt.action.title,
             num_cpus=0,
             max_retries=0,
             resources=io_resources(ray.cluster_resources),
         )
-        return _RayTask(task.remote(root, action.to_document(), epoch))
+        return _RayTask(task.remote(root, attempt))
 
     def close(self) -> None:
         """Nothing is."""
@@ -73,6 +78,17 @@ class _RayTask:
             return ray.get(self._task)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except OutOfMemory as error:
+            raise OutOfMemoryError(
+                "the task was killed: its node ran out of memory",
+                safe="nothing of the attempt is visible",
+                do="give tasks a node with more memory (custom resource ckpt_io)",
+            ) from error
+        except RayError as error:
+            raise TransientError(f"the task's worker or node died: {error}") from error
+
+    def cancel(self) -> None:
+        ray.cancel(self._task, force=True)
 
 
 class Threads:
@@ -81,9 +97,9 @@ class Threads:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt action")
 
-    def start(self, root: str, action: Action, *, epoch: int) -> Running:
+    def start(self, root: str, attempt: Attempt) -> Running:
         """Begins when those before it have ended."""
-        return self._pool.submit(run_action, root, action.to_document(), epoch)
+        return self._pool.submit(run_action, root, attempt)
 
     def close(self) -> None:
         """Waits for what has begun; the rest never begins."""

@@ -6,15 +6,17 @@ any line, the next one goes on. Whoever does not hold the lease changes nothing.
 """
 
 import logging
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ray_ckpt.cluster.executors import Executor, Running
+from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import LeaseHeldError, TransitionError
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState, move_checkpoint
 from ray_ckpt.core.observation import Observation
-from ray_ckpt.core.reconcile import Plan, overtaken, plan
+from ray_ckpt.core.reconcile import Plan, obeyed, overtaken, plan
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, Lease
 
@@ -166,7 +168,21 @@ class Reconciler:
             if record.state is ActionState.RUNNING and key not in self._in_flight
         ]
         observed = self._rewrite(observed, interrupted)
+        observed = self._obey(observed, now)
         return self._rewrite(observed, overtaken(observed, now=now))
+
+    def _obey(self, observed: Observation, now: float) -> Observation:
+        """What people want to become of actions; a task that is cancelled is stopped first."""
+        changed = obeyed(observed, now=now)
+        for record in changed:
+            flight = self._in_flight.pop(record.action.key, None)
+            if flight is not None:
+                flight.running.cancel()
+            log.info("%s is %s: %s", record.action.title, record.state, record.error or "retried")
+        observed = self._rewrite(observed, changed)
+        for command in observed.commands:
+            self._catalog.records.settle_command(command)
+        return observed
 
     def _rewrite(self, observed: Observation, records: list[ActionRecord]) -> Observation:
         for record in records:
@@ -181,7 +197,8 @@ class Reconciler:
         started = record.started(now)
         self._write(started)
         epoch = self._held().epoch
-        running = self._executor.start(self._catalog.uri, action, epoch=epoch)
+        attempt = Attempt(action=action, number=started.attempts, epoch=epoch)
+        running = self._executor.start(self._catalog.uri, attempt)
         self._in_flight[action.key] = _InFlight(record=started, running=running)
         log.info("started %s attempt=%d", action.title, started.attempts)
 
@@ -189,7 +206,7 @@ class Reconciler:
         """Records of the actions that have ended since the last round."""
         for key, flight in list(self._in_flight.items()):
             if flight.running.done():
-                self._write(_outcome(flight, now))
+                self._write(_outcome(flight, now, jitter=random.random()))
                 del self._in_flight[key]
 
     def _write(self, record: ActionRecord) -> None:
@@ -202,12 +219,12 @@ class Reconciler:
         return self._lease
 
 
-def _outcome(flight: _InFlight, now: float) -> ActionRecord:
+def _outcome(flight: _InFlight, now: float, *, jitter: float) -> ActionRecord:
     title = flight.record.action.title
     try:
         result = flight.running.result()
     except Exception as error:  # noqa: BLE001  what failed is in the record; the loop goes on
         log.warning("failed %s: %s", title, error)
-        return flight.record.failed(error, now)
+        return flight.record.failed(error, now, jitter=jitter)
     log.info("finished %s", title)
     return flight.record.succeeded(result, now)

@@ -4,12 +4,18 @@ Every action may run twice: its effect is looked for first, attempts work in pri
 what becomes visible does so in one step.
 """
 
+import contextlib
+import os
+import socket
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
-from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.errors import IntegrityError, StorageError
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
@@ -22,18 +28,40 @@ Guard = Callable[[], None]
 """Raises LeaseHeldError once another manager has taken over."""
 
 
-def run_action(root: str, document: Mapping[str, Any], epoch: int) -> Result:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One try to carry out an action: a small record, so that nothing large travels through Ray."""
+
+    action: Action
+    number: int
+    epoch: int
+    """The manager's that planned it: what moves a checkpoint is refused under a later one."""
+
+
+def run_action(root: str, attempt: Attempt) -> Result:
     """The action's effect is there; returns what its record says about it.
 
-    Takes and returns plain values only, so that nothing large ever travels through Ray. `epoch` is
-    the manager's that planned it: what moves a checkpoint is refused once another has taken over.
+    What an attempt that failed said lies under `.ray_ckpt/logs/` then.
     """
-    action = Action.from_document(document)
+    action = attempt.action
     started = time.perf_counter()
     catalog = open_catalog(root)
-    guard = LeaseGuard(store=catalog.store, role=MANAGER, epoch=epoch)
-    result = _RUNNERS[action.kind](catalog, action, guard)
+    guard = LeaseGuard(store=catalog.store, role=MANAGER, epoch=attempt.epoch)
+    try:
+        result = _RUNNERS[action.kind](catalog, action, guard)
+    except Exception:
+        _keep_log(catalog, attempt, traceback.format_exc())
+        raise
     return {**result, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def _keep_log(catalog: Catalog, attempt: Attempt, text: str) -> None:
+    host = f"{socket.gethostname()} process {os.getpid()}"
+    head = f"{attempt.action.title}, attempt {attempt.number} on {host}\n"
+    with contextlib.suppress(StorageError):  # the error itself is what matters
+        catalog.store.write(
+            names.log_key(attempt.action.key, attempt.number), (head + text).encode()
+        )
 
 
 def _verify(catalog: Catalog, action: Action, guard: Guard) -> Result:

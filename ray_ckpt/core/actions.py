@@ -11,12 +11,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from ray_ckpt.core.config import Dtype
-from ray_ckpt.core.errors import RayCkptError, StorageFullError, TransientError
+from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.failures import (
+    BLOCKED_FOR_S,
+    ErrorClass,
+    classify,
+    may_try_again,
+    wait_s,
+)
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, move_action
 
-MAX_ATTEMPTS = 8
-_BACKOFF_BASE_S = 2.0
-_BACKOFF_CAP_S = 300.0
+MAX_INTERRUPTIONS = 8
+_INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +104,16 @@ class ActionRecord:
     changed_at: float = 0.0
     """Seconds since the epoch, by the clock of whoever wrote the record."""
     next_attempt_at: float | None = None
-    """Earliest time of the next attempt; only in RETRY_WAIT."""
+    """Earliest time of the next attempt; only in RETRY_WAIT and BLOCKED."""
     result: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """What the action reports: bytes, location."""
+    failures: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How often it has failed by class of error, or was `interrupted` by its manager's death."""
+    first_failed_at: float | None = None
+    first_error: str | None = None
+    """The whole message of the first error: the last one is often only its consequence."""
+    error_class: ErrorClass | None = None
+    """Of the last error."""
     error_kind: str | None = None
     """Class name of the last error."""
     error: str | None = None
@@ -121,9 +134,19 @@ class ActionRecord:
 
         A task that was running each time a manager died is given up in the end.
         """
-        if self.attempts >= MAX_ATTEMPTS:
-            return self.failed(_interrupted_too_often(self.attempts), now)
-        return replace(self, state=move_action(self.state, ActionState.PENDING), changed_at=now)
+        times = self.failures.get(_INTERRUPTED, 0) + 1
+        counted = replace(self, failures={**self.failures, _INTERRUPTED: times})
+        if times >= MAX_INTERRUPTIONS:
+            return counted.failed(_interrupted_too_often(times), now)
+        return replace(counted, state=move_action(self.state, ActionState.PENDING), changed_at=now)
+
+    def asked_again(self, now: float) -> "ActionRecord":
+        """The record once a person has asked for another try: all that went wrong is forgotten."""
+        return ActionRecord(
+            action=self.action,
+            state=move_action(self.state, ActionState.PENDING),
+            changed_at=now,
+        )
 
     def cancelled(self, why: str, now: float) -> "ActionRecord":
         """The record of an action that nobody waits for any more."""
@@ -138,23 +161,42 @@ class ActionRecord:
 
     def succeeded(self, result: Mapping[str, Any], now: float) -> "ActionRecord":
         """The record once the effect is there."""
-        state = move_action(self.state, ActionState.SUCCEEDED)
-        return replace(
-            self, state=state, result=result, changed_at=now, error=None, error_kind=None
+        return ActionRecord(
+            action=self.action,
+            state=move_action(self.state, ActionState.SUCCEEDED),
+            attempts=self.attempts,
+            changed_at=now,
+            result=result,
         )
 
-    def failed(self, error: BaseException, now: float) -> "ActionRecord":
-        """The record after `error`: RETRY_WAIT if the same call may succeed later, else DEAD."""
-        may_pass = _may_pass(error) and self.attempts < MAX_ATTEMPTS
-        state = ActionState.RETRY_WAIT if may_pass else ActionState.DEAD
-        return replace(
+    def failed(self, error: BaseException, now: float, *, jitter: float = 0.0) -> "ActionRecord":
+        """The record after `error`: to be tried again, blocked until there is room, or dead.
+
+        `jitter`, in [0, 1), keeps those who failed together from coming back together.
+        """
+        error_class = classify(error)
+        num_failures = self.failures.get(error_class, 0) + 1
+        first_failed_at = now if self.first_failed_at is None else self.first_failed_at
+        text = str(error) or type(error).__name__
+        failed = replace(
             self,
-            state=move_action(self.state, state),
             changed_at=now,
-            next_attempt_at=now + backoff_s(self.attempts) if may_pass else None,
+            failures={**self.failures, error_class: num_failures},
+            first_failed_at=first_failed_at,
+            first_error=self.first_error or text,
+            error_class=error_class,
             error_kind=type(error).__name__,
-            error=str(error) or type(error).__name__,
+            error=text,
         )
+        if may_try_again(error_class, num_failures, now - first_failed_at):
+            wait = wait_s(error, num_failures, jitter=jitter)
+            return failed._waiting(ActionState.RETRY_WAIT, now + wait)
+        if error_class is ErrorClass.RESOURCE:
+            return failed._waiting(ActionState.BLOCKED, now + BLOCKED_FOR_S)
+        return replace(failed, state=move_action(self.state, ActionState.DEAD))
+
+    def _waiting(self, state: ActionState, until: float) -> "ActionRecord":
+        return replace(self, state=move_action(self.state, state), next_attempt_at=until)
 
     def to_json(self) -> bytes:
         """UTF-8 JSON with sorted keys."""
@@ -166,24 +208,14 @@ class ActionRecord:
         document = json.loads(text)
         document["action"] = Action.from_document(document["action"])
         document["state"] = ActionState(document["state"])
+        error_class = document["error_class"]
+        document["error_class"] = None if error_class is None else ErrorClass(error_class)
         return cls(**document)
 
 
-def _interrupted_too_often(attempts: int) -> RayCkptError:
+def _interrupted_too_often(times: int) -> RayCkptError:
     return RayCkptError(
-        f"the manager died during each of {attempts} attempts",
+        f"the manager died {times} times while this was running",
         safe="the checkpoint is untouched",
         do="look at the manager's log on the dashboard, then ask for the action again",
-    )
-
-
-def backoff_s(attempts: int) -> float:
-    """Seconds to wait after attempt number `attempts`: 2, 4, 8, ... and never above 300."""
-    return min(_BACKOFF_CAP_S, _BACKOFF_BASE_S * 2.0 ** max(0, attempts - 1))
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Errors that are not ours (a worker died, a network library gave up) deserve another try."""
-    return isinstance(error, TransientError | StorageFullError) or not isinstance(
-        error, RayCkptError
     )

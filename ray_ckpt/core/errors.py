@@ -11,10 +11,13 @@ RayCkptError
 │   └── TransitionError                  a state that may not follow the present one
 ├── IntegrityError              exit 1   bytes differ from what the manifest says
 ├── SaveError                   exit 1   a save failed; nothing of it is visible
+├── OutOfMemoryError            exit 3   a node's memory did not suffice
 └── StorageError                exit 3   a store refused or failed
     ├── ObjectNotFoundError     exit 2
     ├── ObjectExistsError       exit 2   a conditional create lost
     ├── TransientError          exit 3   worth another try
+    │   ├── ThrottledError               the store asks to be asked less often
+    │   └── ConflictError                somebody else changed the same thing meanwhile
     ├── StorageFullError        exit 3   no room
     └── AuthorizationError      exit 4   not allowed, or not signed in
 
@@ -86,6 +89,12 @@ class SaveError(RayCkptError):
     """A save failed; nothing of it is visible and older steps are untouched."""
 
 
+class OutOfMemoryError(RayCkptError):
+    """A node's memory did not suffice; what ran there was killed."""
+
+    exit_code = 3
+
+
 class StorageError(RayCkptError):
     """A store refused or failed."""
 
@@ -106,6 +115,27 @@ class ObjectExistsError(StorageError):
 
 class TransientError(StorageError):
     """A time-out, a throttle or a reset connection: the same call may succeed later."""
+
+
+class ThrottledError(TransientError):
+    """The store asks to be asked less often."""
+
+    def __init__(
+        self,
+        what: str,
+        where: str = "",
+        safe: str = "",
+        do: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(what, where, safe, do)
+        self.args = (*self.args, retry_after_s)
+        self.retry_after_s = retry_after_s
+        """Seconds after which it wants to be asked again, where it says so."""
+
+
+class ConflictError(TransientError):
+    """Somebody else changed the same thing meanwhile: look again, then decide."""
 
 
 class StorageFullError(StorageError):

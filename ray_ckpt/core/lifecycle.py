@@ -118,10 +118,22 @@ ACTION_MOVES: Mapping[ActionState, frozenset[ActionState]] = {
         }
     ),
     ActionState.RETRY_WAIT: frozenset(
-        {ActionState.RUNNING, ActionState.CANCELLED, ActionState.SUPERSEDED, ActionState.DEAD}
+        {
+            ActionState.RUNNING,
+            ActionState.PENDING,
+            ActionState.CANCELLED,
+            ActionState.SUPERSEDED,
+            ActionState.DEAD,
+        }
     ),
     ActionState.BLOCKED: frozenset(
-        {ActionState.PENDING, ActionState.CANCELLED, ActionState.SUPERSEDED}
+        {
+            ActionState.RUNNING,
+            ActionState.PENDING,
+            ActionState.CANCELLED,
+            ActionState.SUPERSEDED,
+            ActionState.DEAD,
+        }
     ),
     ActionState.SUCCEEDED: frozenset(),
     ActionState.DEAD: frozenset({ActionState.PENDING}),

@@ -10,6 +10,8 @@
         run.json                       the run's id and policy
         lease/<role>-<epoch>.json      who may write; the highest epoch owns
         requests/<key>.json            what was asked for
+        commands/<verb>-<key>.json     an action that a person retries or cancels
+        logs/<key>-a<attempt>.log      what a failed attempt said
         save-now.json                  the trainer is asked to save at its next step
         actions/<key>.json             what became of it
         staging/<attempt>/             unfinished work, private to one attempt
@@ -33,6 +35,7 @@ RUN = f"{PRIVATE}/run.json"
 LEASES = f"{PRIVATE}/lease"
 REQUESTS = f"{PRIVATE}/requests"
 ACTIONS = f"{PRIVATE}/actions"
+COMMANDS = f"{PRIVATE}/commands"
 SAVE_NOW = f"{PRIVATE}/save-now.json"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
@@ -121,6 +124,16 @@ def action_key(key: str) -> str:
 def request_key(key: str) -> str:
     """Key of one request."""
     return f"{REQUESTS}/{key}.json"
+
+
+def command_key(verb: str, key: str) -> str:
+    """Key of a command about the action of that key; giving it twice is giving it once."""
+    return f"{COMMANDS}/{verb}-{key}.json"
+
+
+def log_key(key: str, attempt: int) -> str:
+    """Key of what attempt number `attempt` of an action said when it failed."""
+    return f"{PRIVATE}/logs/{key}-a{attempt}.log"
 
 
 def lease_key(role: str, epoch: int) -> str:

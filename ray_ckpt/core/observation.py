@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import LifecyclePolicy
@@ -61,6 +62,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """What a person wants to become of an action."""
+
+    verb: Literal["retry", "cancel"]
+    action: Action
+    by: str
+    """Who asks: `user@host`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """A whole run."""
 
@@ -71,6 +82,7 @@ class Observation:
     records: Mapping[str, ActionRecord] = field(default_factory=dict[str, ActionRecord])
     """Every action's record under its key."""
     requests: tuple[Request, ...] = ()
+    commands: tuple[Command, ...] = ()
 
     def readable(self) -> list[CheckpointView]:
         """Checkpoints that may be used, oldest first."""

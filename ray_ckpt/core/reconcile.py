@@ -16,6 +16,10 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.retention import Candidate, Verdict, decide
 
+GIVEN_UP = ActionState.DEAD, ActionState.CANCELLED, ActionState.SUPERSEDED
+"""What nobody waits for any more, unless a person asks for it again."""
+_UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -82,17 +86,33 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     return found
 
 
+def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
+    """Records as people's commands want them from now on.
+
+    What succeeded stays so; a command for what is over already changes nothing.
+    """
+    found: list[ActionRecord] = []
+    for command in observed.commands:
+        record = observed.records.get(command.action.key, ActionRecord(action=command.action))
+        if record.state is ActionState.SUCCEEDED:
+            continue
+        if command.verb == "retry" and record.state not in _UNDER_WAY:
+            found.append(record.asked_again(now))
+        if command.verb == "cancel" and record.state not in GIVEN_UP:
+            found.append(record.cancelled(f"cancelled by {command.by}", now))
+    return found
+
+
 def _identity(view: CheckpointView) -> tuple[int, str]:
     return view.step, view.manifest.content_id if view.manifest else ""
 
 
 def unfinished(observed: Observation, *, now: float) -> list[str]:
     """A sentence for everything that has begun, waits, or could begin now; empty when idle."""
-    ended = ActionState.SUCCEEDED, ActionState.DEAD, ActionState.SUPERSEDED, ActionState.CANCELLED
     begun = {
         key: f"{record.action.title} is {record.state}"
         for key, record in observed.records.items()
-        if record.state not in ended
+        if record.state is not ActionState.SUCCEEDED and record.state not in GIVEN_UP
     }
     planned = plan(observed, now=now)
     may_start = {action.key: f"{action.title} may start" for action in planned.actions}
@@ -240,13 +260,13 @@ def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
     running = [
         action
         for action in wanted.exports
-        if not _is_exported(action, observed) and observed.state_of(action) is not ActionState.DEAD
+        if not _is_exported(action, observed) and observed.state_of(action) not in GIVEN_UP
     ]
     missing = [
         action
         for action in wanted.publishes
         if observed.state_of(action) is not ActionState.SUCCEEDED
-        and (action.key in wanted.required or observed.state_of(action) is not ActionState.DEAD)
+        and (action.key in wanted.required or observed.state_of(action) not in GIVEN_UP)
     ]
     return tuple(f"not done yet: {action.title}" for action in (*running, *missing))
 
@@ -263,7 +283,7 @@ def _may_start(action: Action, observed: Observation, now: float) -> bool:
     if record.state is ActionState.SUCCEEDED:
         return action.kind is not ActionKind.PUBLISH
     due = record.next_attempt_at is not None and now >= record.next_attempt_at
-    return record.state is ActionState.RETRY_WAIT and due
+    return record.state in (ActionState.RETRY_WAIT, ActionState.BLOCKED) and due
 
 
 def _is_settled(request: Request, observed: Observation) -> bool:
@@ -271,11 +291,11 @@ def _is_settled(request: Request, observed: Observation) -> bool:
     if checkpoint is None:
         return True
     export = export_action(checkpoint, request.export)
-    is_dead = observed.state_of(export) is ActionState.DEAD
+    is_given_up = observed.state_of(export) in GIVEN_UP
     if request.destination is None:
-        return is_dead or _is_exported(export, observed)
+        return is_given_up or _is_exported(export, observed)
     publish = publish_action(checkpoint, request.export, request.destination)
-    return is_dead or observed.state_of(publish) in (ActionState.SUCCEEDED, ActionState.DEAD)
+    return is_given_up or observed.state_of(publish) in (ActionState.SUCCEEDED, *GIVEN_UP)
 
 
 def _problems(observed: Observation) -> Iterable[str]:

@@ -75,6 +75,7 @@ class Catalog:
             exports=tuple(list_exports(self.store)),
             records=self.records.actions(),
             requests=self.records.requests(),
+            commands=self.records.commands(),
         )
         views = sorted(
             (_with_verdict(v, observed) for v in observed.checkpoints), key=lambda v: v.step

@@ -13,10 +13,12 @@ from typing import Any
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import (
     AuthorizationError,
+    ConflictError,
     ObjectNotFoundError,
     RayCkptError,
     StorageError,
     StorageFullError,
+    ThrottledError,
     TransientError,
     UsageError,
 )
@@ -28,10 +30,11 @@ _BY_STATUS: dict[int, type[StorageError]] = {
     401: AuthorizationError,
     403: AuthorizationError,
     404: ObjectNotFoundError,
-    412: TransientError,  # the branch moved meanwhile: look again
+    412: ConflictError,  # the branch moved meanwhile: look again
     413: StorageFullError,
     507: StorageFullError,
-    **dict.fromkeys((408, 429, 500, 502, 503, 504), TransientError),
+    429: ThrottledError,
+    **dict.fromkeys((408, 500, 502, 503, 504), TransientError),
 }
 _CURES: dict[type[StorageError], str] = {
     AuthorizationError: "hf auth login (with a token that may write), then the same command again",
@@ -129,7 +132,17 @@ def translated(destination: str) -> Generator[None]:
         if kind is None:
             raise
         safe = "nothing became visible there; the export is untouched"
-        raise kind(text, destination, safe, _CURES.get(kind, "")) from error
+        cure = next((cure for known, cure in _CURES.items() if issubclass(kind, known)), "")
+        if kind is ThrottledError:
+            raise ThrottledError(text, destination, safe, cure, _retry_after_s(error)) from error
+        raise kind(text, destination, safe, cure) from error
+
+
+def _retry_after_s(error: BaseException) -> float | None:
+    """What the Hub's `Retry-After` says, where it gives seconds."""
+    answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    text = answer.headers.get("Retry-After", "") if answer is not None else ""
+    return float(text) if text.isdecimal() else None
 
 
 def _kind(error: BaseException) -> tuple[type[StorageError] | None, str]:

@@ -14,7 +14,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import LifecyclePolicy, build
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
-from ray_ckpt.core.observation import Request
+from ray_ckpt.core.observation import Command, Request
 from ray_ckpt.storage.base import Store
 
 log = logging.getLogger("ray_ckpt")
@@ -105,6 +105,19 @@ class Records:
         """No longer asked for: what became of it is in its action's record."""
         self._store.delete([_request_key(request)])
 
+    def commands(self) -> tuple[Command, ...]:
+        """What people want to become of actions and is not obeyed yet."""
+        return tuple(self._all(names.COMMANDS, _command))
+
+    def add_command(self, command: Command) -> None:
+        """Whoever manages the root obeys it in its next round."""
+        key = names.command_key(command.verb, command.action.key)
+        self._store.write(key, _json({**asdict(command), "action": command.action.to_document()}))
+
+    def settle_command(self, command: Command) -> None:
+        """Obeyed: what became of it is in its action's record."""
+        self._store.delete([names.command_key(command.verb, command.action.key)])
+
     def _all(self, folder: str, parse: Callable[[bytes], T]) -> list[T]:
         """Every record of a folder; a damaged one is told of and left out, as if it were lost."""
         found: list[T] = []
@@ -124,6 +137,15 @@ def _request(text: bytes) -> Request:
         step=int(document["step"]),
         export=ExportSpec(**document["export"]),
         destination=document["destination"],
+    )
+
+
+def _command(text: bytes) -> Command:
+    document = json.loads(text)
+    return Command(
+        verb=document["verb"],
+        action=Action.from_document(document["action"]),
+        by=document["by"],
     )
 
 

@@ -17,6 +17,7 @@ from ray_ckpt.core.errors import (
     ObjectNotFoundError,
     RayCkptError,
     StorageError,
+    ThrottledError,
     TransientError,
     UsageError,
 )
@@ -27,7 +28,15 @@ _BATCH_KEYS = 1000
 _DENIED = ("AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _SIGN_IN = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
 _TRY_AGAIN = "run the same command again; what was sent already is not sent twice"
-_CURES: dict[type[StorageError], str] = {AuthorizationError: _SIGN_IN, TransientError: _TRY_AGAIN}
+_CURES: dict[type[StorageError], str] = {
+    AuthorizationError: _SIGN_IN,
+    TransientError: _TRY_AGAIN,
+    ThrottledError: _TRY_AGAIN,
+}
+_BY_ERRNO: dict[int | None, type[StorageError]] = {
+    errno.EBUSY: ThrottledError,  # SlowDown, ServiceUnavailable
+    errno.EINVAL: StorageError,  # the request itself was refused
+}
 
 
 class S3Store:
@@ -177,9 +186,8 @@ def translated(where: str) -> Generator[None]:
     except PermissionError as error:
         raise AuthorizationError(f"the store says no: {error}", where, do=_SIGN_IN) from error
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise StorageError(f"the store refused the request: {error}", where) from error
-        raise TransientError(f"the store failed: {error}", where, do=_TRY_AGAIN) from error
+        kind = _BY_ERRNO.get(error.errno, TransientError)
+        raise kind(f"the store failed: {error}", where, do=_CURES.get(kind, "")) from error
     except Exception as error:
         kind = _kind_of_client_error(error)
         if kind is None:

@@ -16,6 +16,7 @@ from ray_ckpt.cluster.drain import drain
 from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.cluster.perform import perform_here
 from ray_ckpt.cluster.reconciler import Reconciler
+from ray_ckpt.cluster.tasks import Attempt, run_action
 from ray_ckpt.core.actions import ActionRecord, ExportSpec
 from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.errors import LeaseHeldError, TransientError
@@ -123,8 +124,6 @@ def test_a_manager_that_was_paused_changes_nothing_once_another_has_taken_over(
 
 def test_a_task_that_was_planned_by_an_earlier_manager_moves_no_checkpoint(root: str) -> None:
     """Scenario 33: a zombie goes on after its lease was lost."""
-    from ray_ckpt.cluster.tasks import run_action
-
     make_root(root, (10, 20))
     catalog = open_catalog(root)
     first = reconciler(catalog, "a")
@@ -134,7 +133,7 @@ def test_a_task_that_was_planned_by_an_earlier_manager_moves_no_checkpoint(root:
     second.round(time.time())
     action = purge_action(catalog.checkpoint(10), grace_s=0.0)
     with pytest.raises(LeaseHeldError, match="epoch 2 has taken over from our epoch 1"):
-        run_action(root, action.to_document(), 1)
+        run_action(root, Attempt(action=action, number=1, epoch=1))
     assert 10 in states(catalog)
     assert states(catalog)[10] is not CheckpointState.TRASHED
     second.close()

@@ -1,19 +1,21 @@
 """An action's key, its record on storage, and what follows from its failure."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 
-from ray_ckpt.core.actions import MAX_ATTEMPTS, Action, ActionRecord, ExportSpec, backoff_s
+from ray_ckpt.core.actions import MAX_INTERRUPTIONS, Action, ActionRecord, ExportSpec
 from ray_ckpt.core.errors import (
     AuthorizationError,
     ConfigError,
+    ConflictError,
     IntegrityError,
     StorageFullError,
+    ThrottledError,
     TransientError,
     TransitionError,
 )
+from ray_ckpt.core.failures import BLOCKED_FOR_S, ErrorClass, classify, wait_s
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 
 ACTION = Action(
@@ -97,17 +99,26 @@ def test_success_forgets_the_errors_before_it() -> None:
 def test_an_interrupted_action_waits_as_if_it_were_new() -> None:
     record = running(attempts=3).interrupted(9.0)
     assert (record.state, record.attempts, record.changed_at) == (ActionState.PENDING, 3, 9.0)
+    assert record.failures == {"interrupted": 1}
+
+
+def test_an_action_during_which_its_manager_dies_again_and_again_is_dead_in_the_end() -> None:
+    record = ActionRecord(action=ACTION)
+    for _ in range(MAX_INTERRUPTIONS):
+        record = record.started(1.0).interrupted(2.0)
+    assert record.state is ActionState.DEAD
+    assert f"died {MAX_INTERRUPTIONS} times" in (record.error or "")
 
 
 @pytest.mark.parametrize(
     "error", [TransientError("slow"), StorageFullError("full"), OSError("reset"), KeyError("odd")]
 )
 def test_what_may_pass_is_tried_again_later(error: Exception) -> None:
-    record = running(attempts=3).failed(error, 100.0)
+    record = running(attempts=3).failed(error, 100.0, jitter=0.5)
     assert record.state is ActionState.RETRY_WAIT
-    assert record.next_attempt_at == 100.0 + backoff_s(3)
-    assert record.error_kind == type(error).__name__
-    assert record.error == str(error)
+    assert record.next_attempt_at == 100.0 + wait_s(error, 1, jitter=0.5)
+    assert record.failures == {classify(error): 1}
+    assert (record.error_kind, record.error) == (type(error).__name__, str(error))
 
 
 @pytest.mark.parametrize(
@@ -119,24 +130,51 @@ def test_what_will_not_pass_is_dead_at_once(error: Exception) -> None:
     assert record.error_kind == type(error).__name__
 
 
-def test_an_action_that_keeps_failing_is_dead_after_its_last_attempt() -> None:
+@pytest.mark.parametrize(
+    ("error", "num_tries"), [(TransientError("slow"), 10), (ConflictError("moved"), 5)]
+)
+def test_an_action_that_keeps_failing_is_dead_after_its_last_try(
+    error: Exception, num_tries: int
+) -> None:
     record = ActionRecord(action=ACTION)
     states: list[ActionState] = []
-    for attempt in range(MAX_ATTEMPTS):
-        record = record.started(float(attempt)).failed(TransientError("slow"), float(attempt))
+    for attempt in range(num_tries):
+        record = record.started(float(attempt)).failed(error, float(attempt))
         states.append(record.state)
-    assert states == [ActionState.RETRY_WAIT] * (MAX_ATTEMPTS - 1) + [ActionState.DEAD]
-    assert record.attempts == MAX_ATTEMPTS
+    assert states == [ActionState.RETRY_WAIT] * (num_tries - 1) + [ActionState.DEAD]
     with pytest.raises(TransitionError):
         record.started(99.0)
 
 
+def test_an_action_that_fails_for_hours_is_dead_however_seldom_it_was_tried() -> None:
+    record = ActionRecord(action=ACTION).started(0.0).failed(ThrottledError("busy"), 0.0)
+    for _ in range(100):  # throttles use up no tries
+        record = record.started(1.0).failed(ThrottledError("busy"), 1.0)
+    assert record.state is ActionState.RETRY_WAIT
+    record = record.started(7 * 3600.0).failed(ThrottledError("busy"), 7 * 3600.0)
+    assert record.state is ActionState.DEAD
+
+
+def test_what_lacks_room_is_tried_once_more_and_then_blocked_until_there_is_some() -> None:
+    record = ActionRecord(action=ACTION).started(0.0).failed(StorageFullError("full"), 0.0)
+    assert record.state is ActionState.RETRY_WAIT
+    record = record.started(20.0).failed(StorageFullError("full"), 20.0)
+    assert (record.state, record.next_attempt_at) == (ActionState.BLOCKED, 20.0 + BLOCKED_FOR_S)
+    assert record.started(400.0).succeeded({}, 401.0).state is ActionState.SUCCEEDED
+
+
+def test_the_first_error_and_the_last_one_are_kept() -> None:
+    record = running().failed(OSError("the cause"), 1.0).started(2.0)
+    record = record.failed(AuthorizationError("the consequence"), 3.0)
+    assert (record.first_error, record.error) == ("the cause", "the consequence")
+    assert (record.first_failed_at, record.changed_at) == (1.0, 3.0)
+    assert record.error_class is ErrorClass.AUTH
+
+
+def test_asked_again_it_starts_afresh() -> None:
+    record = running().failed(AuthorizationError("no"), 1.0).asked_again(5.0)
+    assert record == ActionRecord(action=ACTION, changed_at=5.0)
+
+
 def test_an_error_without_words_is_told_by_its_class() -> None:
     assert running().failed(TimeoutError(), 0.0).error == "TimeoutError"
-
-
-def test_the_backoff_grows_up_to_a_cap() -> None:
-    waits = [backoff_s(attempt) for attempt in range(1, 20)]
-    assert waits[:3] == [2.0, 4.0, 8.0]
-    assert all(a < b or a == b == 300.0 for a, b in itertools.pairwise(waits))
-    assert max(waits) == 300.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -11,14 +12,25 @@ from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
-from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation, Request
+from ray_ckpt.core.observation import (
+    READABLE,
+    CheckpointView,
+    Command,
+    ExportView,
+    Observation,
+    Request,
+)
 from ray_ckpt.core.reconcile import (
+    GIVEN_UP,
     decide_all,
     export_action,
     holds_of,
+    obeyed,
+    overtaken,
     plan,
     publish_action,
     purge_action,
+    unfinished,
     verify_action,
 )
 
@@ -231,7 +243,7 @@ def test_a_step_is_not_purged_before_its_required_copy_is_there(
     observed = with_export(observe(old, view(2), view(3), policy=policy), old, "hf")
     if state is not None:
         observed = with_record(observed, publish_action(old, HF, "/copies"), state)
-    ends = {ActionState.SUCCEEDED} if required else {ActionState.SUCCEEDED, ActionState.DEAD}
+    ends = {ActionState.SUCCEEDED} if required else {ActionState.SUCCEEDED, *GIVEN_UP}
     assert ("purge step-1" in titles(observed)) is (state in ends)
 
 
@@ -370,3 +382,74 @@ def test_losing_every_record_loses_no_work_and_no_checkpoint(world: Observation)
     forgetful = settle(replace(done, checkpoints=unknown, records={}), lambda _: False)
     assert forgetful.exports == done.exports
     assert {c.step for c in forgetful.readable()} == {c.step for c in done.readable()}
+
+
+# ---- what people want, and what time has overtaken ----
+
+
+def commanded(verb: Literal["retry", "cancel"], state: ActionState | None) -> list[ActionRecord]:
+    """What becomes of a verify in this state."""
+    step = view(1, COMMITTED)
+    observed = observe(step)
+    if state is not None:
+        observed = with_record(observed, verify_action(step), state, next_attempt_at=5.0)
+    command = Command(verb=verb, action=verify_action(step), by="ann@host")
+    return obeyed(replace(observed, commands=(command,)), now=9.0)
+
+
+@pytest.mark.parametrize("state", [None, *ActionState])
+def test_what_ended_badly_or_waits_may_be_tried_again(state: ActionState | None) -> None:
+    changed = commanded("retry", state)
+    untouched = {None, ActionState.PENDING, ActionState.RUNNING, ActionState.SUCCEEDED}
+    assert [record.state for record in changed] == (
+        [] if state in untouched else [ActionState.PENDING]
+    )
+    assert all((record.attempts, record.next_attempt_at) == (0, None) for record in changed)
+
+
+@pytest.mark.parametrize("state", [None, *ActionState])
+def test_what_has_not_ended_may_be_cancelled(state: ActionState | None) -> None:
+    changed = commanded("cancel", state)
+    ended = {ActionState.SUCCEEDED, *GIVEN_UP}
+    assert [record.state for record in changed] == (
+        [] if state in ended else [ActionState.CANCELLED]
+    )
+    assert all(record.error == "cancelled by ann@host" for record in changed)
+
+
+def test_a_cancelled_action_is_not_planned_and_its_request_is_settled() -> None:
+    step = view(1)
+    request = Request(step=1, export=HF)
+    observed = observe(step, requests=(request,))
+    assert titles(observed) == ["export step-1 hf"]
+    observed = with_record(observed, export_action(step, HF), ActionState.CANCELLED)
+    assert titles(observed) == []
+    assert plan(observed, now=0.0).settled == (request,)
+
+
+def test_an_idle_root_has_nothing_unfinished_and_a_waiting_one_says_what() -> None:
+    step = view(1)
+    assert unfinished(observe(step), now=0.0) == []
+    assert unfinished(observe(view(2, COMMITTED)), now=0.0) == ["verify step-2 may start"]
+    waiting = with_record(
+        observe(step), export_action(step, HF), ActionState.RETRY_WAIT, next_attempt_at=99.0
+    )
+    assert unfinished(waiting, now=0.0) == ["export step-1 hf is retry_wait"]
+
+
+def test_records_of_a_step_that_is_gone_are_settled_by_what_became_of_it() -> None:
+    gone, trashed = view(1), view(2, CheckpointState.TRASHED)
+    observed = observe(trashed, view(3))
+    for action in (
+        verify_action(gone),
+        export_action(trashed, HF),
+        purge_action(trashed, grace_s=1.0),
+        verify_action(view(3)),
+    ):
+        observed = with_record(observed, action, ActionState.PENDING)
+    settled = {record.action.title: record.state for record in overtaken(observed, now=9.0)}
+    assert settled == {
+        "verify step-1": ActionState.CANCELLED,
+        "export step-2 hf": ActionState.CANCELLED,
+        "purge step-2": ActionState.SUCCEEDED,
+    }
