@@ -27,6 +27,7 @@ from ray_ckpt.core.reconcile import verify_action
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
 from ray_ckpt.storage.digests import find_damage
+from ray_ckpt.storage.lease import holder_of
 from ray_ckpt.storage.listing import (
     aside_folders,
     list_checkpoints,
@@ -228,9 +229,6 @@ class Catalog:
             save_id = self.manifest(step).save_id
         except IntegrityError:  # the manifest itself is damaged
             save_id = f"unreadable{uuid.uuid4().hex[:8]}"
-            if not self.commit.moves_bytes:
-                # nobody can tell any more whose files stay: without the note they were foreign
-                self.store.write(names.begun_key(names.step_dir(step)), b"")
         aside = names.set_aside_dir(names.QUARANTINE, step, save_id)
         self.commit.set_aside(names.step_dir(step), aside)
 
@@ -244,12 +242,12 @@ class Catalog:
         The newest goes first: whenever this dies, what is left is one unbroken branch.
 
         Raises:
-            UsageError: one of them is pinned, or lies on a store whose trash keeps no bytes.
+            UsageError: one of them is pinned.
         """
         newer = [view for view in self.observe().readable() if view.step > step]
         pinned = [view.step for view in newer if view.pins]
-        if pinned or (newer and not self.commit.moves_bytes):
-            raise self._cannot_roll_back(step, [view.step for view in newer], pinned)
+        if pinned:
+            raise self._cannot_roll_back(step, [view.step for view in newer], pinned[0])
         for view in reversed(newer):
             self.trash(view.step)
         return [view.step for view in newer]
@@ -260,20 +258,38 @@ class Catalog:
         Raises:
             StepNotFoundError: the trash holds none.
             StepExistsError: the step was saved anew meanwhile.
+            UsageError: a trainer is saving the step anew at this moment.
         """
         trashed = {
-            manifest.created_at: (folder, manifest)
+            (manifest.created_at, folder): manifest
             for found, folder in aside_folders(self.store, names.TRASH)
             if found == step and (manifest := view_aside(self.store, step, folder).manifest)
         }
         if not trashed:
             raise StepNotFoundError(f"the trash holds no step-{step}", self.uri, _UNCHANGED)
-        folder, manifest = trashed[max(trashed)]
+        newest = max(trashed)
+        if not self.is_in_place(step):
+            self._clear_dead_save(step)
         try:
-            self.commit.bring_back(folder, names.step_dir(step))
+            self.commit.bring_back(newest[1], names.step_dir(step))
         except ObjectExistsError as error:
             raise self._exists(step) from error
-        self._forget(manifest)
+        self._forget(trashed[newest])
+
+    def _clear_dead_save(self, step: int) -> None:
+        """No files of an unfinished save are in the way; on an object store alone there can be."""
+        folder = names.step_dir(step)
+        if self.store.stat(names.begun_key(folder)) is None:
+            return
+        trainer = holder_of(self.store, "trainer")
+        if trainer is not None:
+            raise UsageError(
+                f"step-{step} may be being saved anew, by process {trainer.pid} on {trainer.host}",
+                self.uri,
+                "the step is still in the trash",
+                "run the same command once the trainer has ended",
+            )
+        self.commit.clear(folder)
 
     def _forget(self, manifest: Manifest) -> None:
         """What was recorded of a save before it was trashed: it is to be verified again."""
@@ -303,14 +319,10 @@ class Catalog:
 
     # ---- what went wrong, and what to type ----
 
-    def _cannot_roll_back(self, step: int, newer: list[int], pinned: list[int]) -> UsageError:
-        why = (
-            f"step {pinned[0]} is pinned"
-            if pinned
-            else "on an object store a step that is saved anew overwrites the one in the trash"
-        )
+    def _cannot_roll_back(self, step: int, newer: list[int], pinned: int) -> UsageError:
         return UsageError(
-            f"training went on from step-{step}, but steps {newer} are here and {why}",
+            f"training went on from step-{step}, but steps {newer} are here and step {pinned} is "
+            "pinned",
             self.uri,
             "the committed steps are untouched; nothing is saved over them",
             "give the run that goes on from an older step a root of its own",

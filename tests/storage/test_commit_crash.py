@@ -18,8 +18,9 @@ from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import READABLE
 from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.commit import MarkerCommit, RenameCommit
+from ray_ckpt.storage.commit import RenameCommit
 from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.marker import MarkerCommit
 from tests.storage.steps import FILES, content_of, save_export, save_step
 
 FIRST = {"__0_0.distcp": b"the first step"}
