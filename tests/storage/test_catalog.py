@@ -23,7 +23,7 @@ from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_object
-from tests.storage.steps import FILES, content_of, save_export, save_step
+from tests.storage.steps import FILES, content_of, save_export, save_step, shard_name
 
 SHARD = "step-5/__0_0.distcp"
 
@@ -78,26 +78,30 @@ def test_a_whole_step_is_verified_and_a_record_remembers_it(catalog: Catalog) ->
     assert states(catalog) == [(5, CheckpointState.VERIFIED)]
 
 
+def own_shard(catalog: Catalog) -> str:
+    return f"step-5/{shard_name(catalog, 'save5')}"
+
+
 def flip(catalog: Catalog) -> None:
-    data = bytearray(catalog.store.read(SHARD))
+    data = bytearray(catalog.store.read(own_shard(catalog)))
     data[3] ^= 1
-    catalog.store.write(SHARD, bytes(data))
+    catalog.store.write(own_shard(catalog), bytes(data))
 
 
 def truncate(catalog: Catalog) -> None:
-    catalog.store.write(SHARD, catalog.store.read(SHARD)[:-1])
+    catalog.store.write(own_shard(catalog), catalog.store.read(own_shard(catalog))[:-1])
 
 
 def remove(catalog: Catalog) -> None:
-    catalog.store.delete([SHARD])
+    catalog.store.delete([own_shard(catalog)])
 
 
 @pytest.mark.parametrize(
     ("harm", "text", "is_seen_at_once"),
     [
-        (flip, "__0_0.distcp is crc64nvme:", False),
-        (truncate, "__0_0.distcp has 16 bytes, the manifest says 17", True),
-        (remove, "__0_0.distcp is missing", True),
+        (flip, "0.distcp is crc64nvme:", False),
+        (truncate, "0.distcp has 16 bytes, the manifest says 17", True),
+        (remove, "0.distcp is missing", True),
     ],
 )
 def test_damage_is_named_and_nothing_is_touched(
