@@ -14,6 +14,7 @@ from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.storage.purging import purge_step
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
@@ -59,10 +60,8 @@ def _publish(catalog: Catalog, action: Action) -> Result:
 
 
 def _purge(catalog: Catalog, action: Action) -> Result:
-    """One step, which a repeated run finds in the trash and leaves there."""
-    manifest = catalog.manifest(action.step)
-    catalog.trash(action.step)
-    return {"bytes": manifest.total_bytes}
+    """Looks once more whether the step may go; a repeated run finds it gone and says 0 bytes."""
+    return {"bytes": purge_step(catalog, action)}
 
 
 _RUNNERS: dict[ActionKind, Callable[[Catalog, Action], Result]] = {

@@ -11,7 +11,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from ray_ckpt.core.config import Dtype
-from ray_ckpt.core.errors import RayCkptError, StorageFullError, TransientError
+from ray_ckpt.core.errors import (
+    PurgeRefusedError,
+    RayCkptError,
+    StorageFullError,
+    TransientError,
+)
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, move_action
 
 MAX_ATTEMPTS = 8
@@ -172,7 +177,10 @@ def backoff_s(attempts: int) -> float:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Errors that are not ours (a worker died, a network library gave up) deserve another try."""
-    return isinstance(error, TransientError | StorageFullError) or not isinstance(
-        error, RayCkptError
-    )
+    """Errors that are not ours (a worker died, a network library gave up) deserve another try.
+
+    So does a purge that was refused: a reader ends, a pin is taken away.
+    """
+    return isinstance(
+        error, TransientError | StorageFullError | PurgeRefusedError
+    ) or not isinstance(error, RayCkptError)

@@ -30,6 +30,12 @@ class CheckpointView:
         return self.manifest is None or not self.manifest.non_finite
 
     @property
+    def is_way_back(self) -> bool:
+        """Whether a run can be trusted to go on from it: verified, healthy, with its optimizer."""
+        is_verified = self.state is CheckpointState.VERIFIED
+        return is_verified and self.is_healthy and self.is_resumable
+
+    @property
     def is_resumable(self) -> bool:
         """Whether training can go on from it; step 0 is a seed, which needs weights alone."""
         return self.step == 0 or self.manifest is None or self.manifest.holds == "everything"

@@ -66,7 +66,7 @@ def decide_all(observed: Observation, *, holds: dict[int, tuple[str, ...]]) -> l
     candidates = [
         Candidate(
             step=checkpoint.step,
-            is_verified=_is_way_back(checkpoint),
+            is_verified=checkpoint.is_way_back,
             metrics=_manifest(checkpoint).metrics if checkpoint.is_healthy else {},
             pins=checkpoint.pins,
             holds=holds.get(checkpoint.step, ()),
@@ -74,12 +74,6 @@ def decide_all(observed: Observation, *, holds: dict[int, tuple[str, ...]]) -> l
         for checkpoint in observed.readable()
     ]
     return decide(candidates, observed.policy.keep.policies())
-
-
-def _is_way_back(checkpoint: CheckpointView) -> bool:
-    """Whether a run can be trusted to go on from it: only such steps use up what is kept."""
-    is_verified = checkpoint.state is CheckpointState.VERIFIED
-    return is_verified and checkpoint.is_healthy and checkpoint.is_resumable
 
 
 def holds_of(observed: Observation) -> dict[int, tuple[str, ...]]:

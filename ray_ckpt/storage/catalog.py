@@ -208,10 +208,13 @@ class Catalog:
         )
         return pin
 
+    def pins(self, step: int) -> tuple[str, ...]:
+        """Names of the pins that lie in the step's folder at this moment."""
+        return pins_in(sizes_in(self.store, names.step_dir(step)))
+
     def unpin(self, step: int, *, name: str | None = None) -> list[str]:
         """Names of the pins that are gone now: the one called `name`, or all of them."""
-        pins = pins_in(sizes_in(self.store, names.step_dir(step)))
-        present = [pin for pin in pins if name in (None, pin)]
+        present = [pin for pin in self.pins(step) if name in (None, pin)]
         self.store.delete([names.pin_key(step, pin) for pin in present])
         return present
 
