@@ -4,6 +4,7 @@ The plan takes for granted that checkpoints nobody has verified yet will verify;
 verifies the ones that are to stay, first, and decides again on what was found.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,7 +94,7 @@ def apply_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
         if verdict.keep:
             _verify_kept(catalog, verdict.step)
     # decided again, on what is there now: a pin may have come between
-    observed = _with_policy(catalog.observe(), keep)
+    observed = _with_policy(catalog.observe().at(time.time()), keep)
     decided = _plan(observed)
     views = {view.step: view for view in observed.readable()}
     refused: dict[int, list[str]] = {}
@@ -108,7 +109,7 @@ def apply_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
 
 def _hopeful(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
     """The plan, should every checkpoint verify."""
-    observed = _with_policy(catalog.observe(), keep)
+    observed = _with_policy(catalog.observe().at(time.time()), keep)
     views = tuple(
         replace(view, state=CheckpointState.VERIFIED)
         if view.state is CheckpointState.COMMITTED and view.problem is None

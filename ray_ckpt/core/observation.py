@@ -1,12 +1,13 @@
 """What storage shows of one run at one moment: plain records, filled in by whoever reads it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import LifecyclePolicy
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.pins import Pin
 
 READABLE = frozenset({CheckpointState.COMMITTED, CheckpointState.VERIFIED})
 """States in which a checkpoint may be loaded, exported or counted."""
@@ -20,7 +21,8 @@ class CheckpointView:
     state: CheckpointState
     manifest: Manifest | None = None
     """None for a foreign folder, or where the manifest cannot be read."""
-    pins: tuple[str, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    """Expired ones too, until `Observation.at` leaves them out."""
     problem: str | None = None
     """Why the step cannot be used, where its state alone does not say."""
 
@@ -77,6 +79,14 @@ class Observation:
     records: Mapping[str, ActionRecord] = field(default_factory=dict[str, ActionRecord])
     """Every action's record under its key."""
     requests: tuple[Request, ...] = ()
+
+    def at(self, now: float) -> "Observation":
+        """The same without the pins that have expired by `now`."""
+        views = (
+            replace(view, pins=tuple(pin for pin in view.pins if pin.holds(now)))
+            for view in self.checkpoints
+        )
+        return replace(self, checkpoints=tuple(views))
 
     def readable(self) -> list[CheckpointView]:
         """Checkpoints that may be used, oldest first."""

@@ -4,9 +4,8 @@ A step is committed if and only if the folder `step-<n>` holds a manifest. Every
 is read from storage each time it is asked for; nothing is remembered between two calls.
 """
 
-import json
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
+from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.reconcile import verify_action
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
@@ -33,22 +33,13 @@ from ray_ckpt.storage.listing import (
     list_checkpoints,
     list_exports,
     manifest_in,
-    pins_in,
     sizes_in,
     view_aside,
 )
+from ray_ckpt.storage.pins import read_pins, write_pin
 from ray_ckpt.storage.records import Records, Run
 
 _UNCHANGED = "nothing was changed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pin:
-    """Keeps a checkpoint from every purge; lies in the step's folder and travels with it."""
-
-    name: str
-    reason: str
-    pinned_at: str
 
 
 class Catalog:
@@ -193,28 +184,27 @@ class Catalog:
 
     # ---- pins ----
 
-    def pin(self, step: int, *, name: str, reason: str) -> Pin:
-        """The step survives every purge until it is unpinned."""
+    def pin(self, step: int, *, name: str, reason: str, until: str | None = None) -> Pin:
+        """The step survives every purge until it is unpinned, or until then (UTC, ISO 8601)."""
         if not names.is_word(name):
             raise ConfigError(
                 f"{name!r} cannot name a pin", do="use letters, digits, '.', '_' and '-'"
             )
         self.manifest(step)
-        pin = Pin(
-            name=name, reason=reason, pinned_at=datetime.now(UTC).isoformat(timespec="seconds")
-        )
-        self.store.write(
-            names.pin_key(step, name), json.dumps(asdict(pin), sort_keys=True).encode()
-        )
+        pinned_at = datetime.now(UTC).isoformat(timespec="seconds")
+        pin = Pin(name=name, reason=reason, pinned_at=pinned_at, until=until)
+        write_pin(self.store, step, pin)
         return pin
 
-    def pins(self, step: int) -> tuple[str, ...]:
-        """Names of the pins that lie in the step's folder at this moment."""
-        return pins_in(sizes_in(self.store, names.step_dir(step)))
+    def pins(self, step: int) -> tuple[Pin, ...]:
+        """The pins that lie in the step's folder at this moment, expired ones too."""
+        return read_pins(self.store, step, sizes_in(self.store, names.step_dir(step)))
 
     def unpin(self, step: int, *, name: str | None = None) -> list[str]:
         """Names of the pins that are gone now: the one called `name`, or all of them."""
-        present = [pin for pin in self.pins(step) if name in (None, pin)]
+        files = sizes_in(self.store, names.step_dir(step))
+        pins = sorted(pin for file in files if (pin := names.parse_pin(file)))
+        present = [pin for pin in pins if name in (None, pin)]
         self.store.delete([names.pin_key(step, pin) for pin in present])
         return present
 
@@ -239,15 +229,15 @@ class Catalog:
         """Whether a manifest lies in the step's own folder, readable or not."""
         return self.store.stat(names.manifest_key(names.step_dir(step))) is not None
 
-    def roll_back(self, step: int) -> list[int]:
+    def roll_back(self, step: int, *, now: float) -> list[int]:
         """Committed steps newer than `step` are in the trash, until somebody erases them by hand.
 
         The newest goes first: whenever this dies, what is left is one unbroken branch.
 
         Raises:
-            UsageError: one of them is pinned.
+            UsageError: one of them is pinned at `now`, in seconds since the epoch.
         """
-        newer = [view for view in self.observe().readable() if view.step > step]
+        newer = [view for view in self.observe().at(now).readable() if view.step > step]
         pinned = [view.step for view in newer if view.pins]
         if pinned:
             raise self._cannot_roll_back(step, [view.step for view in newer], pinned[0])

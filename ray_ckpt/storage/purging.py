@@ -2,6 +2,7 @@
 
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import PurgeRefusedError, StepNotFoundError
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.purging import Standing, reasons_to_stay
 from ray_ckpt.core.reconcile import holds_of
@@ -9,10 +10,11 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.readers import living_readers, readers_by_step
 
 
-def purge_step(catalog: Catalog, action: Action) -> int:
+def purge_step(catalog: Catalog, action: Action, *, now: float) -> int:
     """Bytes of the step, which lies in the trash now; 0 if it was gone already.
 
-    A second run is harmless: it finds nothing in place.
+    `now` decides which pins hold, in seconds since the epoch. A second run is harmless: it finds
+    nothing in place.
 
     Raises:
         PurgeRefusedError: something speaks for keeping it; it is untouched.
@@ -21,11 +23,10 @@ def purge_step(catalog: Catalog, action: Action) -> int:
     if not catalog.is_in_place(action.step):
         return 0
     living_readers(catalog.store, action.step)  # the dead are gone after this, which takes time
-    observed = catalog.observe()
+    observed = catalog.observe().at(now)
     try:
         manifest = catalog.manifest(action.step)
-        standing = _standing(catalog, action.step, observed, content_id=manifest.content_id)
-        reasons = reasons_to_stay(standing, action)
+        reasons = reasons_to_stay(_standing(catalog, manifest, observed, now), action)
         if reasons:
             raise _refused(catalog, action.step, reasons)
         catalog.trash(action.step)
@@ -34,14 +35,15 @@ def purge_step(catalog: Catalog, action: Action) -> int:
     return manifest.total_bytes
 
 
-def _standing(catalog: Catalog, step: int, observed: Observation, *, content_id: str) -> Standing:
+def _standing(catalog: Catalog, manifest: Manifest, observed: Observation, now: float) -> Standing:
     """What changes quickly is looked up last, right before the step goes."""
+    step = manifest.step
     others = (view for view in observed.readable() if view.step != step)
     return Standing(
-        content_id=content_id,
+        content_id=manifest.content_id,
         holds=holds_of(observed).get(step, ()),
         ways_back=[view.step for view in others if view.is_way_back and view.problem is None],
-        pins=catalog.pins(step),
+        pins=[pin.title for pin in catalog.pins(step) if pin.holds(now)],
         readers=readers_by_step(catalog.store).get(step, ()),
     )
 

@@ -58,7 +58,7 @@ class OpenSource:
     """What it must be, where a step that was trained on it says so."""
 
     def held(self) -> contextlib.AbstractContextManager[None]:
-        """While it is entered, no purge takes the step of another run that this is, if it is one."""
+        """While it is entered, no purge takes it, if it is a step of another run."""
         step = names.parse_step(self.files.folder) if self.files is not None else None
         if self.files is None or self.files.manifest is None or step is None:
             return contextlib.nullcontext()

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -109,7 +110,7 @@ class CommittingWriter(FileSystemWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuses a step that is there already, before a byte is written."""
         if self._job.supersedes is not None:
-            self._job.catalog.roll_back(self._job.supersedes)
+            self._job.catalog.roll_back(self._job.supersedes, now=time.time())
         self._job.catalog.refuse_existing(self._job.draft.step)
         self._job.catalog.commit.clear(self._folder)
         self._tied = {name: to for plan in plans for name, to in plan.storage_data.items()}

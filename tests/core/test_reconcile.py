@@ -12,6 +12,7 @@ from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, Publ
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation, Request
+from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.reconcile import (
     decide_all,
     export_action,
@@ -43,7 +44,8 @@ def manifest(step: int, *, is_last_step: bool = False) -> Manifest:
 
 
 def view(step: int, state: CheckpointState = VERIFIED, *pins: str) -> CheckpointView:
-    return CheckpointView(step=step, state=state, manifest=manifest(step), pins=pins)
+    held = tuple(Pin(name=name) for name in pins)
+    return CheckpointView(step=step, state=state, manifest=manifest(step), pins=held)
 
 
 def observe(

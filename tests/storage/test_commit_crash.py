@@ -279,10 +279,10 @@ def test_a_roll_back_that_dies_leaves_one_unbroken_branch_and_a_rerun_ends_it(
         save_second(catalog)
         save_step(catalog, 3)
 
-    for world in deaths(worlds, lambda catalog: catalog.roll_back(1), before=third):
+    for world in deaths(worlds, lambda catalog: catalog.roll_back(1, now=0.0), before=third):
         catalog = world.catalog()
         assert sorted(truth(catalog)) in ([1], [1, 2], [1, 2, 3])
-        catalog.roll_back(1)
+        catalog.roll_back(1, now=0.0)
         assert truth(catalog) == {1: FIRST}
         save_second_anew(catalog)
         catalog.restore(3)

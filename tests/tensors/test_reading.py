@@ -45,7 +45,7 @@ def verify_all(catalog: Catalog) -> None:
 
 def purge(root: str, step: int) -> int:
     catalog = open_catalog(root)
-    return purge_step(catalog, purge_action(catalog.checkpoint(step), grace_s=60.0))
+    return purge_step(catalog, purge_action(catalog.checkpoint(step), grace_s=60.0), now=0.0)
 
 
 def in_the_middle(
@@ -125,7 +125,7 @@ def test_a_step_that_is_saved_anew_while_it_is_exported_makes_no_export_of_both(
     catalog = open_catalog(root)
 
     def roll_back_and_save_anew() -> None:
-        catalog.roll_back(10)
+        catalog.roll_back(10, now=0.0)
         make_root(root, (20,))
 
     in_the_middle(monkeypatch, export_module, "write_companions", roll_back_and_save_anew)
