@@ -4,6 +4,7 @@ import getpass
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import Dtype, KeepConfig
 from ray_ckpt.core.errors import ConfigError, ForeignFolderError, IntegrityError, UsageError
+from ray_ckpt.core.pins import after, moment
 from ray_ckpt.core.reconcile import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import TRAINER, holder_of
@@ -166,16 +168,36 @@ def publish(root: str, step: int, name: str, destination: str, as_json: bool) ->
 @click.argument("step", type=int)
 @click.option("--reason", required=True, help="Why it must stay, for whoever wonders later.")
 @click.option("--name", help="Who or what pins; by default your user name.")
+@click.option("--for", "duration", help="How long it holds: 30m, 12h, 7d, 2w.")
+@click.option("--until", help="When it ends: a day or an ISO 8601 time, UTC.")
 @json_option
-def pin(root: str, step: int, reason: str, name: str | None, as_json: bool) -> None:
-    """Keep a checkpoint from every purge."""
-    made = open_root(root).pin(step, name=name or _user(), reason=reason)
-    document = {"step": step, "name": made.name, "reason": made.reason}
+def pin(
+    root: str,
+    step: int,
+    reason: str,
+    name: str | None,
+    duration: str | None,
+    until: str | None,
+    as_json: bool,
+) -> None:
+    """Keep a checkpoint from every purge, for ever or for a while."""
+    end = _end(duration, until)
+    made = open_root(root).pin(step, name=name or _user(), reason=reason, until=end)
+    document = {"step": step, "name": made.name, "reason": made.reason, "until": made.until}
     emit(
         document,
         as_json=as_json,
-        render=lambda: click.echo(f"step-{step} is pinned by {made.name}: {reason}"),
+        render=lambda: click.echo(f"step-{step} is pinned by {made.title}: {reason}"),
     )
+
+
+def _end(duration: str | None, until: str | None) -> str | None:
+    """When a pin ends that a person sets now."""
+    if duration is not None and until is not None:
+        raise ConfigError("a pin ends once", "--for, --until", do="give one of the two")
+    if duration is not None:
+        return after(duration, time.time())
+    return moment(until, time.time()) if until is not None else None
 
 
 @click.command()

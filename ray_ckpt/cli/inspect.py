@@ -1,6 +1,8 @@
 """Verbs that look and change nothing: ls, show, verify, resume-plan."""
 
 import json
+import time
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -19,6 +21,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.storage.digests import find_damage
 
@@ -61,7 +64,7 @@ def show(root: str, step: int, as_json: bool) -> None:
     document = {
         "step": step,
         "state": str(view.state),
-        "pins": list(view.pins),
+        "pins": [asdict(pin) for pin in view.pins],
         "manifest": json.loads(manifest.to_json()),
         "actions": actions,
     }
@@ -82,7 +85,7 @@ def show(root: str, step: int, as_json: bool) -> None:
             ("needs", ", ".join(f"{n.name} ({n.format})" for n in manifest.needs) or "-"),
             ("NaN or Inf in", ", ".join(manifest.non_finite) or "-"),
             ("metrics", ", ".join(f"{k} {v:.6g}" for k, v in manifest.metrics.items()) or "-"),
-            ("pins", ", ".join(view.pins) or "-"),
+            *(("pin", _pin(pin)) for pin in view.pins),
             *((a["action"], f"{a['state']} after {a['attempts']} attempt(s)") for a in actions),
         ]
         print_table(("", f"step-{step}"), facts)
@@ -159,6 +162,12 @@ def resume_plan(root: str, as_json: bool) -> None:
 def _converters(manifest: Manifest) -> str:
     entries = manifest.model.converters if manifest.model else ()
     return ", ".join(entry.name for entry in entries) or "-"
+
+
+def _pin(pin: Pin) -> str:
+    expired = "" if pin.holds(time.time()) else " (expired: it holds nothing)"
+    until = f", until {pin.until}{expired}" if pin.until is not None else ""
+    return f"{pin.name}: {pin.reason}, since {pin.pinned_at}{until}"
 
 
 def _finding(what: str, step: int, damage: list[str]) -> dict[str, Any]:

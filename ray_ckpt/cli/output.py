@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def step_rows(observed: Observation) -> list[dict[str, Any]]:
             "state": str(view.state),
             "bytes": view.manifest.total_bytes if view.manifest else None,
             "committed_at": view.manifest.created_at if view.manifest else None,
-            "pins": list(view.pins),
+            "pins": [pin.title for pin in view.pins if pin.holds(time.time())],
             "exports": sorted(e.name for e in observed.exports if e.step == view.step),
             "copies": sorted(_copies(observed, view.step)),
             "note": why_unusable(view),

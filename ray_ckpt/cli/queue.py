@@ -97,13 +97,14 @@ def cancel(root: str, step: int | None, kind: str | None, as_json: bool) -> None
     if step is None and kind is None:
         raise UsageError("cancel what?", "", "nothing was cancelled", "give --step, --kind or both")
     catalog = open_root(root)
-    observed = catalog.observe()
+    now = time.time()
+    observed = catalog.observe().at(now)
     open_records = [
         record.action
         for record in observed.records.values()
         if record.state is not ActionState.SUCCEEDED and record.state not in GIVEN_UP
     ]
-    known = {a.key: a for a in (*plan(observed, now=time.time()).actions, *open_records)}
+    known = {a.key: a for a in (*plan(observed, now=now).actions, *open_records)}
     chosen = [action for action in known.values() if _is_meant(action, step, kind)]
     _command(catalog, "cancel", chosen, as_json=as_json)
 

@@ -5,18 +5,21 @@ verifies the ones that are to stay, first, and decides again on what was found.
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_ckpt.cluster.perform import ensure_verified
-from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.config import KeepConfig
-from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.errors import IntegrityError, PurgeRefusedError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import decide_all, holds_of, purge_action
 from ray_ckpt.core.retention import Verdict
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.purging import purge_step
+from ray_ckpt.storage.readers import readers_by_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,13 @@ class PurgePlan:
         ]
         return f"kept by neither a pin nor: {', '.join(rule for rule in rules if rule)}"
 
+    def without(self, reasons: Mapping[int, Sequence[str]]) -> "PurgePlan":
+        """The plan with further reasons, by step, for keeping what it names."""
+        verdicts = (
+            replace(v, reasons=(*v.reasons, *reasons.get(v.step, ()))) for v in self.verdicts
+        )
+        return replace(self, verdicts=tuple(verdicts))
+
     def summary(self, *, applied: bool, root: str) -> str:
         """One sentence with the next command."""
         freed = f"{sum(self.sizes[step] for step in self.doomed) / 1e6:.1f} MB"
@@ -66,43 +76,57 @@ class PurgePlan:
 
 def plan_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
     """What would go, by `keep` or else by the run's own policy; changes nothing."""
-    observed = _with_policy(catalog.observe(), keep)
-    hopeful = replace(
-        observed,
-        checkpoints=tuple(
-            replace(view, state=CheckpointState.VERIFIED)
-            if view.state is CheckpointState.COMMITTED and view.problem is None
-            else view
-            for view in observed.checkpoints
-        ),
-    )
-    return _plan(hopeful)
+    plan, readers = _hopeful(catalog, keep), readers_by_step(catalog.store)
+    return plan.without({s: [f"it is being read: {r}" for r in readers[s]] for s in readers})
 
 
 def apply_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
     """What went: each step is in the trash, from where `undo` brings it back.
 
+    A step that must stay after all, because somebody reads it or has pinned it meanwhile, has a
+    verdict that says so; the others go.
+
     Raises:
         IntegrityError: a checkpoint that was to stay is damaged; nothing was purged.
     """
-    hopeful = plan_purge(catalog, keep)
+    hopeful = _hopeful(catalog, keep)
     if not hopeful.doomed:
         return hopeful
     for verdict in hopeful.verdicts:
         if verdict.keep:
             _verify_kept(catalog, verdict.step)
     # decided again, on what is there now: a pin may have come between
-    observed = _with_policy(catalog.observe(), keep)
+    observed = _with_policy(catalog.observe().at(time.time()), keep)
     decided = _plan(observed)
     views = {view.step: view for view in observed.readable()}
-    grace_s = observed.policy.keep.trash_grace_s
+    refused: dict[int, list[str]] = {}
     for step in decided.doomed:
-        record = ActionRecord(action=purge_action(views[step], grace_s=grace_s))
-        catalog.records.write_action(record.started(time.time()))
-        catalog.trash(step)
-        record = record.started(time.time()).succeeded({}, time.time())
-        catalog.records.write_action(record)
-    return decided
+        action = purge_action(views[step], grace_s=observed.policy.keep.trash_grace_s)
+        try:
+            _carry_out(catalog, action)
+        except PurgeRefusedError as error:
+            refused[step] = [error.what]
+    return decided.without(refused)
+
+
+def _carry_out(catalog: Catalog, action: Action) -> None:
+    """The step is in the trash, and the record says when: from then on its grace time counts."""
+    now = time.time()
+    freed = purge_step(catalog, action, now=now)
+    record = ActionRecord(action=action).started(now)
+    catalog.records.write_action(record.succeeded({"bytes": freed}, now))
+
+
+def _hopeful(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
+    """The plan, should every checkpoint verify."""
+    observed = _with_policy(catalog.observe().at(time.time()), keep)
+    views = tuple(
+        replace(view, state=CheckpointState.VERIFIED)
+        if view.state is CheckpointState.COMMITTED and view.problem is None
+        else view
+        for view in observed.checkpoints
+    )
+    return _plan(replace(observed, checkpoints=views))
 
 
 def _verify_kept(catalog: Catalog, step: int) -> None:

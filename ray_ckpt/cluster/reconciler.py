@@ -107,7 +107,7 @@ class Reconciler:
             self._lease.release()
             self._lease = None
         self._in_flight.clear()
-        observed = self._catalog.observe()
+        observed = self._catalog.observe().at(now)
         planned = plan(observed, now=now)
         return Round(
             observed=observed,
@@ -119,7 +119,7 @@ class Reconciler:
 
     def _act(self, now: float) -> Round:
         self._collect(now)
-        observed = self._settle_records(self._catalog.observe(), now)
+        observed = self._settle_records(self._catalog.observe().at(now), now)
         self._note_changes(observed)
         planned = plan(observed, now=now)
         wanted = [action for action in planned.actions if self._wants(action)]

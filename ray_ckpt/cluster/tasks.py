@@ -21,6 +21,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, LeaseGuard
 from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.storage.purging import purge_step
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
@@ -94,11 +95,9 @@ def _publish(catalog: Catalog, action: Action, _: Guard) -> Result:
 
 
 def _purge(catalog: Catalog, action: Action, guard: Guard) -> Result:
-    """One step, which a repeated run finds in the trash and leaves there."""
-    manifest = catalog.manifest(action.step)
+    """Looks once more whether the step may go; a repeated run finds it gone and says 0 bytes."""
     guard()
-    catalog.trash(action.step)
-    return {"bytes": manifest.total_bytes}
+    return {"bytes": purge_step(catalog, action, now=time.time())}
 
 
 _RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard], Result]] = {

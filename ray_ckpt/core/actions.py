@@ -14,6 +14,7 @@ from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.failures import (
     BLOCKED_FOR_S,
+    BLOCKS,
     ErrorClass,
     classify,
     may_try_again,
@@ -191,7 +192,7 @@ class ActionRecord:
         if may_try_again(error_class, num_failures, now - first_failed_at):
             wait = wait_s(error, num_failures, jitter=jitter)
             return failed._waiting(ActionState.RETRY_WAIT, now + wait)
-        if error_class is ErrorClass.RESOURCE:
+        if error_class in BLOCKS:
             return failed._waiting(ActionState.BLOCKED, now + BLOCKED_FOR_S)
         return replace(failed, state=move_action(self.state, ActionState.DEAD))
 

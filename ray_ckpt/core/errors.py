@@ -6,6 +6,7 @@ RayCkptError
 │   ├── StepNotFoundError                no such checkpoint or export
 │   ├── StepExistsError                  the step is committed and is never written again
 │   ├── ForeignFolderError               a step folder that ray_ckpt did not write
+│   ├── PurgeRefusedError                a step that must stay: pinned, read, saved anew, needed
 │   ├── LeaseHeldError                   somebody else is writing to this root
 │   ├── StateDictError                   keys lacking, unexpected or claimed twice
 │   └── TransitionError                  a state that may not follow the present one
@@ -67,6 +68,10 @@ class StepExistsError(UsageError):
 
 class ForeignFolderError(UsageError):
     """A step folder without a manifest: not ours to use, count or delete."""
+
+
+class PurgeRefusedError(UsageError):
+    """What was planned to be purged must stay, as it turned out; nothing was done to it."""
 
 
 class LeaseHeldError(UsageError):

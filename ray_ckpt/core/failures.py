@@ -21,6 +21,7 @@ from ray_ckpt.core.errors import (
     IntegrityError,
     ObjectNotFoundError,
     OutOfMemoryError,
+    PurgeRefusedError,
     RayCkptError,
     StorageFullError,
     ThrottledError,
@@ -35,6 +36,7 @@ class ErrorClass(StrEnum):
     TRANSIENT = "transient"
     CONFLICT = "conflict"
     RESOURCE = "resource"
+    HELD = "held"
     AUTH = "auth"
     INTEGRITY = "integrity"
     INVALID = "invalid"
@@ -63,8 +65,10 @@ RETRIES: Mapping[ErrorClass, Retries] = {
     ErrorClass.UNKNOWN: Retries(max_failures=3, window_s=6 * _HOURS_S, base_s=2, cap_s=300),
 }
 """A class that is not here gets no other try."""
-BLOCKED_FOR_S = 300.0
-"""Time between two looks at whether there is room again."""
+BLOCKS = frozenset({ErrorClass.RESOURCE, ErrorClass.HELD})
+"""Classes that end by themselves one day: looked at now and then, never dead."""
+BLOCKED_FOR_S = 60.0
+"""Time between two such looks."""
 _CLASS_OF: tuple[tuple[type[BaseException], ErrorClass], ...] = (
     (ThrottledError, ErrorClass.THROTTLED),
     (ConflictError, ErrorClass.CONFLICT),
@@ -75,6 +79,7 @@ _CLASS_OF: tuple[tuple[type[BaseException], ErrorClass], ...] = (
     (AuthorizationError, ErrorClass.AUTH),
     (ObjectNotFoundError, ErrorClass.AUTH),
     (IntegrityError, ErrorClass.INTEGRITY),
+    (PurgeRefusedError, ErrorClass.HELD),
     (RayCkptError, ErrorClass.INVALID),
     (OSError, ErrorClass.TRANSIENT),
 )

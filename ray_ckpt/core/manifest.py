@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, cast
 
 from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.names import is_save_id
 
 SCHEMA = "ray_ckpt.manifest/1"
 
@@ -206,7 +207,7 @@ def _from_document(document: Mapping[str, Any]) -> Manifest:
     _refuse_unlisted_files(tensors, {entry.path for entry in files})
     return Manifest(
         step=int(document["step"]),
-        save_id=str(document["save_id"]),
+        save_id=_save_id(document["save_id"]),
         created_at=str(document["created_at"]),
         lineage=Lineage(**document["lineage"]),
         files=files,
@@ -228,6 +229,13 @@ def _from_document(document: Mapping[str, Any]) -> Manifest:
         ),
         non_finite=tuple(document["non_finite"]),
     )
+
+
+def _save_id(value: object) -> str:
+    """Part of a folder's name in the trash, so it must be one."""
+    if not isinstance(value, str) or not is_save_id(value):
+        raise ValueError(f"save_id is {value!r}, expected letters and digits")
+    return value
 
 
 def _holds(value: str) -> Literal["everything", "model"]:

@@ -13,10 +13,12 @@
         commands/<verb>-<key>.json     an action that a person retries or cancels
         logs/<key>-a<attempt>.log      what a failed attempt said
         save-now.json                  the trainer is asked to save at its next step
+        readers/500.<token>.json       somebody reads step 500: a heartbeat
         actions/<key>.json             what became of it
         staging/<attempt>/             unfinished work, private to one attempt
         staging/step-500.begun         object stores: what lies in step-500/ is ours and unfinished
-        trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over
+        trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over;
+                                       on an object store its shards stay in step-500/
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
 Keys are relative to the root and separated by "/", on every backend.
@@ -33,6 +35,7 @@ EXPORTS = "exports"
 PRIVATE = ".ray_ckpt"
 RUN = f"{PRIVATE}/run.json"
 LEASES = f"{PRIVATE}/lease"
+READERS = f"{PRIVATE}/readers"
 REQUESTS = f"{PRIVATE}/requests"
 ACTIONS = f"{PRIVATE}/actions"
 COMMANDS = f"{PRIVATE}/commands"
@@ -43,6 +46,8 @@ QUARANTINE = f"{PRIVATE}/quarantine"
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]*)\.([0-9a-zA-Z]+)")
+_SHARD = re.compile(r"__[0-9]+_([0-9a-zA-Z]+)_[0-9]+\.distcp")
+_READER = re.compile(r"(0|[1-9][0-9]*)\.([0-9a-f]+)\.json")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PIN = re.compile(rf"ray_ckpt\.pin\.({_WORD.pattern})\.json")
 
@@ -106,6 +111,26 @@ def parse_set_aside(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match else None
 
 
+def is_save_id(text: str) -> bool:
+    """Whether `text` may name a save: what else it could be would leave its folder."""
+    return re.fullmatch(r"[0-9a-zA-Z]+", text) is not None
+
+
+def shard_prefix(rank: int, save_id: str) -> str:
+    """How names of a rank's shards begin that no other save of the step uses.
+
+    >>> shard_prefix(3, "a1") + "0.distcp"
+    '__3_a1_0.distcp'
+    """
+    return f"__{rank}_{save_id}_"
+
+
+def save_of_shard(name: str) -> str | None:
+    """Save id in the name of a shard; None for any other file, also for torch's `__0_0.distcp`."""
+    match = _SHARD.fullmatch(name)
+    return match[1] if match else None
+
+
 def staging_dir(attempt: str) -> str:
     """Private folder of one attempt to save or export."""
     return f"{STAGING}/{attempt}"
@@ -114,6 +139,35 @@ def staging_dir(attempt: str) -> str:
 def begun_key(folder: str) -> str:
     """Key that tells the remains of our own save in `folder` from somebody else's files."""
     return f"{STAGING}/{folder}.begun"
+
+
+def attempt_of(folder: str) -> str:
+    """What an attempt on an object store is called, by the folder that it was to fill.
+
+    >>> attempt_of("step-5"), attempt_of("exports/hf/step-5")
+    ('save-step-5', 'export-hf-step-5')
+    """
+    if parse_step(folder) is not None:
+        return f"save-{folder}"
+    return f"export-{folder.removeprefix(f'{EXPORTS}/').replace('/', '-')}"
+
+
+def parse_begun(key: str) -> str | None:
+    """Folder of the unfinished save or export that the note under `key` tells of, or None."""
+    if not (key.startswith(f"{STAGING}/") and key.endswith(".begun")):
+        return None
+    return key.removeprefix(f"{STAGING}/").removesuffix(".begun")
+
+
+def reader_key(step: int, token: str) -> str:
+    """Key of the heartbeat of one reader of a step."""
+    return f"{READERS}/{step}.{token}.json"
+
+
+def parse_reader(key: str) -> int | None:
+    """Step that is read by the one whose heartbeat lies under `key`, or None."""
+    match = _READER.fullmatch(key.removeprefix(f"{READERS}/"))
+    return int(match[1]) if match else None
 
 
 def action_key(key: str) -> str:

@@ -1,13 +1,14 @@
 """What storage shows of one run at one moment: plain records, filled in by whoever reads it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.config import LifecyclePolicy
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.pins import Pin
 
 READABLE = frozenset({CheckpointState.COMMITTED, CheckpointState.VERIFIED})
 """States in which a checkpoint may be loaded, exported or counted."""
@@ -21,7 +22,8 @@ class CheckpointView:
     state: CheckpointState
     manifest: Manifest | None = None
     """None for a foreign folder, or where the manifest cannot be read."""
-    pins: tuple[str, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    """Expired ones too, until `Observation.at` leaves them out."""
     problem: str | None = None
     """Why the step cannot be used, where its state alone does not say."""
 
@@ -29,6 +31,12 @@ class CheckpointView:
     def is_healthy(self) -> bool:
         """Whether no weight is NaN or Inf, as far as the save looked."""
         return self.manifest is None or not self.manifest.non_finite
+
+    @property
+    def is_way_back(self) -> bool:
+        """Whether a run can be trusted to go on from it: verified, healthy, with its optimizer."""
+        is_verified = self.state is CheckpointState.VERIFIED
+        return is_verified and self.is_healthy and self.is_resumable
 
     @property
     def is_resumable(self) -> bool:
@@ -83,6 +91,14 @@ class Observation:
     """Every action's record under its key."""
     requests: tuple[Request, ...] = ()
     commands: tuple[Command, ...] = ()
+
+    def at(self, now: float) -> "Observation":
+        """The same without the pins that have expired by `now`."""
+        views = (
+            replace(view, pins=tuple(pin for pin in view.pins if pin.holds(now)))
+            for view in self.checkpoints
+        )
+        return replace(self, checkpoints=tuple(views))
 
     def readable(self) -> list[CheckpointView]:
         """Checkpoints that may be used, oldest first."""

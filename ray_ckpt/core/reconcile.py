@@ -47,6 +47,7 @@ class _Wanted:
 
 def plan(observed: Observation, *, now: float) -> Plan:
     """The next round's actions, given everything that storage shows."""
+    observed = observed.at(now)
     readable = observed.readable()
     wanted = {c.step: _wanted(c, observed) for c in readable}
     verdicts = decide_all(observed, holds={step: _holds(w, observed) for step, w in wanted.items()})
@@ -120,24 +121,18 @@ def unfinished(observed: Observation, *, now: float) -> list[str]:
 
 
 def decide_all(observed: Observation, *, holds: dict[int, tuple[str, ...]]) -> list[Verdict]:
-    """The retention verdict on every readable checkpoint, `holds` included."""
+    """The retention verdict on every readable checkpoint, `holds` and every pin included."""
     candidates = [
         Candidate(
             step=checkpoint.step,
-            is_verified=_is_way_back(checkpoint),
+            is_verified=checkpoint.is_way_back,
             metrics=_manifest(checkpoint).metrics if checkpoint.is_healthy else {},
-            pins=checkpoint.pins,
+            pins=tuple(pin.title for pin in checkpoint.pins),
             holds=holds.get(checkpoint.step, ()),
         )
         for checkpoint in observed.readable()
     ]
     return decide(candidates, observed.policy.keep.policies())
-
-
-def _is_way_back(checkpoint: CheckpointView) -> bool:
-    """Whether a run can be trusted to go on from it: only such steps use up what is kept."""
-    is_verified = checkpoint.state is CheckpointState.VERIFIED
-    return is_verified and checkpoint.is_healthy and checkpoint.is_resumable
 
 
 def holds_of(observed: Observation) -> dict[int, tuple[str, ...]]:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.commit import MarkerCommit, RenameCommit
+from ray_ckpt.storage.commit import RenameCommit
 from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.marker import MarkerCommit
 from ray_ckpt.storage.s3 import S3Store
 
 

@@ -57,6 +57,14 @@ class Store(Protocol):
         """Stream a local file of any size to `key`; readers see all of it or none."""
         ...
 
+    def copy(self, source: str, target: str) -> None:
+        """The object is under `target` too, replacing what was there; no byte passes through here.
+
+        Raises:
+            ObjectNotFoundError: there is no `source`.
+        """
+        ...
+
     def download(self, key: str, target: Path) -> None:
         """Stream the object into a local file, replacing it."""
         ...
@@ -74,5 +82,10 @@ class Store(Protocol):
         ...
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Remove the objects in the order given; absent ones are no error."""
+        """Remove the objects in the order given; absent ones are no error.
+
+        Raises:
+            UsageError: a key leaves the root, or a symbolic link is on its way; nothing is removed
+                through it.
+        """
         ...

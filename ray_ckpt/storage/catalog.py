@@ -4,9 +4,8 @@ A step is committed if and only if the folder `step-<n>` holds a manifest. Every
 is read from storage each time it is asked for; nothing is remembered between two calls.
 """
 
-import json
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,31 +22,24 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
+from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.reconcile import verify_action
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
 from ray_ckpt.storage.digests import find_damage
+from ray_ckpt.storage.lease import TRAINER, holder_of
 from ray_ckpt.storage.listing import (
     aside_folders,
     list_checkpoints,
     list_exports,
     manifest_in,
-    pins_in,
     sizes_in,
     view_aside,
 )
+from ray_ckpt.storage.pins import read_pins, write_pin
 from ray_ckpt.storage.records import Records, Run
 
 _UNCHANGED = "nothing was changed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pin:
-    """Keeps a checkpoint from every purge; lies in the step's folder and travels with it."""
-
-    name: str
-    reason: str
-    pinned_at: str
 
 
 class Catalog:
@@ -193,24 +185,26 @@ class Catalog:
 
     # ---- pins ----
 
-    def pin(self, step: int, *, name: str, reason: str) -> Pin:
-        """The step survives every purge until it is unpinned."""
+    def pin(self, step: int, *, name: str, reason: str, until: str | None = None) -> Pin:
+        """The step survives every purge until it is unpinned, or until then (UTC, ISO 8601)."""
         if not names.is_word(name):
             raise ConfigError(
                 f"{name!r} cannot name a pin", do="use letters, digits, '.', '_' and '-'"
             )
         self.manifest(step)
-        pin = Pin(
-            name=name, reason=reason, pinned_at=datetime.now(UTC).isoformat(timespec="seconds")
-        )
-        self.store.write(
-            names.pin_key(step, name), json.dumps(asdict(pin), sort_keys=True).encode()
-        )
+        pinned_at = datetime.now(UTC).isoformat(timespec="seconds")
+        pin = Pin(name=name, reason=reason, pinned_at=pinned_at, until=until)
+        write_pin(self.store, step, pin)
         return pin
+
+    def pins(self, step: int) -> tuple[Pin, ...]:
+        """The pins that lie in the step's folder at this moment, expired ones too."""
+        return read_pins(self.store, step, sizes_in(self.store, names.step_dir(step)))
 
     def unpin(self, step: int, *, name: str | None = None) -> list[str]:
         """Names of the pins that are gone now: the one called `name`, or all of them."""
-        pins = pins_in(sizes_in(self.store, names.step_dir(step)))
+        files = sizes_in(self.store, names.step_dir(step))
+        pins = sorted(pin for file in files if (pin := names.parse_pin(file)))
         present = [pin for pin in pins if name in (None, pin)]
         self.store.delete([names.pin_key(step, pin) for pin in present])
         return present
@@ -229,9 +223,6 @@ class Catalog:
             save_id = self.manifest(step).save_id
         except IntegrityError:  # the manifest itself is damaged
             save_id = f"unreadable{uuid.uuid4().hex[:8]}"
-            if not self.commit.moves_bytes:
-                # nobody can tell any more whose files stay: without the note they were foreign
-                self.store.write(names.begun_key(names.step_dir(step)), b"")
         aside = names.set_aside_dir(names.QUARANTINE, step, save_id)
         self.commit.set_aside(names.step_dir(step), aside)
 
@@ -239,18 +230,18 @@ class Catalog:
         """Whether a manifest lies in the step's own folder, readable or not."""
         return self.store.stat(names.manifest_key(names.step_dir(step))) is not None
 
-    def roll_back(self, step: int) -> list[int]:
+    def roll_back(self, step: int, *, now: float) -> list[int]:
         """Committed steps newer than `step` are in the trash, until somebody erases them by hand.
 
         The newest goes first: whenever this dies, what is left is one unbroken branch.
 
         Raises:
-            UsageError: one of them is pinned, or lies on a store whose trash keeps no bytes.
+            UsageError: one of them is pinned at `now`, in seconds since the epoch.
         """
-        newer = [view for view in self.observe().readable() if view.step > step]
+        newer = [view for view in self.observe().at(now).readable() if view.step > step]
         pinned = [view.step for view in newer if view.pins]
-        if pinned or (newer and not self.commit.moves_bytes):
-            raise self._cannot_roll_back(step, [view.step for view in newer], pinned)
+        if pinned:
+            raise self._cannot_roll_back(step, [view.step for view in newer], pinned[0])
         for view in reversed(newer):
             self.trash(view.step)
         return [view.step for view in newer]
@@ -261,26 +252,45 @@ class Catalog:
         Raises:
             StepNotFoundError: the trash holds none.
             StepExistsError: the step was saved anew meanwhile.
+            UsageError: a trainer is saving the step anew at this moment.
         """
         trashed = {
-            manifest.created_at: (folder, manifest)
+            (manifest.created_at, folder): manifest
             for found, folder in aside_folders(self.store, names.TRASH)
             if found == step and (manifest := view_aside(self.store, step, folder).manifest)
         }
         if not trashed:
             raise StepNotFoundError(f"the trash holds no step-{step}", self.uri, _UNCHANGED)
-        folder, manifest = trashed[max(trashed)]
+        newest = max(trashed)
+        if not self.is_in_place(step):
+            self._clear_dead_save(step)
         try:
-            self.commit.bring_back(folder, names.step_dir(step))
+            self.commit.bring_back(newest[1], names.step_dir(step))
         except ObjectExistsError as error:
             raise self._exists(step) from error
-        self._forget(manifest)
+        self._forget(trashed[newest])
+
+    def _clear_dead_save(self, step: int) -> None:
+        """No files of an unfinished save are in the way; on an object store alone there can be."""
+        folder = names.step_dir(step)
+        if self.store.stat(names.begun_key(folder)) is None:
+            return
+        trainer = holder_of(self.store, TRAINER)
+        if trainer is not None:
+            raise UsageError(
+                f"step-{step} may be being saved anew, by process {trainer.pid} on {trainer.host}",
+                self.uri,
+                "the step is still in the trash",
+                "run the same command once the trainer has ended",
+            )
+        self.commit.clear(folder)
 
     def _forget(self, manifest: Manifest) -> None:
         """What was recorded of a save before it was trashed: it is to be verified again."""
         for record in self.records.actions().values():
             is_about_it = record.action.source_id == manifest.content_id
-            if is_about_it and record.action.kind in (ActionKind.VERIFY, ActionKind.PURGE):
+            is_moot = record.action.kind in (ActionKind.VERIFY, ActionKind.PURGE)
+            if is_about_it and (is_moot or record.state is ActionState.CANCELLED):
                 self.records.forget_action(record.action)
 
     def empty_trash(self, *, older_than_s: float, now: float) -> dict[int, int]:
@@ -304,14 +314,10 @@ class Catalog:
 
     # ---- what went wrong, and what to type ----
 
-    def _cannot_roll_back(self, step: int, newer: list[int], pinned: list[int]) -> UsageError:
-        why = (
-            f"step {pinned[0]} is pinned"
-            if pinned
-            else "on an object store a step that is saved anew overwrites the one in the trash"
-        )
+    def _cannot_roll_back(self, step: int, newer: list[int], pinned: int) -> UsageError:
         return UsageError(
-            f"training went on from step-{step}, but steps {newer} are here and {why}",
+            f"training went on from step-{step}, but steps {newer} are here and step {pinned} is "
+            "pinned",
             self.uri,
             "the committed steps are untouched; nothing is saved over them",
             "give the run that goes on from an older step a root of its own",

@@ -121,7 +121,7 @@ class Lease:
 
     def _watch(self, epoch: int, holder: Holder) -> None:
         """Watches the heartbeat; a beat within PATIENCE_S means that the holder lives."""
-        if holder.is_released or holder.owner == self._holder.owner or _is_dead(holder):
+        if holder.is_released or holder.owner == self._holder.owner or is_dead(holder):
             return
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
@@ -170,7 +170,7 @@ class LeaseGuard:
 def holder_of(store: Store, role: str) -> Holder | None:
     """Who writes in this role, as far as one look tells: neither released nor seen to be dead."""
     _, holder = _current(store, role)
-    return None if holder is None or holder.is_released or _is_dead(holder) else holder
+    return None if holder is None or holder.is_released or is_dead(holder) else holder
 
 
 def _current(store: Store, role: str) -> tuple[int, Holder | None]:
@@ -196,7 +196,7 @@ def _held(store: Store, role: str, why: str) -> LeaseHeldError:
     )
 
 
-def _is_dead(holder: Holder) -> bool:
+def is_dead(holder: Holder) -> bool:
     """Whether the holder ran on this host and its process is gone."""
     if holder.host != socket.gethostname():
         return False

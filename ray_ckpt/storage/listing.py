@@ -1,7 +1,7 @@
 """What one root holds, read from storage each time. Looks only, and decides nothing."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError
@@ -10,6 +10,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import size_damage
+from ray_ckpt.storage.pins import read_pins
 
 log = logging.getLogger("ray_ckpt")
 
@@ -83,11 +84,6 @@ def sizes_in(store: Store, folder: str) -> dict[str, int]:
     return {i.key.removeprefix(f"{folder}/"): i.size_bytes for i in store.list_objects(folder)}
 
 
-def pins_in(files: Iterable[str]) -> tuple[str, ...]:
-    """Names of the pins among the files of a step."""
-    return tuple(sorted(pin for file in files if (pin := names.parse_pin(file))))
-
-
 def _in_place(store: Store, aside: list[CheckpointView]) -> Iterator[CheckpointView]:
     for name in store.list_folders(""):
         step = names.parse_step(name)
@@ -110,7 +106,7 @@ def _view(store: Store, step: int, aside: list[CheckpointView]) -> CheckpointVie
         step=step,
         state=CheckpointState.COMMITTED,
         manifest=manifest,
-        pins=pins_in(sizes),
+        pins=read_pins(store, step, sizes),
         problem="; ".join(damage) or None,
     )
 

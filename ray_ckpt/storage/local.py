@@ -41,6 +41,9 @@ _CURES: dict[type[StorageError], str] = {
 }
 
 
+_UNTOUCHED = "nothing was changed, neither here nor where a link points"
+
+
 class LocalStore:
     """Objects are files below `root`, which need not exist before the first write."""
 
@@ -55,6 +58,28 @@ class LocalStore:
     def path(self, key: str) -> Path:
         """Where `key` lies on this machine."""
         return self._root / key
+
+    def inside(self, key: str) -> Path:
+        """Like `path`, for what is to be moved or removed: certainly below the root.
+
+        The root itself may be a symbolic link; nothing below it may.
+
+        Raises:
+            UsageError: the key leaves the root, or a symbolic link is on its way.
+        """
+        path = self._root
+        for part in key.split("/"):
+            if part in ("", ".", ".."):
+                raise UsageError(f"{key!r} is no key", self.uri, _UNTOUCHED)
+            path = path / part
+            if path.is_symlink():
+                raise UsageError(
+                    "a symbolic link is here, and what it points to is not ours to move or remove",
+                    str(path),
+                    _UNTOUCHED,
+                    f"rm {path}    (removes the link alone), or put the folder itself there",
+                )
+        return path
 
     def read(self, key: str) -> bytes:
         """The whole file."""
@@ -87,6 +112,10 @@ class LocalStore:
             sync_file(temporary)
             temporary.replace(self.path(key))
             sync_folder(self.path(key).parent)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copied beside, synced, renamed into place."""
+        self.upload(self.path(source), target)
 
     def download(self, key: str, target: Path) -> None:
         """A plain copy."""
@@ -121,8 +150,9 @@ class LocalStore:
     def delete(self, keys: Sequence[str]) -> None:
         """Unlinks, then removes the folders that this left empty."""
         for key in keys:
-            with translated(self.path(key)):
-                self.path(key).unlink(missing_ok=True)
+            path = self.inside(key)
+            with translated(path):
+                path.unlink(missing_ok=True)
         for parent in {self.path(key).parent for key in keys}:
             self._remove_empty(parent)
 

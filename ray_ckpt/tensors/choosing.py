@@ -1,6 +1,7 @@
 """Which step is loaded: nothing is used before every byte of it was read and is as committed."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, UsageError
@@ -24,7 +25,11 @@ class Choice:
     """Newer steps that were passed over, newest first, each with the reason."""
 
 
-def choose(catalog: Catalog, ranks: Ranks, step: int) -> Choice:
+Hold = Callable[[int], None]
+"""From now on no purge takes the step; called on rank 0, before a byte of it is read."""
+
+
+def choose(catalog: Catalog, ranks: Ranks, step: int, *, hold: Hold) -> Choice:
     """The very step, every byte of which was read and is as committed.
 
     Raises:
@@ -32,6 +37,7 @@ def choose(catalog: Catalog, ranks: Ranks, step: int) -> Choice:
         UsageError: it holds the model only.
         IntegrityError: it is damaged; storage is not touched.
     """
+    ranks.on_coordinator(lambda: hold(step))
     damage = _damage(catalog, ranks, step)
     if damage:
         raise catalog.corrupt(step, damage)
@@ -45,7 +51,7 @@ def choose(catalog: Catalog, ranks: Ranks, step: int) -> Choice:
     return Choice(step=step, reason="asked for by number")
 
 
-def choose_newest(catalog: Catalog, ranks: Ranks, config: LoadConfig) -> Choice:
+def choose_newest(catalog: Catalog, ranks: Ranks, config: LoadConfig, *, hold: Hold) -> Choice:
     """The newest step whose every byte was read and is as committed; damaged ones are set aside.
 
     Raises:
@@ -54,7 +60,7 @@ def choose_newest(catalog: Catalog, ranks: Ranks, config: LoadConfig) -> Choice:
     """
     damaged: dict[int, str] = {}
     while True:
-        plan, visibly_damaged = ranks.on_coordinator(lambda: _plan(catalog))
+        plan, visibly_damaged = ranks.on_coordinator(lambda: _plan(catalog, hold))
         if plan.refusal is not None:
             raise _refused(catalog, plan)
         if plan.step is not None and not visibly_damaged:
@@ -74,13 +80,15 @@ def choose_newest(catalog: Catalog, ranks: Ranks, config: LoadConfig) -> Choice:
         damaged.update(visibly_damaged)
 
 
-def _plan(catalog: Catalog) -> tuple[ResumePlan, dict[int, str]]:
+def _plan(catalog: Catalog, hold: Hold) -> tuple[ResumePlan, dict[int, str]]:
     """What to resume from, and newer steps in place whose sizes or manifest alone show damage.
 
     These must go out of the way: the run that goes on from an older step will save them again.
     """
     views = catalog.observe().checkpoints
     plan = plan_resume(views)
+    if plan.step is not None:
+        hold(plan.step)
     at_risk = {*READABLE, CheckpointState.QUARANTINED}
     newer = (view for view in views if view.step > (plan.step or 0) and view.state in at_risk)
     damaged = {view.step: view.problem for view in newer if view.problem is not None}

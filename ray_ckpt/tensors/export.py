@@ -16,11 +16,12 @@ from pathlib import Path
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.errors import ObjectExistsError, StorageFullError
+from ray_ckpt.core.errors import ObjectExistsError, StorageFullError, UsageError
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.listing import manifest_in
+from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.export_files import write_companions, write_tensors
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_export
 from ray_ckpt.tensors.reader import read_asset, read_tensors
@@ -46,10 +47,18 @@ def export_step(
         IntegrityError: the step holds NaN or Inf; or an asset or the index differs from the
             manifest.
         StorageFullError: not enough room; nothing was written.
+        StepNotFoundError: the step was taken away meanwhile; no export was made.
     """
     present = _present(catalog, manifest, spec)
     if present is not None:
         return present
+    with reading(catalog.store, manifest.step, who=f"export {spec.name}"):
+        _expect_the_same(catalog, manifest)  # a purge may have come before the lease
+        return _export(catalog, manifest, spec, progress)
+
+
+def _export(catalog: Catalog, manifest: Manifest, spec: ExportSpec, progress: Progress) -> Manifest:
+    """In a private folder, then committed."""
     plan = plan_export(catalog, manifest, spec)
     staging = catalog.commit.staging(f"export-{uuid.uuid4().hex}")
     try:
@@ -59,12 +68,24 @@ def export_step(
             write_shard(catalog, manifest, plan, shard, folder=staging)
         write_companions(_assets(catalog, manifest), plan, manifest, staging)
         export = _manifest(manifest, spec, staging)
+        _expect_the_same(catalog, manifest)  # a trainer that rolls back asks no reader
         catalog.commit_export(staging, spec.name, export)
     except BaseException:
         catalog.commit.discard(staging)
         raise
     progress(len(plan.shards), len(plan.shards))
     return export
+
+
+def _expect_the_same(catalog: Catalog, manifest: Manifest) -> None:
+    """Raises UsageError unless this very save is in place."""
+    if catalog.manifest(manifest.step).content_id != manifest.content_id:
+        raise UsageError(
+            f"step-{manifest.step} was saved anew while it was exported",
+            catalog.uri,
+            "no export was made; both saves are as they were",
+            "run the same command again to export the new one",
+        )
 
 
 def write_shard(

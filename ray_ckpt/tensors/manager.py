@@ -29,6 +29,7 @@ from ray_ckpt.core.manifest import ModelEntry, NeededSource
 from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
 from ray_ckpt.core.schedule import SaveSchedule, fits
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.choosing import choose, choose_newest
 from ray_ckpt.tensors.contents import (
     Contents,
@@ -305,29 +306,41 @@ class CheckpointManager:
         config = config or LoadConfig()
         named = [part for source in config.start.sources for part in source.parts]
         refuse_unknown_parts("load.start", named, self._parts)
+        with contextlib.ExitStack() as held:
+            report = self._load(step, config, held)
+        if self._ranks.is_coordinator:
+            report.log()
+        return report
+
+    def _load(self, step: int, config: LoadConfig, held: contextlib.ExitStack) -> LoadReport:
+        """While `held` is open, no purge takes what is read."""
+
+        def hold(chosen: int) -> None:
+            held.enter_context(reading(self._catalog.store, chosen, who="load"))
+
         if step == NEWEST:
-            choice = choose_newest(self._catalog, self._ranks, config)
+            choice = choose_newest(self._catalog, self._ranks, config, hold=hold)
         else:
-            choice = choose(self._catalog, self._ranks, step)
+            choice = choose(self._catalog, self._ranks, step, hold=hold)
         parts = {name: p for name, p in self._parts.items() if name not in config.exclude}
         naming = Naming.of(self._assets, self._state.model.converters)
         sources = self._ranks.together(
             lambda: open_sources(self._catalog, choice, config, naming, parts=tuple(self._parts))
         )
+        if self._ranks.is_coordinator:
+            for source in sources:
+                held.enter_context(source.held())
         base = base_of_saves(sources, self._state.model)
         restored = restore(sources, self._ranks, model=self._state.model, parts=parts)
         self._writer.goes_on_from(choice.step)
         self._needs = needs_of(base, self._ranks)
-        report = LoadReport(
+        return LoadReport(
             step=choice.step or 0,
             reason=choice.reason,
             skipped=choice.skipped,
             sources=restored.sources,
             as_initialised=(*restored.as_initialised, *sorted(set(self._parts) - set(parts))),
         )
-        if self._ranks.is_coordinator:
-            report.log()
-        return report
 
     # ---- parts ----
 

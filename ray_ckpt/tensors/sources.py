@@ -8,6 +8,7 @@
 All are opened and their keys compared with the model's before a tensor is read.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ray_ckpt.core.manifest import Manifest, NeededSource
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import manifest_in
+from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.adapters import StateDictAdapter, make_adapter
 from ray_ckpt.tensors.converters import ModelConverter, entries_of, make_converters
 from ray_ckpt.tensors.hf_reader import HfFolder, HfReader
@@ -54,6 +56,13 @@ class OpenSource:
     """What it consists of; None for a step of the run, whose bytes were read before."""
     expected: NeededSource | None = None
     """What it must be, where a step that was trained on it says so."""
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """While it is entered, no purge takes it, if it is a step of another run."""
+        step = names.parse_step(self.files.folder) if self.files is not None else None
+        if self.files is None or self.files.manifest is None or step is None:
+            return contextlib.nullcontext()
+        return reading(self.files.store, step, who="load into another run")
 
     def identified(self, ranks: Ranks) -> NeededSource:
         """How the manifest of a step that is trained on it names it. Collective."""

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StoragePrefix
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -109,10 +110,18 @@ class CommittingWriter(FileSystemWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuses a step that is there already, before a byte is written."""
         if self._job.supersedes is not None:
-            self._job.catalog.roll_back(self._job.supersedes)
+            self._job.catalog.roll_back(self._job.supersedes, now=time.time())
         self._job.catalog.refuse_existing(self._job.draft.step)
+        self._job.catalog.commit.clear(self._folder)
         self._tied = {name: to for plan in plans for name, to in plan.storage_data.items()}
-        return super().prepare_global_plan([replace(plan, storage_data=None) for plan in plans])
+        named = [replace(p, storage_data=self._prefix(rank)) for rank, p in enumerate(plans)]
+        return super().prepare_global_plan(named)
+
+    def _prefix(self, rank: int) -> _StoragePrefix | None:
+        """How the names of a rank's shards begin; None: as torch does it."""
+        if not self._job.catalog.commit.names_shards_by_save:
+            return None
+        return _StoragePrefix(names.shard_prefix(rank, self._job.draft.save_id))
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Shards written, synced and handed over; each result knows its file's digest."""

@@ -13,6 +13,7 @@ from ray_ckpt.cli.main import VERBS
 from ray_ckpt.cli.main import cli as command_group
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.states import TrainingState
@@ -173,6 +174,40 @@ def test_purge_keeps_what_is_pinned(cli: Cli, run_root: str) -> None:
     assert cli("unpin", run_root, 10, "--json").json == {"step": 10, "removed": ["ada"]}
     cli("purge", run_root, "--keep-latest", 2, "--apply")
     assert cli("ls", run_root, "--json").json[0]["state"] == "trashed"
+
+
+def test_a_pin_tells_who_why_and_until_when_and_then_holds_nothing(cli: Cli, run_root: str) -> None:
+    pinned = ("pin", run_root, 10, "--reason", "the paper", "--name", "ada")
+    end = cli(*pinned, "--for", "7d", "--json").json["until"]
+    assert cli("ls", run_root, "--json").json[0]["pins"] == [f"ada until {end[:10]}"]
+    (shown,) = cli("show", run_root, 10, "--json").json["pins"]
+    assert (shown["name"], shown["reason"], shown["until"]) == ("ada", "the paper", end)
+    assert (
+        f"ada: the paper, since {shown['pinned_at']}, until {end}" in cli("show", run_root, 10).out
+    )
+    expired = json.dumps({**shown, "until": "2020-01-01T00:00:00+00:00"})
+    Path(run_root, "step-10/ray_ckpt.pin.ada.json").write_text(expired)
+    assert "expired: it holds nothing" in cli("show", run_root, 10).out
+    assert cli("ls", run_root, "--json").json[0]["pins"] == []
+    cli("purge", run_root, "--keep-latest", 2, "--apply")
+    assert cli("ls", run_root, "--json").json[0]["state"] == "trashed"
+    assert cli("pin", run_root, 30, "--reason", "x", "--until", "2020-01-01").code == 2
+    assert cli("pin", run_root, 30, "--reason", "x", "--until", "x", "--for", "7d").code == 2
+
+
+def test_a_step_that_is_being_read_is_kept_and_the_others_go(cli: Cli, run_root: str) -> None:
+    store = open_catalog(run_root).store
+    with reading(store, 10, who="load"):
+        plan = cli("purge", run_root, "--keep-latest", 2, "--json").json
+        assert [row["step"] for row in plan["purge"]] == [20]
+        assert "it is being read: load, process" in plan["keep"][0]["reasons"][0]
+        applied = cli("purge", run_root, "--keep-latest", 2, "--apply", "--json")
+        assert applied.code == 0
+        assert [row["step"] for row in applied.json["purge"]] == [20]
+        assert "step-10 stays: it is being read" in applied.json["keep"][0]["reasons"][0]
+    cli("purge", run_root, "--keep-latest", 2, "--apply")
+    states = {row["step"]: row["state"] for row in cli("ls", run_root, "--json").json}
+    assert states == {10: "trashed", 20: "trashed", 30: "verified", 40: "verified"}
 
 
 def test_purge_stops_when_a_step_that_should_stay_is_damaged(cli: Cli, run_root: str) -> None:

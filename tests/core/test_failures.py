@@ -11,11 +11,12 @@ from ray_ckpt.core.errors import (
     IntegrityError,
     ObjectNotFoundError,
     OutOfMemoryError,
+    PurgeRefusedError,
     StorageFullError,
     ThrottledError,
     TransientError,
 )
-from ray_ckpt.core.failures import RETRIES, ErrorClass, classify, may_try_again, wait_s
+from ray_ckpt.core.failures import BLOCKS, RETRIES, ErrorClass, classify, may_try_again, wait_s
 
 CLASSES = [
     (ThrottledError("busy"), ErrorClass.THROTTLED),
@@ -28,6 +29,7 @@ CLASSES = [
     (AuthorizationError("no"), ErrorClass.AUTH),
     (ObjectNotFoundError("no such repository"), ErrorClass.AUTH),
     (IntegrityError("differs"), ErrorClass.INTEGRITY),
+    (PurgeRefusedError("read"), ErrorClass.HELD),
     (ConfigError("no rule"), ErrorClass.INVALID),
     (KeyError("odd"), ErrorClass.UNKNOWN),
 ]
@@ -44,7 +46,7 @@ def test_every_error_has_its_class(error: BaseException, expected: ErrorClass) -
 
 
 def test_only_a_person_can_help_where_another_try_would_do_the_same() -> None:
-    hopeless = set(ErrorClass) - set(RETRIES)
+    hopeless = set(ErrorClass) - set(RETRIES) - BLOCKS
     assert hopeless == {ErrorClass.AUTH, ErrorClass.INTEGRITY, ErrorClass.INVALID}
     assert not any(may_try_again(error_class, 1, 0.0) for error_class in hopeless)
 

@@ -20,6 +20,7 @@ from ray_ckpt.core.observation import (
     Observation,
     Request,
 )
+from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.reconcile import (
     GIVEN_UP,
     decide_all,
@@ -55,7 +56,8 @@ def manifest(step: int, *, is_last_step: bool = False) -> Manifest:
 
 
 def view(step: int, state: CheckpointState = VERIFIED, *pins: str) -> CheckpointView:
-    return CheckpointView(step=step, state=state, manifest=manifest(step), pins=pins)
+    held = tuple(Pin(name=name) for name in pins)
+    return CheckpointView(step=step, state=state, manifest=manifest(step), pins=held)
 
 
 def observe(

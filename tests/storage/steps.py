@@ -1,6 +1,7 @@
 """A small committed step or export, made by the same calls as a real save."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ray_ckpt.core import names
@@ -8,11 +9,24 @@ from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file
 
+CREATED_AT = "2030-01-02T03:04:05+00:00"
+TORCH_SHARD = "__0_0.distcp"
 FILES: Mapping[str, bytes] = {
     ".metadata": b"index",
     "__0_0.distcp": b"weights of rank 0",
     "hf_assets/config.json": b"{}",
 }
+
+
+def shard_name(catalog: Catalog, save_id: str) -> str:
+    """How the writer of a real save names the one shard: on an object store after the save."""
+    prefix = names.shard_prefix(0, save_id) if catalog.commit.names_shards_by_save else "__0_"
+    return f"{prefix}0.distcp"
+
+
+def _named(catalog: Catalog, files: Mapping[str, bytes], save_id: str) -> dict[str, bytes]:
+    shard = shard_name(catalog, save_id)
+    return {shard if name == TORCH_SHARD else name: data for name, data in files.items()}
 
 
 def stage(catalog: Catalog, step: int, *, files: Mapping[str, bytes], save_id: str) -> Path:
@@ -30,7 +44,7 @@ def describe(staging: Path, step: int, *, files: Mapping[str, bytes], save_id: s
     return Manifest(
         step=step,
         save_id=save_id,
-        created_at="2030-01-02T03:04:05+00:00",
+        created_at=CREATED_AT,
         lineage=Lineage(run_id="run"),
         files=tuple(_entry(staging / name, name) for name in files),
         metrics={"loss": 1.0 / step},
@@ -38,13 +52,21 @@ def describe(staging: Path, step: int, *, files: Mapping[str, bytes], save_id: s
 
 
 def save_step(
-    catalog: Catalog, step: int, *, files: Mapping[str, bytes] = FILES, save_id: str = ""
+    catalog: Catalog,
+    step: int,
+    *,
+    files: Mapping[str, bytes] = FILES,
+    save_id: str = "",
+    created_at: str = CREATED_AT,
 ) -> Manifest:
     """The step is committed; raises as `commit_step` does."""
     save_id = save_id or f"save{step}"
     catalog.refuse_existing(step)
+    catalog.commit.clear(names.step_dir(step))
+    files = _named(catalog, files, save_id)
     staging = stage(catalog, step, files=files, save_id=save_id)
     manifest = describe(staging, step, files=files, save_id=save_id)
+    manifest = replace(manifest, created_at=created_at)
     catalog.commit_step(staging, manifest)
     return manifest
 
@@ -60,10 +82,12 @@ def save_export(
 
 
 def content_of(catalog: Catalog, step: int) -> dict[str, bytes]:
-    """Every file of a committed step, read back through its manifest."""
+    """Every file of a committed step, read back through its manifest; shards by torch's name."""
     folder = names.step_dir(step)
     return {
-        entry.path: catalog.store.read(f"{folder}/{entry.path}")
+        TORCH_SHARD if names.save_of_shard(entry.path) else entry.path: catalog.store.read(
+            f"{folder}/{entry.path}"
+        )
         for entry in catalog.manifest(step).files
     }
 

@@ -18,8 +18,9 @@ from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import READABLE
 from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.commit import MarkerCommit, RenameCommit
+from ray_ckpt.storage.commit import RenameCommit
 from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.marker import MarkerCommit
 from tests.storage.steps import FILES, content_of, save_export, save_step
 
 FIRST = {"__0_0.distcp": b"the first step"}
@@ -225,6 +226,67 @@ def test_an_erasure_that_dies_touches_no_other_step_and_a_rerun_ends_it(
         assert list(catalog.store.list_objects(names.TRASH)) == []
         save_second(catalog, "third")
         assert truth(catalog) == {1: FIRST, 2: dict(FILES)}
+
+
+ANEW = {"__0_0.distcp": b"saved anew", "hf_assets/new.json": b"[]"}
+
+
+def save_second_anew(catalog: Catalog, save_id: str = "anew") -> None:
+    save_step(catalog, 2, files=ANEW, save_id=save_id)
+
+
+def test_saving_anew_what_is_in_the_trash_loses_neither_save_wherever_it_dies(
+    worlds: Iterator[World],
+) -> None:
+    for world in deaths(worlds, save_second_anew, before=save_and_trash_second):
+        catalog = world.catalog()
+        seen = truth(catalog)
+        assert seen in ({1: FIRST}, {1: FIRST, 2: ANEW})
+        if 2 not in seen:
+            save_second_anew(catalog, "again")
+        catalog.quarantine(2)  # out of the way
+        catalog.restore(2)
+        assert truth(catalog) == {1: FIRST, 2: dict(FILES)}
+
+
+def test_undoing_beside_a_save_that_died_brings_back_the_trashed_one(
+    worlds: Iterator[World],
+) -> None:
+    for world in deaths(worlds, save_second_anew, before=save_and_trash_second):
+        catalog = world.catalog()
+        if 2 not in truth(catalog):
+            catalog.restore(2)
+            assert truth(catalog) == {1: FIRST, 2: dict(FILES)}
+
+
+def test_erasing_the_older_save_never_harms_the_newer_one(worlds: Iterator[World]) -> None:
+    def two_saves(catalog: Catalog) -> None:
+        save_and_trash_second(catalog)
+        save_second_anew(catalog)
+
+    for world in deaths(worlds, erase_second, before=two_saves):
+        catalog = world.catalog()
+        assert truth(catalog) == {1: FIRST, 2: ANEW}
+        erase_second(catalog)
+        assert truth(catalog) == {1: FIRST, 2: ANEW}
+        assert not [i for i in catalog.store.list_objects("step-2") if "second" in i.key]
+
+
+def test_a_roll_back_that_dies_leaves_one_unbroken_branch_and_a_rerun_ends_it(
+    worlds: Iterator[World],
+) -> None:
+    def third(catalog: Catalog) -> None:
+        save_second(catalog)
+        save_step(catalog, 3)
+
+    for world in deaths(worlds, lambda catalog: catalog.roll_back(1, now=0.0), before=third):
+        catalog = world.catalog()
+        assert sorted(truth(catalog)) in ([1], [1, 2], [1, 2, 3])
+        catalog.roll_back(1, now=0.0)
+        assert truth(catalog) == {1: FIRST}
+        save_second_anew(catalog)
+        catalog.restore(3)
+        assert truth(catalog) == {1: FIRST, 2: ANEW, 3: dict(FILES)}
 
 
 def test_a_half_erased_step_is_never_resumed_from(worlds: Iterator[World]) -> None:

@@ -1,7 +1,7 @@
 """Every change of storage that a process makes, numbered, and what happens to one of them.
 
     open for writing, write, fsync, mkdir, rename, link, unlink, rmdir      below one root
-    write, create, upload, delete                                           of an S3 store
+    write, create, upload, copy, delete                                     of an S3 store
 
 The process dies right before the change, leaving half of a write behind, or the operating system
 refuses it. Each attempt is a process of its own, forked from a server that has torch loaded.
@@ -71,7 +71,7 @@ class Countdown:
 
 
 def arm(root: Path, number: int, act: Callable[[], None]) -> Countdown:
-    """From now on every change below `root` counts; leases, which a thread renews, do not."""
+    """From now on every change below `root` counts; leases, which threads renew, do not."""
     countdown = Countdown(number, act)
     _Watch(root, countdown).begin()
     return countdown
@@ -111,7 +111,7 @@ class _Watch:
     def _counts(self, path: Any) -> bool:
         if not isinstance(path, str | os.PathLike):
             return False
-        return self._root in Path(path).parents and "lease" not in Path(path).parts
+        return self._root in Path(path).parents and not {"lease", "readers"} & {*Path(path).parts}
 
 
 class _File(io.FileIO):
@@ -139,13 +139,13 @@ def arm_s3(_: Path, number: int, act: Callable[[], None]) -> None:
         method = getattr(S3Store, verb)
 
         def call(self: S3Store, *args: Any, **kwargs: Any) -> Any:
-            if "lease" not in str(args):
+            if not any(beat in str(args) for beat in ("lease", "readers")):
                 countdown.tick()
             return method(self, *args, **kwargs)
 
         return call
 
-    for verb in ("write", "create", "upload", "delete"):
+    for verb in ("write", "create", "upload", "copy", "delete"):
         setattr(S3Store, verb, counted(verb))
 
 

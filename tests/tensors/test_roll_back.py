@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, UsageError
 from ray_ckpt.core.lifecycle import CheckpointState
@@ -101,6 +103,37 @@ def test_a_run_that_resumes_from_the_newest_step_rolls_nothing_back(root: Path) 
     manager.save(5)
     manager.close()
     assert _states(root) == [(step, COMMITTED) for step in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.s3
+def test_on_an_object_store_the_same_holds_and_plain_dcp_reads_what_was_saved_anew(
+    s3_root: str, tmp_path: Path
+) -> None:
+    save_steps(s3_root, 1, 2, 3, 4)
+    model = Layer()
+    manager = plain_manager(s3_root, model, EVERY_STEP_SYNC)
+    manager.load(step=2)
+    model.fill(33.0)
+    manager.save(3)
+    manager.close()
+    assert loaded(s3_root) == (3, {33.0})
+    catalog = open_catalog(s3_root)
+    states = sorted((v.step, v.state) for v in catalog.observe().checkpoints)
+    assert states == [(1, COMMITTED), (2, COMMITTED), (3, COMMITTED), (3, TRASHED), (4, TRASHED)]
+    catalog.restore(4)
+    assert loaded(s3_root) == (4, {4.0})
+    catalog.quarantine(3)
+    catalog.restore(3)
+    assert saved_steps(s3_root) == [1, 2, 3, 4]
+    for info in list(catalog.store.list_objects("step-3")):
+        catalog.store.download(info.key, tmp_path / Path(info.key).name)
+    plain = {"weight": torch.zeros(8, 4)}
+    dcp.load(plain, checkpoint_id=tmp_path)
+    assert plain["weight"].unique().tolist() == [3.0]
+
+
+def test_on_a_disk_shards_are_named_as_torch_names_them(root: Path) -> None:
+    assert [path.name for path in sorted((root / "step-1").glob("*.distcp"))] == ["__0_0.distcp"]
 
 
 # ---- a last step that holds the model alone ----

@@ -18,6 +18,7 @@ from ray_ckpt.storage.backends import open_catalog
 from tests.tensors.faults import SURVIVED, arm, arm_s3, attempts, die
 from tests.tensors.plain import Layer, plain_manager, save_steps, saved_steps
 
+TRASHED = CheckpointState.TRASHED
 ANEW = 0.5
 """What every tensor of the save holds that dies; the others hold the number of their step."""
 
@@ -97,8 +98,12 @@ def test_a_save_that_dies_anywhere_leaves_a_root_from_which_training_goes_on(
 
 @pytest.mark.s3
 @pytest.mark.slow
-def test_a_save_to_an_object_store_that_dies_anywhere_is_there_whole_or_not(s3_root: str) -> None:
-    scenario = SCENARIOS["beside an older step"]
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["beside an older step", "in place of newer steps"])
+def test_a_save_to_an_object_store_that_dies_anywhere_is_there_whole_or_not(
+    s3_root: str, name: str
+) -> None:
+    scenario = SCENARIOS[name]
 
     def roots() -> Iterator[str]:
         for number in itertools.count():
@@ -106,5 +111,24 @@ def test_a_save_to_an_object_store_that_dies_anywhere_is_there_whole_or_not(s3_r
             save_steps(root, *scenario.old)
             yield root
 
-    found = [_check(root, scenario) for _, root in attempts(_save, roots(), scenario, arm_s3)]
+    found: list[tuple[int, set[float]]] = []
+    for _, root in attempts(_save, roots(), scenario, arm_s3):
+        found.append(_check(root, scenario))
+        _bring_everything_back(root, scenario)
     assert all(truth in found for truth in scenario.truths)
+
+
+def _bring_everything_back(root: str, scenario: Scenario) -> None:
+    """What was rolled back is whole, whatever was saved in its place since."""
+    catalog = open_catalog(root)
+    trashed = {v.step for v in catalog.observe().checkpoints if v.state is TRASHED}
+    for step in sorted(trashed & set(scenario.old)):
+        if catalog.is_in_place(step):
+            catalog.quarantine(step)
+        catalog.restore(step)
+        catalog.verify(step)
+        model = Layer(value=-1.0)
+        manager = plain_manager(root, model)
+        manager.load(step=step)
+        manager.close()
+        assert model.values() == {float(step)}

@@ -1,0 +1,190 @@
+"""How a folder appears and disappears on an object store, which can rename nothing.
+
+    step-10/.metadata  hf_assets/...       names that every save of the step uses: what is trashed
+    step-10/ray_ckpt.manifest.json, pins   takes copies of these along, made by the store itself
+    step-10/__0_<save id>_0.distcp         names of one save alone: they stay where they are
+
+So a step can be saved anew beside the shards of an older save that is in the trash. Folders that
+somebody else wrote (adopted ones) have no names of their own: all of their files are copied.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ray_ckpt.core import names
+from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFoundError
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.storage.base import ObjectInfo, Store
+from ray_ckpt.storage.listing import manifest_in, sizes_in
+
+
+class MarkerCommit:
+    """For an object store, where the manifest's own PUT and DELETE show and hide a folder."""
+
+    names_shards_by_save = True
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def staging(self, attempt: str) -> Path:
+        """A folder of this process on the local disk."""
+        return Path(tempfile.mkdtemp(prefix=f"ray_ckpt-{attempt}-"))
+
+    def clear(self, folder: str) -> None:
+        """Where a note tells of an unfinished save: all but pins and what the trash still needs.
+
+        Only a note makes files ours, and the note goes last: dying here changes nothing.
+        """
+        note = names.begun_key(folder)
+        if self._store.stat(note) is None:
+            return
+        if self._store.stat(names.manifest_key(folder)) is None:
+            known = self._saves_aside(folder)
+            remains = [
+                f"{folder}/{name}"
+                for name in sizes_in(self._store, folder)
+                if names.parse_pin(name) is None and names.save_of_shard(name) not in known
+            ]
+            self._store.delete(remains)
+        self._store.delete([note])
+
+    def contribute(self, staging: Path, folder: str) -> None:
+        """Uploads the files; without a manifest nobody counts them.
+
+        The note comes first, so that the remains of a dead save are not taken for foreign files.
+        """
+        paths = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        if paths:
+            self._store.write(names.begun_key(folder), b"")
+        for path in paths:
+            self._store.upload(path, f"{folder}/{path.relative_to(staging).as_posix()}")
+            path.unlink()
+
+    def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
+        """Remaining files first, then the manifest, which must not be there yet."""
+        if self._store.stat(names.manifest_key(folder)) is not None:
+            raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
+        self.contribute(staging, folder)
+        self._store.create(names.manifest_key(folder), manifest)
+        self._store.delete([names.begun_key(folder)])
+        self.discard(staging)
+
+    def discard(self, staging: Path) -> None:
+        """The local folder is removed; objects that were put already wait for `clear`."""
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def sweep(self, *, prefix: str, idle_s: float, now: float) -> list[str]:
+        """Attempts are named by what they were to become: `save-step-5`, `export-hf-step-5`."""
+        swept: list[str] = []
+        for note in list(self._store.list_objects(names.STAGING)):
+            folder = names.parse_begun(note.key)
+            if folder is None or not names.attempt_of(folder).startswith(prefix):
+                continue
+            if now - self._changed_at(note, folder) >= idle_s:
+                if self._store.stat(names.manifest_key(folder)) is None:
+                    swept.append(names.attempt_of(folder))
+                self.clear(folder)
+        return swept
+
+    def set_aside(self, folder: str, aside: str) -> None:
+        """Copies, then their manifest, then the manifest in place goes first: a rerun ends it."""
+        marker = self._store.read(names.manifest_key(folder))
+        moving = self._moving(folder, marker)
+        for name in moving:
+            self._store.copy(f"{folder}/{name}", f"{aside}/{name}")
+        self._store.write(names.manifest_key(aside), marker)
+        gone = (names.manifest_key(folder), *(f"{folder}/{name}" for name in moving))
+        self._store.delete(gone)
+
+    def bring_back(self, aside: str, folder: str) -> None:
+        """Copies, then the manifest if none is there, then what lies aside goes."""
+        marker = self._store.read(names.manifest_key(aside))
+        if not self._is_in_place(folder, marker):
+            for name in sizes_in(self._store, aside):
+                if name != names.MANIFEST:
+                    self._store.copy(f"{aside}/{name}", f"{folder}/{name}")
+            self._store.create(names.manifest_key(folder), marker)
+        self._delete_aside(aside)
+
+    def erase(self, aside: str, folder: str) -> int:
+        """The shards first, while the manifest in the trash still knows them."""
+        try:
+            marker = self._store.read(names.manifest_key(aside))
+        except ObjectNotFoundError:
+            return self._delete_aside(aside)
+        manifest = Manifest.from_json(marker, f"{self._store.uri}/{aside}")
+        try:
+            present = manifest_in(self._store, folder)
+        except IntegrityError:
+            return 0  # it may be this very save: wait until that one is out of the way
+        freed = 0
+        if present is None or present.save_id != manifest.save_id:
+            freed = self._delete_shards(folder, manifest)
+        return freed + self._delete_aside(aside)
+
+    def _moving(self, folder: str, marker: bytes) -> list[str]:
+        """Names of the files that must be copied: all but shards that no other save can name."""
+        present = sizes_in(self._store, folder)
+        present.pop(names.MANIFEST, None)
+        pins = [name for name in present if names.parse_pin(name)]
+        try:
+            manifest = Manifest.from_json(marker, f"{self._store.uri}/{folder}")
+        except IntegrityError:
+            # nobody can tell any more which files are its own: all that no other save needs
+            others = self._saves_aside(folder)
+            return [name for name in present if names.save_of_shard(name) not in others]
+        own = [entry.path for entry in manifest.files if entry.path in present]
+        return [*_shared_names(own, manifest.save_id), *pins]
+
+    def _is_in_place(self, folder: str, marker: bytes) -> bool:
+        """Whether this very manifest is there, from a restore that died.
+
+        Raises:
+            ObjectExistsError: another one is.
+        """
+        try:
+            present = self._store.read(names.manifest_key(folder))
+        except ObjectNotFoundError:
+            return False
+        if present != marker:
+            raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
+        return True
+
+    def _delete_shards(self, folder: str, manifest: Manifest) -> int:
+        """Shards of this save, and copies left in place by a purge that died; returns bytes."""
+        present = sizes_in(self._store, folder)
+        own = [entry.path for entry in manifest.files if entry.path in present]
+        shared = set(_shared_names(own, manifest.save_id))
+        has_begun = self._store.stat(names.begun_key(folder)) is not None
+        is_free = names.MANIFEST not in present and not has_begun
+        doomed = [name for name in own if name not in shared or is_free]
+        self._store.delete([f"{folder}/{name}" for name in doomed])
+        return sum(present[name] for name in doomed if name not in shared)
+
+    def _delete_aside(self, aside: str) -> int:
+        """The folder in the trash is gone, its manifest first; returns bytes."""
+        sizes = sizes_in(self._store, aside)
+        ordered = sorted(sizes, key=lambda name: name != names.MANIFEST)
+        self._store.delete([f"{aside}/{name}" for name in ordered])
+        return sum(sizes.values())
+
+    def _saves_aside(self, folder: str) -> set[str]:
+        """Save ids of the saves of this folder's step that lie in the trash or in quarantine."""
+        found = (
+            names.parse_set_aside(name)
+            for parent in (names.TRASH, names.QUARANTINE)
+            for name in self._store.list_folders(parent)
+        )
+        return {save[1] for save in found if save and names.step_dir(save[0]) == folder}
+
+    def _changed_at(self, note: ObjectInfo, folder: str) -> float:
+        """Time of the newest change of an attempt, by the store's clock."""
+        objects = self._store.list_objects(folder)
+        return max([note.modified_at, *(info.modified_at for info in objects)])
+
+
+def _shared_names(files: Iterable[str], save_id: str) -> list[str]:
+    """Those that another save of the same step may use as well."""
+    return [name for name in files if names.save_of_shard(name) != save_id]
