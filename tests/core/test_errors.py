@@ -16,6 +16,7 @@ EXIT_CODES = {
     "StepExistsError": 2,
     "ForeignFolderError": 2,
     "LeaseHeldError": 2,
+    "PurgeRefusedError": 2,
     "StateDictError": 2,
     "TransitionError": 2,
     "IntegrityError": 1,
