@@ -6,14 +6,17 @@ what becomes visible does so in one step.
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.copies import COPIED_AT
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.storage.retire import retire_copy
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
@@ -33,10 +36,14 @@ def run_action(root: str, document: Mapping[str, Any]) -> Result:
 def _verify(catalog: Catalog, action: Action) -> Result:
     """Reads every byte. Damage moves the step out of every reader's way."""
     try:
-        manifest = catalog.verify(action.step)
+        return _read(catalog, action)
     except IntegrityError:
         catalog.quarantine(action.step)
         raise
+
+
+def _read(catalog: Catalog, action: Action) -> Result:
+    manifest = catalog.verify(action.step)
     return {"bytes": manifest.total_bytes, "files": len(manifest.files)}
 
 
@@ -55,7 +62,11 @@ def _publish(catalog: Catalog, action: Action) -> Result:
     assert action.destination is not None, "and where it goes"
     export = catalog.export(action.export.name, action.step)
     published = publish_export(catalog, export, action.destination)
-    return {"location": published.location, "bytes": published.bytes_sent}
+    return {
+        "location": published.location,
+        "bytes": published.bytes_sent,
+        "content_id": export.manifest.content_id,
+    }
 
 
 def _purge(catalog: Catalog, action: Action) -> Result:
@@ -65,9 +76,33 @@ def _purge(catalog: Catalog, action: Action) -> Result:
     return {"bytes": manifest.total_bytes}
 
 
+def _retire(catalog: Catalog, action: Action) -> Result:
+    """Removes one copy at its destination; a repeated run finds it gone."""
+    publish = replace(action, kind=ActionKind.PUBLISH)
+    made = catalog.records.action(publish)  # must be read first: a copy made anew is another one
+    retired = retire_copy(catalog.uri, publish, content_id=made.result.get("content_id"))
+    return {
+        "place": retired.place,
+        "bytes": retired.bytes_freed,
+        COPIED_AT: made.changed_at,
+    }
+
+
+def _scrub(catalog: Catalog, action: Action) -> Result:
+    """Reads every byte once more. Of a damaged step nothing says any longer that it is verified."""
+    try:
+        return _read(catalog, action)
+    except IntegrityError:
+        catalog.records.forget_action(replace(action, kind=ActionKind.VERIFY))
+        catalog.quarantine(action.step)
+        raise
+
+
 _RUNNERS: dict[ActionKind, Callable[[Catalog, Action], Result]] = {
     ActionKind.VERIFY: _verify,
     ActionKind.EXPORT: _export,
     ActionKind.PUBLISH: _publish,
     ActionKind.PURGE: _purge,
+    ActionKind.RETIRE: _retire,
+    ActionKind.SCRUB: _scrub,
 }

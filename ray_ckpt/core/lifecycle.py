@@ -48,6 +48,10 @@ class ActionKind(StrEnum):
     EXPORT = "export"
     PUBLISH = "publish"
     PURGE = "purge"
+    RETIRE = "retire"
+    """Remove a copy at its destination."""
+    SCRUB = "scrub"
+    """Verify once more what was verified long ago."""
 
 
 class ActionState(StrEnum):

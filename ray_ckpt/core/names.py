@@ -14,6 +14,7 @@
         actions/<key>.json             what became of it
         staging/<attempt>/             unfinished work, private to one attempt
         staging/step-500.begun         object stores: what lies in step-500/ is ours and unfinished
+        staging/exports/<name>/step-500.retired   a copy there is being removed
         trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
@@ -111,6 +112,11 @@ def staging_dir(attempt: str) -> str:
 def begun_key(folder: str) -> str:
     """Key that tells the remains of our own save in `folder` from somebody else's files."""
     return f"{STAGING}/{folder}.begun"
+
+
+def retired_key(folder: str) -> str:
+    """Key of the manifest of a copy in `folder` that somebody has begun to remove."""
+    return f"{STAGING}/{folder}.retired"
 
 
 def action_key(key: str) -> str:

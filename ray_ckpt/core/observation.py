@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import LifecyclePolicy
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.policy import LifecyclePolicy
 
 READABLE = frozenset({CheckpointState.COMMITTED, CheckpointState.VERIFIED})
 """States in which a checkpoint may be loaded, exported or counted."""

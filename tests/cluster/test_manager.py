@@ -12,9 +12,9 @@ import ray
 
 from ray_ckpt.cluster.connect import find_manager, manager_status
 from ray_ckpt.core.actions import ActionRecord
-from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Request
+from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
 from tests.roots import flip_byte, make_root
 from tests.waiting import wait_for

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation, Request
+from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.reconcile import (
     decide_all,
     export_action,
@@ -279,7 +279,10 @@ def test_a_held_step_names_what_holds_it() -> None:
     assert holds_of(observed) == {
         1: ("not done yet: export step-1 hf", "not done yet: publish step-1 hf to /copies")
     }
-    assert decide_all(observed, holds=holds_of(observed))[0].reasons[:2] == holds_of(observed)[1]
+    assert (
+        decide_all(observed, holds=holds_of(observed), now=0.0)[0].reasons[:2]
+        == holds_of(observed)[1]
+    )
 
 
 STEPS = st.lists(st.integers(1, 12), unique=True, max_size=6)
