@@ -1,6 +1,7 @@
 """What may be written down as a policy, and what is refused with the field and the cure."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,13 @@ def test_every_field_is_read_and_survives_being_written_as_json() -> None:
 def test_a_jobs_file_holds_its_policy_in_the_lifecycle_section() -> None:
     text = "root = '/runs/a'\n[save]\nevery_steps = 5\n[lifecycle.keep]\nlatest = 3\n"
     assert policy_of_toml(text, where="job.toml").keep == KeepConfig(latest=3)
+
+
+def test_the_policy_in_the_readme_is_one() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    policy = policy_of_toml(text.partition("```toml\n")[2].partition("```")[0], where="README.md")
+    assert policy.publish[0].keep == KeepCopies(latest=5)
+    assert len(policy.keep.policies(now=0.0)) == 5
 
 
 @pytest.mark.parametrize(
