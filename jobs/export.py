@@ -11,7 +11,7 @@ from ray_ckpt.cluster.perform import perform_on_cluster
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.config import Dtype
-from ray_ckpt.core.reconcile import export_action, publish_action
+from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.backends import open_catalog
 
 

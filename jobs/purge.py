@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.purge import apply_purge, plan_purge
-from ray_ckpt.core.config import KeepConfig
+from ray_ckpt.core.policy import KeepConfig
 from ray_ckpt.storage.backends import open_catalog
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     planned = (apply_purge if config.apply else plan_purge)(catalog, config.keep)
     for verdict in planned.verdicts:
         word = "keep " if verdict.keep else "purge"
-        print(f"{word} step-{verdict.step}: {'; '.join(verdict.reasons) or planned.why_not}")
+        print(f"{word} step-{verdict.step}: {'; '.join(verdict.reasons) or verdict.why_not}")
     print(planned.summary(applied=config.apply, root=catalog.uri))
 
 

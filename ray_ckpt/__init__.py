@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray_ckpt.core.config import LifecyclePolicy
     from ray_ckpt.core.errors import RayCkptError
     from ray_ckpt.core.loading import FromScratch, FromSources, FromWeights, LoadConfig, Source
+    from ray_ckpt.core.policy import LifecyclePolicy
     from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
     from ray_ckpt.tensors.adapters import StateDictAdapter
     from ray_ckpt.tensors.converters import ModelConverter
@@ -51,7 +51,7 @@ _HOME = {
     "FromWeights": "ray_ckpt.core.loading",
     "HfAssets": "ray_ckpt.tensors.run",
     "HuggingFace": "ray_ckpt.core.saving",
-    "LifecyclePolicy": "ray_ckpt.core.config",
+    "LifecyclePolicy": "ray_ckpt.core.policy",
     "LoadConfig": "ray_ckpt.core.loading",
     "ModelConverter": "ray_ckpt.tensors.converters",
     "ModelOnly": "ray_ckpt.core.saving",

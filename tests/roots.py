@@ -8,7 +8,7 @@ import torch
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, init_weights
 from jobs.train import make_assets
-from ray_ckpt.core.config import LifecyclePolicy
+from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper

@@ -22,10 +22,11 @@ from ray_ckpt.cli.output import (
 )
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import Dtype, KeepConfig
+from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import ConfigError, ForeignFolderError, IntegrityError, UsageError
 from ray_ckpt.core.pins import after, moment
-from ray_ckpt.core.reconcile import export_action, publish_action
+from ray_ckpt.core.policy import KeepConfig
+from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import TRAINER, holder_of
 
@@ -237,7 +238,7 @@ def purge(
 
     def render() -> None:
         rows = [
-            (str(v.step), "keep" if v.keep else "purge", "; ".join(v.reasons) or planned.why_not)
+            (str(v.step), "keep" if v.keep else "purge", "; ".join(v.reasons) or v.why_not)
             for v in planned.verdicts
         ]
         print_table(("step", "verdict", "reason"), rows)

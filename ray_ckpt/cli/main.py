@@ -12,6 +12,7 @@ import click
 
 from ray_ckpt.cli import act, inspect, queue
 from ray_ckpt.cli.demo import demo
+from ray_ckpt.cli.plan import plan
 from ray_ckpt.core.errors import RayCkptError
 
 INTERRUPTED = 130
@@ -34,6 +35,7 @@ VERBS = (
     inspect.show,
     inspect.verify,
     inspect.resume_plan,
+    plan,
     act.adopt,
     act.export,
     act.publish,

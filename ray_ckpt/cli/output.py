@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ray_ckpt.core.copies import copies
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.resume import why_unusable
@@ -109,6 +110,6 @@ def human_bytes(count: float) -> str:
 def _copies(observed: Observation, step: int) -> set[str]:
     return {
         str(record.result["location"])
-        for record in observed.records.values()
+        for record in copies(observed)
         if record.action.step == step and "location" in record.result
     }

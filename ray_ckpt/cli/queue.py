@@ -11,9 +11,9 @@ import click
 from ray_ckpt.cli.output import emit, json_option, open_root, root_argument
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import UsageError
-from ray_ckpt.core.lifecycle import ActionKind, ActionState
+from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState
 from ray_ckpt.core.observation import Command, Observation
-from ray_ckpt.core.reconcile import GIVEN_UP, plan
+from ray_ckpt.core.reconcile import plan
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, holder_of
 

@@ -11,7 +11,7 @@ from ray_ckpt.cluster.executors import Executor
 from ray_ckpt.cluster.reconciler import Reconciler, Round
 from ray_ckpt.core.errors import TransientError
 from ray_ckpt.core.observation import Observation
-from ray_ckpt.core.reconcile import unfinished
+from ray_ckpt.core.settling import unfinished
 from ray_ckpt.storage.catalog import Catalog
 
 POLL_S = 0.3

@@ -22,7 +22,7 @@ from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import RayCkptError, StorageError
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Request
-from ray_ckpt.core.reconcile import is_result, verify_action
+from ray_ckpt.core.wanted import is_result, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from ray_ckpt.cluster.perform import ensure_verified
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.config import KeepConfig
 from ray_ckpt.core.errors import IntegrityError, PurgeRefusedError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import Observation
-from ray_ckpt.core.reconcile import decide_all, holds_of, purge_action
+from ray_ckpt.core.policy import KeepConfig
+from ray_ckpt.core.reconcile import decide_all, holds_of
 from ray_ckpt.core.retention import Verdict
+from ray_ckpt.core.wanted import purge_action
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.readers import readers_by_step
@@ -28,22 +29,11 @@ class PurgePlan:
 
     verdicts: tuple[Verdict, ...]
     sizes: dict[int, int]
-    keep: KeepConfig
 
     @property
     def doomed(self) -> list[int]:
         """Steps that go, oldest first."""
         return [verdict.step for verdict in self.verdicts if not verdict.keep]
-
-    @property
-    def why_not(self) -> str:
-        """Why a step goes: what does not keep it."""
-        rules = [
-            f"latest {self.keep.latest}" if self.keep.latest else "",
-            f"every {self.keep.every_steps} steps" if self.keep.every_steps else "",
-            f"best {self.keep.best} by {self.keep.best_metric}" if self.keep.best else "",
-        ]
-        return f"kept by neither a pin nor: {', '.join(rule for rule in rules if rule)}"
 
     def without(self, reasons: Mapping[int, Sequence[str]]) -> "PurgePlan":
         """The plan with further reasons, by step, for keeping what it names."""
@@ -68,8 +58,9 @@ class PurgePlan:
             "applied": applied,
             "keep": [{"step": v.step, "reasons": list(v.reasons)} for v in self.verdicts if v.keep],
             "purge": [
-                {"step": step, "bytes": self.sizes[step], "reasons": [self.why_not]}
-                for step in self.doomed
+                {"step": v.step, "bytes": self.sizes[v.step], "reasons": [v.why_not]}
+                for v in self.verdicts
+                if not v.keep
             ],
         }
 
@@ -150,7 +141,6 @@ def _with_policy(observed: Observation, keep: KeepConfig | None) -> Observation:
 
 def _plan(observed: Observation) -> PurgePlan:
     return PurgePlan(
-        verdicts=tuple(decide_all(observed, holds=holds_of(observed))),
+        verdicts=tuple(decide_all(observed, holds=holds_of(observed), now=time.time())),
         sizes={v.step: v.manifest.total_bytes for v in observed.readable() if v.manifest},
-        keep=observed.policy.keep,
     )

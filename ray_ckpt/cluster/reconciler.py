@@ -16,7 +16,8 @@ from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import LeaseHeldError, TransitionError
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState, move_checkpoint
 from ray_ckpt.core.observation import Observation
-from ray_ckpt.core.reconcile import Plan, obeyed, overtaken, plan
+from ray_ckpt.core.reconcile import Plan, plan
+from ray_ckpt.core.settling import obeyed, overtaken
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, Lease
 

@@ -10,11 +10,12 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.copies import COPIED_AT
 from ray_ckpt.core.errors import IntegrityError, StorageError
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.storage.backends import open_catalog
@@ -22,6 +23,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, LeaseGuard
 from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.purging import purge_step
+from ray_ckpt.storage.retire import retire_copy
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
@@ -68,11 +70,15 @@ def _keep_log(catalog: Catalog, attempt: Attempt, text: str) -> None:
 def _verify(catalog: Catalog, action: Action, guard: Guard) -> Result:
     """Reads every byte. Damage moves the step out of every reader's way."""
     try:
-        manifest = catalog.verify(action.step)
+        return _read(catalog, action)
     except IntegrityError:
         guard()
         catalog.quarantine(action.step)
         raise
+
+
+def _read(catalog: Catalog, action: Action) -> Result:
+    manifest = catalog.verify(action.step)
     return {"bytes": manifest.total_bytes, "files": len(manifest.files)}
 
 
@@ -91,7 +97,11 @@ def _publish(catalog: Catalog, action: Action, _: Guard) -> Result:
     assert action.destination is not None, "and where it goes"
     export = catalog.export(action.export.name, action.step)
     published = publish_export(catalog, export, action.destination)
-    return {"location": published.location, "bytes": published.bytes_sent}
+    return {
+        "location": published.location,
+        "bytes": published.bytes_sent,
+        "content_id": export.manifest.content_id,
+    }
 
 
 def _purge(catalog: Catalog, action: Action, guard: Guard) -> Result:
@@ -100,9 +110,35 @@ def _purge(catalog: Catalog, action: Action, guard: Guard) -> Result:
     return {"bytes": purge_step(catalog, action, now=time.time())}
 
 
+def _retire(catalog: Catalog, action: Action, guard: Guard) -> Result:
+    """Removes one copy at its destination; a repeated run finds it gone."""
+    publish = replace(action, kind=ActionKind.PUBLISH)
+    made = catalog.records.action(publish)  # must be read first: a copy made anew is another one
+    guard()
+    retired = retire_copy(catalog.uri, publish, content_id=made.result.get("content_id"))
+    return {
+        "place": retired.place,
+        "bytes": retired.bytes_freed,
+        COPIED_AT: made.changed_at,
+    }
+
+
+def _scrub(catalog: Catalog, action: Action, guard: Guard) -> Result:
+    """Reads every byte once more. Of a damaged step nothing says any longer that it is verified."""
+    try:
+        return _read(catalog, action)
+    except IntegrityError:
+        guard()
+        catalog.records.forget_action(replace(action, kind=ActionKind.VERIFY))
+        catalog.quarantine(action.step)
+        raise
+
+
 _RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard], Result]] = {
     ActionKind.VERIFY: _verify,
     ActionKind.EXPORT: _export,
     ActionKind.PUBLISH: _publish,
     ActionKind.PURGE: _purge,
+    ActionKind.RETIRE: _retire,
+    ActionKind.SCRUB: _scrub,
 }

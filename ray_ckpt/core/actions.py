@@ -1,4 +1,4 @@
-"""An action (verify, export, publish, purge), its record, and what follows from its end.
+"""An action (verify, export, publish, purge, ...), its record, and what follows from its end.
 
 One record per (checkpoint content, kind, parameters): the key is a digest of these, so that asking
 twice is asking once, and a step that was saved anew is another checkpoint.
@@ -55,9 +55,9 @@ class Action:
     source_id: str
     """Content id of the checkpoint; another save of the same step is another source."""
     export: ExportSpec | None = None
-    """For export and publish: which export."""
+    """For export, publish and retire: which export."""
     destination: str | None = None
-    """For publish: where to."""
+    """For publish: where to. For retire: where from."""
     grace_s: float | None = None
     """For purge: seconds the step stays in the trash."""
 
@@ -74,7 +74,8 @@ class Action:
         if self.export is not None:
             words.append(self.export.name)
         if self.destination is not None:
-            words.append(f"to {self.destination}")
+            place = "at" if self.kind is ActionKind.RETIRE else "to"
+            words.append(f"{place} {self.destination}")
         return " ".join(words)
 
     def to_document(self) -> dict[str, Any]:

@@ -11,104 +11,13 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.names import is_word
-from ray_ckpt.core.retention import KeepBest, KeepEvery, KeepLatest, Policy
 
 Config = TypeVar("Config")
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportPolicy:
-    """Steps that become a Hugging Face folder by themselves."""
-
-    name: str
-    """Folder under `exports/`, for example `hf-bf16`."""
-    dtype: Dtype = "bfloat16"
-    """What floating-point tensors are cast to."""
-    every_steps: int | None = None
-    """Export each step that is a multiple of this."""
-    last_step: bool = True
-    """Export the last step of the run."""
-    flavors: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
-    """Converter to what it is exported as, for example `lora = "peft"`."""
-
-    def __post_init__(self) -> None:
-        a_word("export.name", self.name)
-        at_least(1, every_steps=self.every_steps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishPolicy:
-    """A place every export of one name is copied to."""
-
-    export: str
-    """Name of the export."""
-    to: str
-    """`/path`, `s3://bucket/prefix` or `hf://org/repo`."""
-    required: bool = True
-    """Whether a step is kept until its copy is there."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeepConfig:
-    """Which checkpoints survive; several lines keep the union."""
-
-    latest: int | None = None
-    """The newest so many verified checkpoints; at least 2."""
-    every_steps: int | None = None
-    """Every step that is a multiple of this."""
-    best: int | None = None
-    """The best so many by `best_metric`."""
-    best_metric: str = "loss"
-    """A metric that was handed to `save`; smaller is better unless `best_order` says otherwise."""
-    best_order: Literal["min", "max"] = "min"
-    """Which end of `best_metric` is best."""
-    trash_grace_s: float = 3600.0
-    """Seconds a purged step stays in the trash, where `ray-ckpt undo` finds it."""
-
-    def __post_init__(self) -> None:
-        at_least(2, latest=self.latest)
-        at_least(1, every_steps=self.every_steps, best=self.best)
-
-    def policies(self) -> list[Policy]:
-        """The retention policies these fields stand for; none keeps everything."""
-        policies: list[Policy] = []
-        if self.latest is not None:
-            policies.append(KeepLatest(self.latest))
-        if self.every_steps is not None:
-            policies.append(KeepEvery(self.every_steps))
-        if self.best is not None:
-            policies.append(KeepBest(self.best, self.best_metric, self.best_order))
-        return policies
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LifecyclePolicy:
-    """What happens to every checkpoint of a run after its save."""
-
-    export: tuple[ExportPolicy, ...] = ()
-    """Exports made without being asked for."""
-    publish: tuple[PublishPolicy, ...] = ()
-    """Copies made of these exports."""
-    keep: KeepConfig = dataclasses.field(default_factory=KeepConfig)
-    """What is kept; the default keeps everything."""
-
-    def __post_init__(self) -> None:
-        names = [export.name for export in self.export]
-        unknown = sorted({p.export for p in self.publish} - set(names))
-        if unknown:
-            raise ConfigError(
-                f"publish names exports that no [[export]] makes: {', '.join(unknown)}",
-                "publish.export",
-                do=f"use one of: {', '.join(names) or 'none is defined'}",
-            )
-        if len(set(names)) < len(names):
-            raise ConfigError("two [[export]] entries have the same name", "export.name")
 
 
 def load_toml(
@@ -119,13 +28,22 @@ def load_toml(
     Raises:
         ConfigError: no TOML, an unknown key, a value of the wrong type or one that is refused.
     """
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML: {error}", where) from error
+    document = parse_toml(text, where=where)
     for override in overrides:
         _apply_override(document, override)
     return build(config_type, document, where=where)
+
+
+def parse_toml(text: str, *, where: str) -> dict[str, Any]:
+    """The TOML in `text` as a plain mapping.
+
+    Raises:
+        ConfigError: no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}", where) from error
 
 
 def build(config_type: type[Config], values: Mapping[str, Any], *, where: str) -> Config:

@@ -48,6 +48,10 @@ class ActionKind(StrEnum):
     EXPORT = "export"
     PUBLISH = "publish"
     PURGE = "purge"
+    RETIRE = "retire"
+    """Remove a copy at its destination."""
+    SCRUB = "scrub"
+    """Verify once more what was verified long ago."""
 
 
 class ActionState(StrEnum):
@@ -73,6 +77,9 @@ class ActionState(StrEnum):
         """Whether no further move happens without a person."""
         return not (ACTION_MOVES[self] - {ActionState.PENDING})
 
+
+GIVEN_UP = ActionState.DEAD, ActionState.CANCELLED, ActionState.SUPERSEDED
+"""What nobody waits for any more, unless a person asks for it again."""
 
 CHECKPOINT_MOVES: Mapping[CheckpointState, frozenset[CheckpointState]] = {
     CheckpointState.SAVING: frozenset({CheckpointState.COMMITTED, CheckpointState.ABANDONED}),

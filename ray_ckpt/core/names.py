@@ -19,6 +19,7 @@
         staging/step-500.begun         object stores: what lies in step-500/ is ours and unfinished
         trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over;
                                        on an object store its shards stay in step-500/
+        staging/exports/<name>/step-500.retired   a copy there is being removed
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
 Keys are relative to the root and separated by "/", on every backend.
@@ -168,6 +169,11 @@ def parse_reader(key: str) -> int | None:
     """Step that is read by the one whose heartbeat lies under `key`, or None."""
     match = _READER.fullmatch(key.removeprefix(f"{READERS}/"))
     return int(match[1]) if match else None
+
+
+def retired_key(folder: str) -> str:
+    """Key of the manifest of a copy in `folder` that somebody has begun to remove."""
+    return f"{STAGING}/{folder}.retired"
 
 
 def action_key(key: str) -> str:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import LifecyclePolicy
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.pins import Pin
+from ray_ckpt.core.policy import LifecyclePolicy
 
 READABLE = frozenset({CheckpointState.COMMITTED, CheckpointState.VERIFIED})
 """States in which a checkpoint may be loaded, exported or counted."""

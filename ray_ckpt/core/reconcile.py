@@ -1,284 +1,237 @@
 """What to do next, from what storage shows. Pure: no memory, no clock, no effect.
 
     verify ──► export ──► publish          purge: once retention lets the step go,
-                                                  and nothing above still needs it
+                             │                    and nothing above still needs it
+                             └──► retire   scrub: once there is nothing else to do
 
 The plan is computed anew every round, so a lost event, a dead manager or a deleted record can
 delay an action but never lose it.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
-from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.actions import Action
+from ray_ckpt.core.copies import retire_action, retirements
+from ray_ckpt.core.due import unreported_metrics
+from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
-from ray_ckpt.core.retention import Candidate, Verdict, decide
+from ray_ckpt.core.retention import Candidate, Verdict, decide, quota_problem
+from ray_ckpt.core.scrub import overdue_scrubs, utc
+from ray_ckpt.core.wanted import (
+    Wanted,
+    WantedAction,
+    all_wanted,
+    export_action,
+    is_result,
+    manifest_of,
+    publish_action,
+    purge_action,
+    scrub_action,
+    verify_action,
+)
 
-GIVEN_UP = ActionState.DEAD, ActionState.CANCELLED, ActionState.SUPERSEDED
-"""What nobody waits for any more, unless a person asks for it again."""
-_UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
+_ORDER = (
+    ActionKind.VERIFY,
+    ActionKind.PUBLISH,
+    ActionKind.EXPORT,
+    ActionKind.PURGE,
+    ActionKind.RETIRE,
+    ActionKind.SCRUB,
+)
+"""What goes first: what makes a checkpoint safe, then what frees room, then what merely looks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedAction:
+    """One thing that is wanted and not done yet."""
+
+    action: Action
+    reason: str
+    """The line of the policy, or the request, that asks for it."""
+    not_now: str | None = None
+    """Why it does not start now: what comes first, or how far it is; None starts now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a round does, and why it keeps what it keeps."""
 
-    actions: tuple[Action, ...]
-    """To start now, oldest step first."""
+    planned: tuple[PlannedAction, ...]
+    """All that is wanted and not done: by kind, and the oldest step first."""
     verdicts: tuple[Verdict, ...]
     """One a readable checkpoint, oldest first."""
     settled: tuple[Request, ...]
     """Requests that need no further action: done, dead, or for a step that is not there."""
     problems: tuple[str, ...]
-    """Requests that cannot be served, as sentences."""
+    """What cannot be as somebody wished, as sentences."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
-    """Everything asked of one checkpoint, by policy or by request."""
-
-    exports: tuple[Action, ...]
-    publishes: tuple[Action, ...]
-    required: frozenset[str]
-    """Keys of the publishes without which the checkpoint may not go."""
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """To start now, in this order."""
+        return tuple(p.action for p in self.planned if p.not_now is None)
 
 
 def plan(observed: Observation, *, now: float) -> Plan:
-    """The next round's actions, given everything that storage shows."""
+    """The next round's actions, given everything that storage shows; expired pins do not count."""
     observed = observed.at(now)
-    readable = observed.readable()
-    wanted = {c.step: _wanted(c, observed) for c in readable}
-    verdicts = decide_all(observed, holds={step: _holds(w, observed) for step, w in wanted.items()})
-    doomed = {verdict.step for verdict in verdicts if not verdict.keep}
-    actions: list[Action] = []
-    for checkpoint in readable:
-        if checkpoint.step in doomed:
-            actions.append(purge_action(checkpoint, grace_s=observed.policy.keep.trash_grace_s))
-        else:
-            actions.extend(_next_steps(checkpoint, wanted[checkpoint.step], observed))
+    wanted = all_wanted(observed)
+    held = _held(wanted, observed)
+    verdicts = decide_all(observed, holds=held, now=now)
+    doomed = {verdict.step: verdict.why_not for verdict in verdicts if not verdict.keep}
+    planned = sorted(
+        (
+            *(p for c in observed.readable() for p in _steps(c, wanted[c.step], doomed, observed)),
+            *(PlannedAction(action=a, reason=why) for a, why in retirements(observed)),
+        ),
+        key=lambda p: (_ORDER.index(p.action.kind), p.action.step),
+    )
+    waiting = [_after_its_record(p, observed, now) for p in planned]
+    scrubs = [s for s in overdue_scrubs(observed, now=now) if s[0].step not in doomed]
     return Plan(
-        actions=tuple(action for action in actions if _may_start(action, observed, now)),
+        planned=(*waiting, *_next_scrub(scrubs, waiting, observed, now)),
         verdicts=tuple(verdicts),
         settled=tuple(request for request in observed.requests if _is_settled(request, observed)),
-        problems=tuple(_problems(observed)),
+        problems=tuple(_problems(observed, held)),
     )
 
 
-def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
-    """Unfinished records whose checkpoint is not in place any more, as they are to be from now on.
-
-    A purge whose step lies in the trash was carried out by a manager that died before it said so;
-    for anything else there is nothing left to do.
-    """
-    present = {_identity(view) for view in observed.readable()}
-    trashed = {_identity(v) for v in observed.checkpoints if v.state is CheckpointState.TRASHED}
-    waiting = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
-    found: list[ActionRecord] = []
-    for record in observed.records.values():
-        source = (record.action.step, record.action.source_id)
-        if record.state not in waiting or source in present:
-            continue
-        if record.action.kind is ActionKind.PURGE and source in trashed:
-            found.append(record.started(now).succeeded({}, now))
-        else:
-            found.append(record.cancelled("its checkpoint is not in place any more", now))
-    return found
-
-
-def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
-    """Records as people's commands want them from now on.
-
-    What succeeded stays so; a command for what is over already changes nothing.
-    """
-    found: list[ActionRecord] = []
-    for command in observed.commands:
-        record = observed.records.get(command.action.key, ActionRecord(action=command.action))
-        if record.state is ActionState.SUCCEEDED:
-            continue
-        if command.verb == "retry" and record.state not in _UNDER_WAY:
-            found.append(record.asked_again(now))
-        if command.verb == "cancel" and record.state not in GIVEN_UP:
-            found.append(record.cancelled(f"cancelled by {command.by}", now))
-    return found
-
-
-def _identity(view: CheckpointView) -> tuple[int, str]:
-    return view.step, view.manifest.content_id if view.manifest else ""
-
-
-def unfinished(observed: Observation, *, now: float) -> list[str]:
-    """A sentence for everything that has begun, waits, or could begin now; empty when idle."""
-    begun = {
-        key: f"{record.action.title} is {record.state}"
-        for key, record in observed.records.items()
-        if record.state is not ActionState.SUCCEEDED and record.state not in GIVEN_UP
-    }
-    planned = plan(observed, now=now)
-    may_start = {action.key: f"{action.title} may start" for action in planned.actions}
-    return list({**may_start, **begun}.values())
-
-
-def decide_all(observed: Observation, *, holds: dict[int, tuple[str, ...]]) -> list[Verdict]:
-    """The retention verdict on every readable checkpoint, `holds` and every pin included."""
-    candidates = [
-        Candidate(
-            step=checkpoint.step,
-            is_verified=checkpoint.is_way_back,
-            metrics=_manifest(checkpoint).metrics if checkpoint.is_healthy else {},
-            pins=tuple(pin.title for pin in checkpoint.pins),
-            holds=holds.get(checkpoint.step, ()),
-        )
-        for checkpoint in observed.readable()
-    ]
-    return decide(candidates, observed.policy.keep.policies())
+def decide_all(
+    observed: Observation, *, holds: Mapping[int, tuple[str, ...]], now: float
+) -> list[Verdict]:
+    """The retention verdict on every readable checkpoint, `holds` included."""
+    keep = observed.policy.keep
+    candidates = _candidates(observed, holds)
+    return decide(candidates, keep.policies(now=now), max_bytes=keep.max_bytes)
 
 
 def holds_of(observed: Observation) -> dict[int, tuple[str, ...]]:
     """For each readable step, sentences about unfinished work that still needs it."""
-    return {c.step: _holds(_wanted(c, observed), observed) for c in observed.readable()}
+    return _held(all_wanted(observed), observed)
 
 
-def verify_action(checkpoint: CheckpointView) -> Action:
-    """Recompute every digest of the checkpoint."""
-    return _action(ActionKind.VERIFY, checkpoint)
+def _held(wanted: Mapping[int, Wanted], observed: Observation) -> dict[int, tuple[str, ...]]:
+    return {c.step: _holds(wanted[c.step], c, observed) for c in observed.readable()}
 
 
-def purge_action(checkpoint: CheckpointView, *, grace_s: float) -> Action:
-    """Move the checkpoint to the trash, where it stays for `grace_s` seconds."""
-    return Action(
-        kind=ActionKind.PURGE,
-        step=checkpoint.step,
-        source_id=_manifest(checkpoint).content_id,
-        grace_s=grace_s,
-    )
+def _holds(wanted: Wanted, checkpoint: CheckpointView, observed: Observation) -> tuple[str, ...]:
+    """Sentences about unfinished work that still needs the checkpoint.
 
-
-def export_action(checkpoint: CheckpointView, export: ExportSpec) -> Action:
-    """Make one export of the checkpoint."""
-    return _action(ActionKind.EXPORT, checkpoint, export=export)
-
-
-def publish_action(checkpoint: CheckpointView, export: ExportSpec, destination: str) -> Action:
-    """Copy one export of the checkpoint to `destination`."""
-    return _action(ActionKind.PUBLISH, checkpoint, export=export, destination=destination)
-
-
-def _action(
-    kind: ActionKind,
-    checkpoint: CheckpointView,
-    *,
-    export: ExportSpec | None = None,
-    destination: str | None = None,
-) -> Action:
-    source_id = _manifest(checkpoint).content_id
-    return Action(
-        kind=kind, step=checkpoint.step, source_id=source_id, export=export, destination=destination
-    )
-
-
-def _manifest(checkpoint: CheckpointView) -> Manifest:
-    assert checkpoint.manifest is not None, "a readable checkpoint has a manifest"
-    return checkpoint.manifest
-
-
-def _wanted(checkpoint: CheckpointView, observed: Observation) -> _Wanted:
-    """Policies and requests alike, without repeats."""
-    due = _due_by_policy(checkpoint, observed)
-    exports = [export_action(checkpoint, spec) for spec in due.values()]
-    publishes: list[Action] = []
-    required: set[str] = set()
-    for policy in observed.policy.publish:
-        if policy.export in due:
-            publishes.append(publish_action(checkpoint, due[policy.export], policy.to))
-            required |= {publishes[-1].key} if policy.required else set()
-    for request in observed.requests:
-        if request.step == checkpoint.step:
-            exports.append(export_action(checkpoint, request.export))
-            if request.destination is not None:
-                publishes.append(publish_action(checkpoint, request.export, request.destination))
-                required.add(publishes[-1].key)
-    return _Wanted(
-        exports=tuple({a.key: a for a in exports}.values()),
-        publishes=tuple({a.key: a for a in publishes}.values()),
-        required=frozenset(required),
-    )
-
-
-def _due_by_policy(checkpoint: CheckpointView, observed: Observation) -> dict[str, ExportSpec]:
-    due: dict[str, ExportSpec] = {}
-    if not checkpoint.is_healthy:
-        return due
-    for policy in observed.policy.export:
-        is_last = policy.last_step and _manifest(checkpoint).is_last_step
-        is_multiple = policy.every_steps is not None and checkpoint.step % policy.every_steps == 0
-        if is_last or is_multiple:
-            due[policy.name] = ExportSpec(
-                name=policy.name, dtype=policy.dtype, flavors=policy.flavors
-            )
-    return due
-
-
-def _next_steps(
-    checkpoint: CheckpointView, wanted: _Wanted, observed: Observation
-) -> Iterable[Action]:
-    """Actions whose dependencies are met: verify first, then exports, then what needs these."""
-    if checkpoint.state is not CheckpointState.VERIFIED:
-        yield verify_action(checkpoint)
-        return
-    for export in wanted.exports:
-        if not _is_exported(export, observed):
-            yield export
-    for publish in wanted.publishes:
-        if _is_exported(publish, observed):
-            yield publish
-
-
-def _is_exported(action: Action, observed: Observation) -> bool:
-    """Whether the export that `action` makes or copies is on storage; no record is asked."""
-    return any(is_result(export.manifest, action) for export in observed.exports)
-
-
-def is_result(manifest: Manifest, action: Action) -> bool:
-    """Whether an export with this manifest is what `action` makes or copies."""
-    recipe, spec = manifest.lineage.recipe, action.export
-    if spec is None or manifest.lineage.source_id != action.source_id:
-        return False
-    flavors = {f"flavor.{name}": flavor for name, flavor in spec.flavors.items()}
-    wanted = {"name": spec.name, "dtype": spec.dtype, **flavors}
-    return wanted == {key: value for key, value in recipe.items() if key != "family"}
-
-
-def _holds(wanted: _Wanted, observed: Observation) -> tuple[str, ...]:
-    """Unfinished exports hold a step until they end; required copies until they exist."""
+    Whoever reads its bytes now; unfinished exports until they end; required copies until they
+    were made.
+    """
+    readers = (verify_action(checkpoint), scrub_action(checkpoint))
+    reading = [a for a in readers if observed.state_of(a) is ActionState.RUNNING]
     running = [
-        action
-        for action in wanted.exports
-        if not _is_exported(action, observed) and observed.state_of(action) not in GIVEN_UP
+        export.action
+        for export in wanted.exports
+        if not export.is_exported and export.state not in GIVEN_UP
     ]
     missing = [
-        action
-        for action in wanted.publishes
-        if observed.state_of(action) is not ActionState.SUCCEEDED
-        and (action.key in wanted.required or observed.state_of(action) not in GIVEN_UP)
+        publish.action
+        for publish in wanted.publishes
+        if publish.state is not ActionState.SUCCEEDED
+        and (publish.is_required or publish.state not in GIVEN_UP)
     ]
-    return tuple(f"not done yet: {action.title}" for action in (*running, *missing))
+    return tuple(f"not done yet: {action.title}" for action in (*reading, *running, *missing))
 
 
-def _may_start(action: Action, observed: Observation, now: float) -> bool:
-    """Whether the action's record lets it run now.
+def _candidates(observed: Observation, held: Mapping[int, tuple[str, ...]]) -> list[Candidate]:
+    return [
+        Candidate(
+            step=checkpoint.step,
+            is_verified=checkpoint.is_way_back,
+            metrics=manifest_of(checkpoint).metrics if checkpoint.is_healthy else {},
+            pins=tuple(pin.title for pin in checkpoint.pins),
+            holds=held.get(checkpoint.step, ()),
+            created_at=_seconds(manifest_of(checkpoint).created_at),
+            size_bytes=manifest_of(checkpoint).total_bytes,
+        )
+        for checkpoint in observed.readable()
+    ]
 
-    A record of success proves only what storage here cannot show: a copy elsewhere. The others
-    are planned because their effect is not there, whatever was recorded before.
+
+def _seconds(created_at: str) -> float | None:
+    """Seconds since the epoch of an ISO 8601 moment, UTC unless it says; None if it is none."""
+    try:
+        moment = datetime.fromisoformat(created_at)
+    except ValueError:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _steps(
+    checkpoint: CheckpointView, wanted: Wanted, doomed: Mapping[int, str], observed: Observation
+) -> Iterator[PlannedAction]:
+    """What is wanted of one checkpoint and not done: verify, then exports, then their copies."""
+    if checkpoint.step in doomed:
+        purge = purge_action(checkpoint, grace_s=observed.policy.keep.trash_grace_s)
+        yield PlannedAction(action=purge, reason=doomed[checkpoint.step])
+        return
+    first = None
+    if checkpoint.state is not CheckpointState.VERIFIED:
+        verify = verify_action(checkpoint)
+        first = f"after {verify.title}"
+        yield PlannedAction(action=verify, reason="every committed step is verified")
+    for export in wanted.exports:
+        if not export.is_exported:
+            yield PlannedAction(action=export.action, reason=export.reason, not_now=first)
+    for publish in wanted.publishes:
+        if publish.state is not ActionState.SUCCEEDED:
+            before = first or _before_publish(publish, observed)
+            yield PlannedAction(action=publish.action, reason=publish.reason, not_now=before)
+
+
+def _before_publish(publish: WantedAction, observed: Observation) -> str | None:
+    """What must end before a copy is made: its export, and the removal of an older copy."""
+    retire = retire_action(publish.action)
+    if observed.state_of(retire) is ActionState.RUNNING:
+        return f"after {retire.title}"
+    export = replace(publish.action, kind=ActionKind.EXPORT, destination=None)
+    return None if publish.is_exported else f"after {export.title}"
+
+
+def _after_its_record(planned: PlannedAction, observed: Observation, now: float) -> PlannedAction:
+    not_now = planned.not_now or _not_yet(planned.action, observed, now)
+    return PlannedAction(action=planned.action, reason=planned.reason, not_now=not_now)
+
+
+def _not_yet(action: Action, observed: Observation, now: float) -> str | None:
+    """Why the action's record does not let it run now; None if it may.
+
+    Success recorded before does not count: what is planned is what storage shows to be undone.
     """
     record = observed.records.get(action.key)
-    if record is None or record.state is ActionState.PENDING:
-        return True
-    if record.state is ActionState.SUCCEEDED:
-        return action.kind is not ActionKind.PUBLISH
-    due = record.next_attempt_at is not None and now >= record.next_attempt_at
-    return record.state in (ActionState.RETRY_WAIT, ActionState.BLOCKED) and due
+    if record is None or record.state in (ActionState.PENDING, ActionState.SUCCEEDED):
+        return None
+    error = (record.error or "").partition("\n")[0]
+    if record.state in (ActionState.RETRY_WAIT, ActionState.BLOCKED):
+        due = record.next_attempt_at
+        if due is not None and now >= due:
+            return None
+        when = "nobody knows when" if due is None else utc(due)
+        return f"attempt {record.attempts + 1} at {when}; the last one: {error}"
+    if record.state is ActionState.RUNNING:
+        return f"running since {utc(record.changed_at)}, attempt {record.attempts}"
+    return f"{record.state} after {record.attempts} attempts: {error}"
+
+
+def _next_scrub(
+    scrubs: Sequence[tuple[Action, str]],
+    planned: Sequence[PlannedAction],
+    observed: Observation,
+    now: float,
+) -> Iterator[PlannedAction]:
+    """One scrub at most: the one that runs, else the first that may, after all other work."""
+    running = [s for s in scrubs if observed.state_of(s[0]) is ActionState.RUNNING]
+    ready = [s for s in scrubs if _not_yet(s[0], observed, now) is None]
+    is_busy = any(p.not_now is None for p in planned) or any(
+        record.state is ActionState.RUNNING for record in observed.records.values()
+    )
+    for action, reason in (running or ready)[:1]:
+        not_now = _not_yet(action, observed, now) or ("after all other work" if is_busy else None)
+        yield PlannedAction(action=action, reason=reason, not_now=not_now)
 
 
 def _is_settled(request: Request, observed: Observation) -> bool:
@@ -288,13 +241,18 @@ def _is_settled(request: Request, observed: Observation) -> bool:
     export = export_action(checkpoint, request.export)
     is_given_up = observed.state_of(export) in GIVEN_UP
     if request.destination is None:
-        return is_given_up or _is_exported(export, observed)
+        made = (e.manifest for e in observed.exports if e.step == request.step)
+        return is_given_up or any(is_result(manifest, export) for manifest in made)
     publish = publish_action(checkpoint, request.export, request.destination)
     return is_given_up or observed.state_of(publish) in (ActionState.SUCCEEDED, *GIVEN_UP)
 
 
-def _problems(observed: Observation) -> Iterable[str]:
+def _problems(observed: Observation, held: Mapping[int, tuple[str, ...]]) -> Iterable[str]:
     readable = {checkpoint.step for checkpoint in observed.readable()}
     for request in observed.requests:
         if request.step not in readable:
             yield f"{request.title} was asked for, but that step is not there"
+    yield from unreported_metrics(observed)
+    too_large = quota_problem(_candidates(observed, held), observed.policy.keep.max_bytes)
+    if too_large is not None:
+        yield too_large

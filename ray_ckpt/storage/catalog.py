@@ -23,7 +23,7 @@ from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
 from ray_ckpt.core.pins import Pin
-from ray_ckpt.core.reconcile import verify_action
+from ray_ckpt.core.wanted import verify_action
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
 from ray_ckpt.storage.digests import find_damage

@@ -21,6 +21,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file, size_damage
 from ray_ckpt.storage.hub import publish_to_hub
 from ray_ckpt.storage.listing import manifest_in, sizes_in
+from ray_ckpt.storage.retire import finish_retiring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,7 @@ def _publish_to_root(catalog: Catalog, export: ExportView, destination: str) -> 
     target = open_catalog(destination)
     folder = names.export_dir(export.name, export.step)
     location = f"{target.uri}/{folder}"
+    finish_retiring(target.store, folder)
     present = manifest_in(target.store, folder)
     if present is not None and present.content_id == export.manifest.content_id:
         return Published(location=location, bytes_sent=0)

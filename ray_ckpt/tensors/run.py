@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray_ckpt.core.config import LifecyclePolicy
 from ray_ckpt.core.events import SaveEvent
+from ray_ckpt.core.policy import LifecyclePolicy
 
 CONFIG = "config.json"
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")

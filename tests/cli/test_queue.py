@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ray_ckpt.core.config import ExportPolicy, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
+from ray_ckpt.core.policy import ExportPolicy, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
 from tests.cli.conftest import Answer
 from tests.roots import make_root

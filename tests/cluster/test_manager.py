@@ -12,9 +12,9 @@ import ray
 
 from ray_ckpt.cluster.connect import find_manager, manager_status
 from ray_ckpt.core.actions import ActionRecord
-from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Request
+from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
 from tests.roots import flip_byte, make_root
 from tests.waiting import wait_for
@@ -85,7 +85,7 @@ def test_a_record_left_running_by_a_dead_manager_runs_again(
 ) -> None:
     make_root(root, (10, 20))
     catalog = open_catalog(root)
-    from ray_ckpt.core.reconcile import verify_action
+    from ray_ckpt.core.wanted import verify_action
 
     orphan = ActionRecord(action=verify_action(catalog.checkpoint(10))).started(0.0)
     catalog.records.write_action(orphan)

@@ -18,11 +18,11 @@ from ray_ckpt.cluster.perform import perform_here
 from ray_ckpt.cluster.reconciler import Reconciler
 from ray_ckpt.cluster.tasks import Attempt, run_action
 from ray_ckpt.core.actions import ActionRecord, ExportSpec
-from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.errors import LeaseHeldError, TransientError
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Request
-from ray_ckpt.core.reconcile import export_action, purge_action, verify_action
+from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
+from ray_ckpt.core.wanted import export_action, purge_action, verify_action
 from ray_ckpt.storage import lease
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog

@@ -4,11 +4,11 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ray_ckpt.core.config import LifecyclePolicy
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation
 from ray_ckpt.core.pins import Pin, after, moment
+from ray_ckpt.core.policy import LifecyclePolicy
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC).timestamp()
 

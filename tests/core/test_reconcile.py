@@ -2,110 +2,38 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
-from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
-from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
-from ray_ckpt.core.observation import (
-    READABLE,
-    CheckpointView,
-    Command,
-    ExportView,
-    Observation,
-    Request,
-)
-from ray_ckpt.core.pins import Pin
-from ray_ckpt.core.reconcile import (
-    GIVEN_UP,
-    decide_all,
-    export_action,
-    holds_of,
-    obeyed,
-    overtaken,
-    plan,
-    publish_action,
-    purge_action,
-    unfinished,
-    verify_action,
+from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.manifest import Lineage
+from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation, Request
+from ray_ckpt.core.policy import ExportPolicy, KeepConfig, KeepCopies, LifecyclePolicy
+from ray_ckpt.core.reconcile import decide_all, holds_of, plan
+from ray_ckpt.core.wanted import export_action, publish_action, purge_action, verify_action
+from tests.core.worlds import (
+    COMMITTED,
+    COPY,
+    COPY_EACH,
+    EXPORT_ALL,
+    HF,
+    KEEP_TWO,
+    VERIFIED,
+    after_success,
+    manifest,
+    observe,
+    titles,
+    view,
+    with_export,
+    with_record,
 )
 
-COMMITTED, VERIFIED = CheckpointState.COMMITTED, CheckpointState.VERIFIED
-HF = ExportSpec(name="hf")
-EXPORT_ALL = (ExportPolicy(name="hf", every_steps=1),)
-COPY = PublishPolicy(export="hf", to="/copies")
-COPY_EACH = LifecyclePolicy(export=EXPORT_ALL, publish=(COPY,))
-KEEP_TWO = KeepConfig(latest=2, trash_grace_s=60.0)
 MAX_ROUNDS = 60
-
-
-def manifest(step: int, *, is_last_step: bool = False) -> Manifest:
-    return Manifest(
-        step=step,
-        save_id=f"save{step}",
-        created_at="",
-        lineage=Lineage(run_id="run"),
-        files=(FileEntry(path="f", size_bytes=step, digest=f"sha256:{step:02x}"),),
-        is_last_step=is_last_step,
-    )
-
-
-def view(step: int, state: CheckpointState = VERIFIED, *pins: str) -> CheckpointView:
-    held = tuple(Pin(name=name) for name in pins)
-    return CheckpointView(step=step, state=state, manifest=manifest(step), pins=held)
-
-
-def observe(
-    *checkpoints: CheckpointView,
-    policy: LifecyclePolicy | None = None,
-    requests: tuple[Request, ...] = (),
-) -> Observation:
-    return Observation(
-        run_id="run",
-        policy=policy or LifecyclePolicy(),
-        checkpoints=checkpoints,
-        requests=requests,
-    )
-
-
-def with_record(
-    observed: Observation,
-    action: Action,
-    state: ActionState,
-    *,
-    next_attempt_at: float | None = None,
-) -> Observation:
-    record = ActionRecord(action=action, state=state, next_attempt_at=next_attempt_at)
-    return replace(observed, records={**observed.records, action.key: record})
-
-
-def with_export(observed: Observation, checkpoint: CheckpointView, name: str) -> Observation:
-    assert checkpoint.manifest is not None
-    recipe = {"name": name, "dtype": "bfloat16"}
-    lineage = Lineage(run_id="run", source_id=checkpoint.manifest.content_id, recipe=recipe)
-    made = replace(manifest(checkpoint.step), lineage=lineage)
-    export = ExportView(name=name, step=checkpoint.step, manifest=made)
-    return replace(observed, exports=(*observed.exports, export))
-
-
-def after_success(observed: Observation, action: Action) -> Observation:
-    """What storage shows once `action` has ended well."""
-    observed = with_record(observed, action, ActionState.SUCCEEDED)
-    checkpoint = next(c for c in observed.readable() if c.step == action.step)
-    if action.kind is ActionKind.EXPORT:
-        assert action.export is not None
-        return with_export(observed, checkpoint, action.export.name)
-    moved = {
-        ActionKind.VERIFY: replace(checkpoint, state=VERIFIED),
-        ActionKind.PURGE: replace(checkpoint, state=CheckpointState.TRASHED),
-    }.get(action.kind, checkpoint)
-    others = tuple(c for c in observed.checkpoints if c is not checkpoint)
-    return replace(observed, checkpoints=(*others, moved))
+HELD = verify_action(view(5))
 
 
 def settle(observed: Observation, is_doomed: Callable[[Action], bool]) -> Observation:
@@ -120,10 +48,6 @@ def settle(observed: Observation, is_doomed: Callable[[Action], bool]) -> Observ
             else:
                 observed = after_success(observed, action)
     raise AssertionError("the plan never comes to rest")
-
-
-def titles(observed: Observation, *, now: float = 0.0) -> list[str]:
-    return [action.title for action in plan(observed, now=now).actions]
 
 
 def test_nothing_is_planned_for_an_empty_root() -> None:
@@ -293,7 +217,109 @@ def test_a_held_step_names_what_holds_it() -> None:
     assert holds_of(observed) == {
         1: ("not done yet: export step-1 hf", "not done yet: publish step-1 hf to /copies")
     }
-    assert decide_all(observed, holds=holds_of(observed))[0].reasons[:2] == holds_of(observed)[1]
+    assert (
+        decide_all(observed, holds=holds_of(observed), now=0.0)[0].reasons[:2]
+        == holds_of(observed)[1]
+    )
+
+
+def test_every_planned_action_says_who_asks_for_it_and_what_it_waits_for() -> None:
+    request = Request(step=4, export=ExportSpec(name="mine"), destination="/mine")
+    policy = replace(COPY_EACH, keep=KEEP_TWO)
+    observed = observe(view(3), view(4), view(5, COMMITTED), policy=policy, requests=(request,))
+    observed = with_export(observed, view(3), "hf")
+    assert [(p.action.title, p.reason, p.not_now) for p in plan(observed, now=0.0).planned] == [
+        ("verify step-5", "every committed step is verified", None),
+        ("publish step-3 hf to /copies", "every hf is copied there, required", None),
+        (
+            "publish step-4 hf to /copies",
+            "every hf is copied there, required",
+            "after export step-4 hf",
+        ),
+        ("publish step-4 mine to /mine", "asked for", "after export step-4 mine"),
+        (
+            "publish step-5 hf to /copies",
+            "every hf is copied there, required",
+            "after verify step-5",
+        ),
+        ("export step-4 hf", "every 1 steps", None),
+        ("export step-4 mine", "asked for", None),
+        ("export step-5 hf", "every 1 steps", "after verify step-5"),
+    ]
+
+
+def test_a_purge_says_which_lines_of_the_policy_let_the_step_go() -> None:
+    observed = observe(view(1), view(3), view(4), policy=LifecyclePolicy(keep=KEEP_TWO))
+    planned = plan(observed, now=0.0).planned
+    assert [(p.action.title, p.reason) for p in planned] == [
+        ("purge step-1", "kept by neither a pin nor: latest 2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (
+            ActionRecord(action=HELD, state=ActionState.RUNNING, attempts=2, changed_at=60.0),
+            "running since 1970-01-01T00:01:00+00:00, attempt 2",
+        ),
+        (
+            ActionRecord(
+                action=HELD,
+                state=ActionState.RETRY_WAIT,
+                attempts=1,
+                next_attempt_at=60.0,
+                error="no route\n  do: wait",
+            ),
+            "attempt 2 at 1970-01-01T00:01:00+00:00; the last one: no route",
+        ),
+        (
+            ActionRecord(action=HELD, state=ActionState.DEAD, attempts=8, error="no route"),
+            "dead after 8 attempts: no route",
+        ),
+    ],
+)
+def test_what_does_not_start_now_says_how_far_it_is(record: ActionRecord, expected: str) -> None:
+    observed = replace(observe(view(5, COMMITTED)), records={HELD.key: record})
+    assert [p.not_now for p in plan(observed, now=0.0).planned] == [expected]
+
+
+@pytest.mark.parametrize("kind", [ActionKind.VERIFY, ActionKind.SCRUB])
+def test_a_step_is_not_purged_while_its_bytes_are_read(kind: ActionKind) -> None:
+    reading = replace(verify_action(view(1)), kind=kind)
+    observed = observe(view(1), view(3), view(4), policy=LifecyclePolicy(keep=KEEP_TWO))
+    observed = with_record(observed, reading, ActionState.RUNNING)
+    assert titles(observed) == []
+    assert f"not done yet: {kind} step-1" in plan(observed, now=0.0).verdicts[0].reasons
+
+
+def test_what_was_saved_lately_is_kept() -> None:
+    def saved(step: int, at: str) -> CheckpointView:
+        return replace(view(step), manifest=replace(manifest(step), created_at=at))
+
+    policy = LifecyclePolicy(keep=KeepConfig(max_age_s=3600))
+    observed = observe(
+        saved(1, "2026-01-01T10:00:00+00:00"),
+        saved(2, "2026-01-01T11:00:00"),
+        saved(3, "2026-01-01T11:59:00+00:00"),
+        saved(4, "2026-01-01T12:00:00+00:00"),
+        policy=policy,
+    )
+    noon = datetime(2026, 1, 1, 12, tzinfo=UTC).timestamp()
+    assert titles(observed, now=noon) == ["purge step-1"]
+    assert titles(observed, now=noon + 601) == ["purge step-1", "purge step-2"]
+
+
+def test_a_quota_counts_bytes_of_checkpoints_and_one_that_cannot_be_met_is_a_problem() -> None:
+    policy = LifecyclePolicy(keep=KeepConfig(max_bytes=9))
+    fits = observe(view(2), view(3), view(4), policy=policy)
+    assert titles(fits) == []
+    assert plan(fits, now=0.0).problems == ()
+    over = observe(view(2), view(3), view(4), view(5), policy=policy)
+    assert titles(over) == ["purge step-2", "purge step-3"]
+    pinned = observe(view(2, VERIFIED, "paper"), view(4), view(5), policy=policy)
+    assert titles(pinned) == []
+    assert "3 checkpoints that nothing may purge" in plan(pinned, now=0.0).problems[0]
 
 
 STEPS = st.lists(st.integers(1, 12), unique=True, max_size=6)
@@ -305,17 +331,23 @@ REQUESTS = st.builds(
 )
 
 
+EVERY_THREE = ExportPolicy(name="hf", every_steps=3)
+THE_BEST = ExportPolicy(name="hf", best=1, steps=(5,))
+KEEP_ONE_COPY = replace(COPY, keep=KeepCopies(latest=1))
+KEEPS = [KeepConfig(), KEEP_TWO, KeepConfig(every_steps=4), KeepConfig(latest=3, max_bytes=20)]
+
+
 @st.composite
 def worlds(draw: st.DrawFn) -> Observation:
     policy = LifecyclePolicy(
-        export=draw(st.sampled_from([(), EXPORT_ALL, (ExportPolicy(name="hf", every_steps=3),)])),
-        keep=draw(st.sampled_from([KeepConfig(), KEEP_TWO, KeepConfig(every_steps=4)])),
+        export=draw(st.sampled_from([(), EXPORT_ALL, (EVERY_THREE,), (THE_BEST,)])),
+        keep=draw(st.sampled_from(KEEPS)),
     )
     if policy.export:
-        policy = replace(policy, publish=draw(st.sampled_from([(), (COPY,)])))
+        policy = replace(policy, publish=draw(st.sampled_from([(), (COPY,), (KEEP_ONE_COPY,)])))
     states = st.sampled_from(CheckpointState)
     return observe(
-        *(view(step, draw(states)) for step in draw(STEPS)),
+        *(view(step, draw(states), loss=draw(st.floats(0, 1))) for step in draw(STEPS)),
         policy=policy,
         requests=tuple(draw(st.lists(REQUESTS, max_size=2))),
     )
@@ -384,74 +416,3 @@ def test_losing_every_record_loses_no_work_and_no_checkpoint(world: Observation)
     forgetful = settle(replace(done, checkpoints=unknown, records={}), lambda _: False)
     assert forgetful.exports == done.exports
     assert {c.step for c in forgetful.readable()} == {c.step for c in done.readable()}
-
-
-# ---- what people want, and what time has overtaken ----
-
-
-def commanded(verb: Literal["retry", "cancel"], state: ActionState | None) -> list[ActionRecord]:
-    """What becomes of a verify in this state."""
-    step = view(1, COMMITTED)
-    observed = observe(step)
-    if state is not None:
-        observed = with_record(observed, verify_action(step), state, next_attempt_at=5.0)
-    command = Command(verb=verb, action=verify_action(step), by="ann@host")
-    return obeyed(replace(observed, commands=(command,)), now=9.0)
-
-
-@pytest.mark.parametrize("state", [None, *ActionState])
-def test_what_ended_badly_or_waits_may_be_tried_again(state: ActionState | None) -> None:
-    changed = commanded("retry", state)
-    untouched = {None, ActionState.PENDING, ActionState.RUNNING, ActionState.SUCCEEDED}
-    assert [record.state for record in changed] == (
-        [] if state in untouched else [ActionState.PENDING]
-    )
-    assert all((record.attempts, record.next_attempt_at) == (0, None) for record in changed)
-
-
-@pytest.mark.parametrize("state", [None, *ActionState])
-def test_what_has_not_ended_may_be_cancelled(state: ActionState | None) -> None:
-    changed = commanded("cancel", state)
-    ended = {ActionState.SUCCEEDED, *GIVEN_UP}
-    assert [record.state for record in changed] == (
-        [] if state in ended else [ActionState.CANCELLED]
-    )
-    assert all(record.error == "cancelled by ann@host" for record in changed)
-
-
-def test_a_cancelled_action_is_not_planned_and_its_request_is_settled() -> None:
-    step = view(1)
-    request = Request(step=1, export=HF)
-    observed = observe(step, requests=(request,))
-    assert titles(observed) == ["export step-1 hf"]
-    observed = with_record(observed, export_action(step, HF), ActionState.CANCELLED)
-    assert titles(observed) == []
-    assert plan(observed, now=0.0).settled == (request,)
-
-
-def test_an_idle_root_has_nothing_unfinished_and_a_waiting_one_says_what() -> None:
-    step = view(1)
-    assert unfinished(observe(step), now=0.0) == []
-    assert unfinished(observe(view(2, COMMITTED)), now=0.0) == ["verify step-2 may start"]
-    waiting = with_record(
-        observe(step), export_action(step, HF), ActionState.RETRY_WAIT, next_attempt_at=99.0
-    )
-    assert unfinished(waiting, now=0.0) == ["export step-1 hf is retry_wait"]
-
-
-def test_records_of_a_step_that_is_gone_are_settled_by_what_became_of_it() -> None:
-    gone, trashed = view(1), view(2, CheckpointState.TRASHED)
-    observed = observe(trashed, view(3))
-    for action in (
-        verify_action(gone),
-        export_action(trashed, HF),
-        purge_action(trashed, grace_s=1.0),
-        verify_action(view(3)),
-    ):
-        observed = with_record(observed, action, ActionState.PENDING)
-    settled = {record.action.title: record.state for record in overtaken(observed, now=9.0)}
-    assert settled == {
-        "verify step-1": ActionState.CANCELLED,
-        "export step-2 hf": ActionState.CANCELLED,
-        "purge step-2": ActionState.SUCCEEDED,
-    }

@@ -18,8 +18,8 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Lineage, Manifest
 from ray_ckpt.core.observation import CheckpointView
-from ray_ckpt.core.reconcile import purge_action, verify_action
 from ray_ckpt.core.resume import plan_resume
+from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_object

@@ -30,11 +30,12 @@ from hypothesis.stateful import (
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.config import KeepConfig, LifecyclePolicy
 from ray_ckpt.core.errors import PurgeRefusedError, StepExistsError, StepNotFoundError
 from ray_ckpt.core.lifecycle import ActionKind, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation
-from ray_ckpt.core.reconcile import plan, purge_action, verify_action
+from ray_ckpt.core.policy import KeepConfig, LifecyclePolicy
+from ray_ckpt.core.reconcile import plan
+from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage import lease as lease_module
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog

@@ -7,7 +7,7 @@ from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import StepExistsError, UsageError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Lineage, Manifest
-from ray_ckpt.core.reconcile import purge_action
+from ray_ckpt.core.wanted import purge_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_object

@@ -12,7 +12,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import PurgeRefusedError, StepNotFoundError
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
-from ray_ckpt.core.reconcile import purge_action, verify_action
+from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage import lease as lease_module
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog

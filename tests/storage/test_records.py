@@ -4,10 +4,10 @@ import pytest
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import Request
+from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.records import Records, Run
 
@@ -49,7 +49,7 @@ def test_a_second_start_with_a_policy_replaces_the_policy(records: Records) -> N
 
 
 def test_a_run_without_a_policy_keeps_everything(records: Records) -> None:
-    assert records.begin_run("llama-1", None).policy.keep.policies() == []
+    assert records.begin_run("llama-1", None).policy.keep == KeepConfig()
 
 
 def test_a_policy_of_another_version_is_refused_by_name(root: str, records: Records) -> None:

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.config import KeepConfig, LifecyclePolicy
 from ray_ckpt.core.errors import IntegrityError, UsageError
 from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.policy import KeepConfig, LifecyclePolicy
 from ray_ckpt.core.reconcile import decide_all
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export_plan import plan_export
@@ -208,7 +208,7 @@ def test_retention_counts_healthy_steps_alone(sick_root: Path) -> None:
     observed = open_catalog(str(sick_root)).observe()
     verified = tuple(replace(v, state=CheckpointState.VERIFIED) for v in observed.checkpoints)
     policy = LifecyclePolicy(keep=KeepConfig(latest=2))
-    verdicts = decide_all(replace(observed, checkpoints=verified, policy=policy), holds={})
+    verdicts = decide_all(replace(observed, checkpoints=verified, policy=policy), holds={}, now=0.0)
     kept: dict[int, Any] = {verdict.step: verdict.reasons for verdict in verdicts if verdict.keep}
     assert {2, 4} <= set(kept), "the newest two that a run can go on from"
     assert not kept.keys() & {1}

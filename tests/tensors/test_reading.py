@@ -10,7 +10,7 @@ import pytest
 from ray_ckpt.core.actions import ActionRecord, ExportSpec
 from ray_ckpt.core.errors import PurgeRefusedError, UsageError
 from ray_ckpt.core.loading import FromWeights, LoadConfig
-from ray_ckpt.core.reconcile import purge_action, verify_action
+from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage import lease as lease_module
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog

@@ -1,0 +1,93 @@
+"""What the manager would do now, and why: `ray-ckpt plan ROOT`. Changes nothing."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ray_ckpt.cli.output import emit, json_option, open_root, print_table, root_argument
+from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.lifecycle import ActionState, CheckpointState
+from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.policy import policy_of_toml
+from ray_ckpt.core.reconcile import Plan
+from ray_ckpt.core.reconcile import plan as plan_round
+
+_GONE = frozenset({CheckpointState.TRASHED, CheckpointState.PURGED})
+
+
+@click.command()
+@root_argument
+@click.option(
+    "--policy", "policy_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Plan by this TOML instead of the run's policy: its [lifecycle] section, or all of it.",
+)  # fmt: skip
+@json_option
+def plan(root: str, policy_file: Path | None, as_json: bool) -> None:
+    """Show what the manager would do now, in order, what waits for what, and why.
+
+    Exit 1 if an action of a step that is here is dead, or something cannot be as it was wished.
+    """
+    observed = open_root(root).observe()
+    if policy_file is not None:
+        text = policy_file.read_text(encoding="utf-8")
+        observed = replace(observed, policy=policy_of_toml(text, where=str(policy_file)))
+    planned = plan_round(observed, now=time.time())
+    dead = _dead(observed, planned)
+    document = _document(planned, dead, policy="run" if policy_file is None else str(policy_file))
+    emit(document, as_json=as_json, render=lambda: _print(planned, dead))
+    if dead or planned.problems:
+        raise click.exceptions.Exit(1)
+
+
+def _dead(observed: Observation, planned: Plan) -> list[ActionRecord]:
+    """Records of what ended DEAD and still matters: it is wanted, or its step is here."""
+    wanted = {p.action.key for p in planned.planned}
+    here = {view.step for view in observed.checkpoints if view.state not in _GONE}
+    return [
+        record
+        for record in observed.records.values()
+        if record.state is ActionState.DEAD
+        and (record.action.key in wanted or record.action.step in here)
+    ]
+
+
+def _document(planned: Plan, dead: list[ActionRecord], *, policy: str) -> dict[str, Any]:
+    return {
+        "policy": policy,
+        "actions": [
+            {
+                "action": p.action.title,
+                "kind": str(p.action.kind),
+                "step": p.action.step,
+                "key": p.action.key,
+                "reason": p.reason,
+                "not_now": p.not_now,
+            }
+            for p in planned.planned
+        ],
+        "verdicts": [
+            {"step": v.step, "keep": v.keep, "reasons": list(v.reasons) or [v.why_not]}
+            for v in planned.verdicts
+        ],
+        "dead": [{"action": r.action.title, "error": r.error} for r in dead],
+        "problems": list(planned.problems),
+    }
+
+
+def _print(planned: Plan, dead: list[ActionRecord]) -> None:
+    rows = [(p.action.title, p.not_now or "now", p.reason) for p in planned.planned]
+    print_table(("action", "when", "why"), rows)
+    if not rows:
+        click.echo("nothing is left to do")
+    verdicts = [
+        (f"step-{v.step}", "keep" if v.keep else "purge", "; ".join(v.reasons) or v.why_not)
+        for v in planned.verdicts
+    ]
+    print_table(("step", "verdict", "why"), verdicts)
+    for record in dead:
+        click.echo(f"dead: {record.action.title}: {record.error}")
+    for problem in planned.problems:
+        click.echo(f"problem: {problem}")

@@ -1,0 +1,104 @@
+"""Which exports the policy asks for, of which steps, and which of its lines says so.
+
+A step that was among the best when it was exported stays asked for: its copies are still made and
+still hold it. What is best is decided among the checkpoints that are here and the exports that
+were made, so that purging the best one does not make the second best worth an export.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.observation import CheckpointView, Observation
+from ray_ckpt.core.policy import ExportPolicy
+from ray_ckpt.core.retention import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DueExport:
+    """One export that the policy asks for."""
+
+    spec: ExportSpec
+    reason: str
+
+
+def due_exports(observed: Observation) -> dict[int, list[DueExport]]:
+    """For each readable step, what the policy wants exported; nothing of an unhealthy one."""
+    best = {policy.name: _best(policy, observed) for policy in observed.policy.export}
+    made = {(e.name, e.step): e.manifest for e in observed.exports}
+    due: dict[int, list[DueExport]] = {}
+    for checkpoint in observed.readable():
+        due[checkpoint.step] = [
+            DueExport(spec=spec_of(policy), reason=reason)
+            for policy in observed.policy.export
+            if checkpoint.is_healthy
+            and (reason := _reason(policy, checkpoint, best[policy.name], made))
+        ]
+    return due
+
+
+def spec_of(policy: ExportPolicy) -> ExportSpec:
+    """What the policy exports."""
+    return ExportSpec(name=policy.name, dtype=policy.dtype, flavors=policy.flavors)
+
+
+def is_export_of(manifest: Manifest, source_id: str, spec: ExportSpec) -> bool:
+    """Whether an export with this manifest was made of that checkpoint, as `spec` says."""
+    recipe = manifest.lineage.recipe
+    if recipe.get("name") != spec.name or manifest.lineage.source_id != source_id:
+        return False
+    flavors = {f"flavor.{name}": flavor for name, flavor in spec.flavors.items()}
+    wanted = {"name": spec.name, "dtype": spec.dtype, **flavors}
+    return wanted == {key: value for key, value in recipe.items() if key != "family"}
+
+
+def unreported_metrics(observed: Observation) -> Iterator[str]:
+    """Sentences about rankings that never rank anything, because no step reports their metric."""
+    trained = [c for c in observed.readable() if c.step > 0]
+    reported = {name for c in trained if c.manifest for name in c.manifest.metrics}
+    rankings = {f"export {p.name}": p.metric for p in observed.policy.export if p.best}
+    if observed.policy.keep.best:
+        rankings["keep"] = observed.policy.keep.best_metric
+    for what, metric in rankings.items():
+        if trained and metric not in reported:
+            yield (
+                f"{what}: best by {metric}, but none of {len(trained)} checkpoints reports it; "
+                f"they report: {', '.join(sorted(reported)) or 'nothing'}"
+            )
+
+
+def _best(policy: ExportPolicy, observed: Observation) -> Mapping[int, str]:
+    """Step to reason, for the best ones by this policy; none without `best`."""
+    ranking = policy.ranking
+    if ranking is None:
+        return {}
+    known = {e.step: e.manifest for e in observed.exports if e.name == policy.name}
+    here = {c.step: c.manifest for c in observed.readable() if c.is_healthy and not c.problem}
+    metrics = {step: m.metrics for step, m in {**known, **here}.items() if m is not None}
+    return ranking.reasons(
+        [Candidate(step=s, is_verified=True, metrics=metrics[s]) for s in sorted(metrics)]
+    )
+
+
+def _reason(
+    policy: ExportPolicy,
+    checkpoint: CheckpointView,
+    best: Mapping[int, str],
+    made: Mapping[tuple[str, int], Manifest],
+) -> str | None:
+    """The first line of the policy that asks for this step; None if none does."""
+    manifest, step = checkpoint.manifest, checkpoint.step
+    assert manifest is not None, "a readable checkpoint has a manifest"
+    if policy.every_steps is not None and step % policy.every_steps == 0:
+        return f"every {policy.every_steps} steps"
+    if policy.last_step and manifest.is_last_step:
+        return "last step"
+    if step in policy.steps:
+        return "named in steps"
+    if step in best:
+        return best[step]
+    exported = None if policy.best is None else made.get((policy.name, step))
+    if exported and is_export_of(exported, manifest.content_id, spec_of(policy)):
+        return "among the best when it was exported"
+    return None

@@ -1,0 +1,71 @@
+"""What records are to say, once people or the course of things have overtaken them. Pure."""
+
+from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.observation import CheckpointView, Observation
+from ray_ckpt.core.reconcile import plan
+
+_UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
+_WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
+
+
+def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
+    """Records as people's commands want them from now on.
+
+    What succeeded stays so; a command for what is over already changes nothing.
+    """
+    found: list[ActionRecord] = []
+    for command in observed.commands:
+        record = observed.records.get(command.action.key, ActionRecord(action=command.action))
+        if record.state is ActionState.SUCCEEDED:
+            continue
+        if command.verb == "retry" and record.state not in _UNDER_WAY:
+            found.append(record.asked_again(now))
+        if command.verb == "cancel" and record.state not in GIVEN_UP:
+            found.append(record.cancelled(f"cancelled by {command.by}", now))
+    return found
+
+
+def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
+    """Unfinished records whose checkpoint is not in place any more, as they are to be from now on.
+
+    A purge whose step lies in the trash was carried out by a manager that died before it said so;
+    a copy may be retired after its checkpoint is gone; for anything else nothing is left to do.
+    """
+    present = {_identity(view) for view in observed.readable()}
+    trashed = {_identity(v) for v in observed.checkpoints if v.state is CheckpointState.TRASHED}
+    found: list[ActionRecord] = []
+    for record in observed.records.values():
+        action = record.action
+        source = (action.step, action.source_id)
+        if record.state not in _WAITING or source in present or action.kind is ActionKind.RETIRE:
+            continue
+        if action.kind is ActionKind.PURGE and source in trashed:
+            found.append(record.started(now).succeeded({}, now))
+        else:
+            found.append(record.cancelled("its checkpoint is not in place any more", now))
+    return found
+
+
+def unfinished(observed: Observation, *, now: float) -> list[str]:
+    """A sentence for everything that has begun, waits, or could begin now; empty when idle.
+
+    Scrubs never end: nobody waits for them.
+    """
+    begun = {
+        key: f"{record.action.title} is {record.state}"
+        for key, record in observed.records.items()
+        if record.state is not ActionState.SUCCEEDED
+        and record.state not in GIVEN_UP
+        and record.action.kind is not ActionKind.SCRUB
+    }
+    may_start = {
+        action.key: f"{action.title} may start"
+        for action in plan(observed, now=now).actions
+        if action.kind is not ActionKind.SCRUB
+    }
+    return list({**may_start, **begun}.values())
+
+
+def _identity(view: CheckpointView) -> tuple[int, str]:
+    return view.step, view.manifest.content_id if view.manifest else ""

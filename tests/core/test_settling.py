@@ -1,0 +1,82 @@
+"""What records are to say, once people or the course of things have overtaken them."""
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+
+from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.lifecycle import GIVEN_UP, ActionState, CheckpointState
+from ray_ckpt.core.observation import Command, Request
+from ray_ckpt.core.reconcile import plan
+from ray_ckpt.core.settling import obeyed, overtaken, unfinished
+from ray_ckpt.core.wanted import export_action, purge_action, verify_action
+from tests.core.worlds import COMMITTED, HF, observe, titles, view, with_record
+
+
+def commanded(verb: Literal["retry", "cancel"], state: ActionState | None) -> list[ActionRecord]:
+    """What becomes of a verify in this state."""
+    step = view(1, COMMITTED)
+    observed = observe(step)
+    if state is not None:
+        observed = with_record(observed, verify_action(step), state, next_attempt_at=5.0)
+    command = Command(verb=verb, action=verify_action(step), by="ann@host")
+    return obeyed(replace(observed, commands=(command,)), now=9.0)
+
+
+@pytest.mark.parametrize("state", [None, *ActionState])
+def test_what_ended_badly_or_waits_may_be_tried_again(state: ActionState | None) -> None:
+    changed = commanded("retry", state)
+    untouched = {None, ActionState.PENDING, ActionState.RUNNING, ActionState.SUCCEEDED}
+    assert [record.state for record in changed] == (
+        [] if state in untouched else [ActionState.PENDING]
+    )
+    assert all((record.attempts, record.next_attempt_at) == (0, None) for record in changed)
+
+
+@pytest.mark.parametrize("state", [None, *ActionState])
+def test_what_has_not_ended_may_be_cancelled(state: ActionState | None) -> None:
+    changed = commanded("cancel", state)
+    ended = {ActionState.SUCCEEDED, *GIVEN_UP}
+    assert [record.state for record in changed] == (
+        [] if state in ended else [ActionState.CANCELLED]
+    )
+    assert all(record.error == "cancelled by ann@host" for record in changed)
+
+
+def test_a_cancelled_action_is_not_planned_and_its_request_is_settled() -> None:
+    step = view(1)
+    request = Request(step=1, export=HF)
+    observed = observe(step, requests=(request,))
+    assert titles(observed) == ["export step-1 hf"]
+    observed = with_record(observed, export_action(step, HF), ActionState.CANCELLED)
+    assert titles(observed) == []
+    assert plan(observed, now=0.0).settled == (request,)
+
+
+def test_an_idle_root_has_nothing_unfinished_and_a_waiting_one_says_what() -> None:
+    step = view(1)
+    assert unfinished(observe(step), now=0.0) == []
+    assert unfinished(observe(view(2, COMMITTED)), now=0.0) == ["verify step-2 may start"]
+    waiting = with_record(
+        observe(step), export_action(step, HF), ActionState.RETRY_WAIT, next_attempt_at=99.0
+    )
+    assert unfinished(waiting, now=0.0) == ["export step-1 hf is retry_wait"]
+
+
+def test_records_of_a_step_that_is_gone_are_settled_by_what_became_of_it() -> None:
+    gone, trashed = view(1), view(2, CheckpointState.TRASHED)
+    observed = observe(trashed, view(3))
+    for action in (
+        verify_action(gone),
+        export_action(trashed, HF),
+        purge_action(trashed, grace_s=1.0),
+        verify_action(view(3)),
+    ):
+        observed = with_record(observed, action, ActionState.PENDING)
+    settled = {record.action.title: record.state for record in overtaken(observed, now=9.0)}
+    assert settled == {
+        "verify step-1": ActionState.CANCELLED,
+        "export step-2 hf": ActionState.CANCELLED,
+        "purge step-2": ActionState.SUCCEEDED,
+    }
