@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal, cast
 
@@ -107,7 +108,7 @@ class Lineage:
     """Whether somebody else wrote the bytes: no pickle among them is ever run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the content id is kept once it is known
 class Manifest:
     """All there is to know about one checkpoint or one export."""
 
@@ -136,7 +137,7 @@ class Manifest:
         """Bytes of all files, the manifest itself left out."""
         return sum(entry.size_bytes for entry in self.files)
 
-    @property
+    @cached_property
     def content_id(self) -> str:
         """Hex SHA-256 over names, sizes and digests of all files: equal content, equal id."""
         lines = sorted(f"{e.path}\0{e.size_bytes}\0{e.digest}\n" for e in self.files)

@@ -16,6 +16,7 @@ from ray_ckpt.core.config import LifecyclePolicy, build
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.observation import Request
 from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.read_once import ReadOnce
 
 log = logging.getLogger("ray_ckpt")
 T = TypeVar("T")
@@ -34,6 +35,8 @@ class Records:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._actions = ReadOnce(store, _parser(ActionRecord.from_json))
+        self._requests = ReadOnce(store, _parser(_request))
 
     def run(self) -> Run | None:
         """The run, or None for a root that no run has written to."""
@@ -71,7 +74,7 @@ class Records:
 
     def actions(self) -> dict[str, ActionRecord]:
         """Every action's record under its key."""
-        records = self._all(names.ACTIONS, ActionRecord.from_json)
+        records = self._all(names.ACTIONS, self._actions)
         return {record.action.key: record for record in records}
 
     def action(self, action: Action) -> ActionRecord:
@@ -91,7 +94,7 @@ class Records:
 
     def requests(self) -> tuple[Request, ...]:
         """Everything that was asked for and is not settled yet."""
-        return tuple(self._all(names.REQUESTS, _request))
+        return tuple(self._all(names.REQUESTS, self._requests))
 
     def add_request(self, request: Request) -> None:
         """Asked for from now on; asking twice is asking once."""
@@ -105,17 +108,23 @@ class Records:
         """No longer asked for: what became of it is in its action's record."""
         self._store.delete([_request_key(request)])
 
-    def _all(self, folder: str, parse: Callable[[bytes], T]) -> list[T]:
-        """Every record of a folder; a damaged one is told of and left out, as if it were lost."""
-        found: list[T] = []
-        for info in sorted(self._store.list_objects(folder), key=lambda info: info.key):
-            try:
-                found.append(parse(self._store.read(info.key)))
-            except ObjectNotFoundError:
-                continue  # removed since it was listed
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("%s/%s cannot be read: %r", self._store.uri, info.key, error)
-        return found
+    def _all(self, folder: str, known: ReadOnce[T | None]) -> list[T]:
+        """Every record of a folder; only what has changed since the last call is read."""
+        listed = sorted(self._store.list_objects(folder), key=lambda info: info.key)
+        return [record for record in known.read(listed).values() if record is not None]
+
+
+def _parser(parse: Callable[[bytes], T]) -> Callable[[bytes, str], T | None]:
+    """`parse`; a damaged record is told of and left out, as if it were lost."""
+
+    def parse_or_tell(text: bytes, where: str) -> T | None:
+        try:
+            return parse(text)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read: %r", where, error)
+            return None
+
+    return parse_or_tell
 
 
 def _request(text: bytes) -> Request:
