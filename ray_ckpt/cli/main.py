@@ -12,6 +12,7 @@ import click
 
 from ray_ckpt.cli import act, inspect
 from ray_ckpt.cli.demo import demo
+from ray_ckpt.cli.events import events
 from ray_ckpt.core.errors import RayCkptError
 
 INTERRUPTED = 130
@@ -34,6 +35,7 @@ VERBS = (
     inspect.show,
     inspect.verify,
     inspect.resume_plan,
+    events,
     act.adopt,
     act.export,
     act.publish,

@@ -14,6 +14,8 @@
         actions/<key>.json             what became of it
         staging/<attempt>/             unfinished work, private to one attempt
         staging/step-500.begun         object stores: what lies in step-500/ is ours and unfinished
+        events/<time>-<who>-<id>.jsonl what happened, in batches that are never rewritten
+        snapshot.json                  what the manager has told of last
         trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
@@ -33,6 +35,8 @@ RUN = f"{PRIVATE}/run.json"
 LEASES = f"{PRIVATE}/lease"
 REQUESTS = f"{PRIVATE}/requests"
 ACTIONS = f"{PRIVATE}/actions"
+EVENTS = f"{PRIVATE}/events"
+SNAPSHOT = f"{PRIVATE}/snapshot.json"
 SAVE_NOW = f"{PRIVATE}/save-now.json"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
@@ -123,6 +127,21 @@ def action_key(key: str) -> str:
 def request_key(key: str) -> str:
     """Key of one request."""
     return f"{REQUESTS}/{key}.json"
+
+
+def event_key(at: str, who: str, batch: str) -> str:
+    """Key of one batch of events, by the time of its last one: names sort by time, then by writer.
+
+    >>> event_key("2026-11-22T15:45:40.120+00:00", "manager epoch 7", "c0ffee")
+    '.ray_ckpt/events/20261122T154540.120Z-manager-epoch-7-c0ffee.jsonl'
+    """
+    writer = re.sub(r"[^A-Za-z0-9_.]+", "-", who)[:64]
+    return f"{EVENTS}/{event_time(at)}-{writer}-{batch}.jsonl"
+
+
+def event_time(at: str) -> str:
+    """A UTC time in ISO 8601 as the names of batches begin with it."""
+    return at.removesuffix("+00:00").replace("-", "").replace(":", "") + "Z"
 
 
 def lease_key(role: str, epoch: int) -> str:
