@@ -3,6 +3,7 @@
 python -m jobs.bench plan         plans the exports of two large models: names and shapes alone
 python -m jobs.bench integrity    what digests, the look for NaN and verifying on load cost
 python -m jobs.bench vote         what a save() that finds nothing due costs on two ranks
+python -m jobs.bench manager      what a look at a root costs, by the number of its steps
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench.integrity import measure_integrity
+from jobs.bench.manager import measure_looks
 from jobs.bench.plan import measure_plans
 from jobs.bench.vote import measure_votes
 
@@ -29,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size-mb", type=int, default=512, help="integrity: of the weights")
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
     parser.add_argument("--folder", type=Path, help="integrity: the disk to measure on")
+    parser.add_argument("--root", help="manager: a folder or s3://bucket/prefix to measure on")
+    parser.add_argument("--steps", default="10,100,1000", help="manager: how many, several times")
+    parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
     parsed = parser.parse_args(arguments)
     rows = [asdict(row) for row in BENCHMARKS[parsed.what](parsed)]
     print_table(rows)
@@ -52,10 +57,18 @@ def vote(parsed: argparse.Namespace) -> Sequence[Any]:
     return measure_votes(parsed.repeats)
 
 
+def manager(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of the looks at roots of different sizes."""
+    steps = [int(number) for number in parsed.steps.split(",")]
+    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-") as folder:
+        return measure_looks(parsed.root or folder, steps, num_tensors=parsed.tensors)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "plan": plan,
     "integrity": integrity,
     "vote": vote,
+    "manager": manager,
 }
 
 

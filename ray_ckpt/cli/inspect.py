@@ -53,12 +53,10 @@ def show(root: str, step: int, as_json: bool) -> None:
     """Show one checkpoint: what it holds, where it comes from, what was done with it."""
     catalog = open_root(root)
     view = catalog.checkpoint(step)
-    manifest = view.manifest
-    assert manifest is not None, "a readable checkpoint has a manifest"
-    observed = catalog.observe()
+    manifest = catalog.manifest(step)
     actions = [
         {"action": r.action.title, "state": str(r.state), "attempts": r.attempts, "error": r.error}
-        for r in observed.records.values()
+        for r in catalog.records.actions().values()
         if r.action.step == step
     ]
     document = {

@@ -12,6 +12,7 @@ import click
 
 from ray_ckpt.cli import act, inspect, queue
 from ray_ckpt.cli.demo import demo
+from ray_ckpt.cli.events import events
 from ray_ckpt.cli.plan import plan
 from ray_ckpt.core.errors import RayCkptError
 
@@ -36,6 +37,7 @@ VERBS = (
     inspect.verify,
     inspect.resume_plan,
     plan,
+    events,
     act.adopt,
     act.export,
     act.publish,

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from ray_ckpt.cluster.executors import Executor, Running
 from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.errors import LeaseHeldError, TransitionError
-from ray_ckpt.core.lifecycle import ActionState, CheckpointState, move_checkpoint
+from ray_ckpt.core.errors import LeaseHeldError
+from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
 from ray_ckpt.core.settling import obeyed, overtaken
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.history import Teller
 from ray_ckpt.storage.lease import MANAGER, Lease
 
 log = logging.getLogger("ray_ckpt")
@@ -26,7 +27,6 @@ log = logging.getLogger("ray_ckpt")
 MAX_RUNNING = 2
 ABANDONED_AFTER_S = 6 * 3600.0
 """A save or an export whose files have not changed for so long is given up and swept."""
-_TRASHED = CheckpointState.TRASHED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +75,8 @@ class Reconciler:
         self._wants = wants
         self._lease: Lease | None = None
         self._in_flight: dict[str, _InFlight] = {}
-        self._seen: dict[int, CheckpointState] = {}
+        self._observer = catalog.observer()
+        self._teller: Teller | None = None
 
     def round(self, now: float) -> Round:
         """One look at storage, and what follows from it, has begun."""
@@ -99,6 +100,7 @@ class Reconciler:
             lease.acquire()
             log.info("this process manages %s epoch=%d", self._catalog.uri, lease.epoch)
             self._lease = lease
+            self._teller = Teller(self._catalog.store, who=f"manager epoch {lease.epoch}")
         self._lease.check()
 
     def _stand_by(self, error: LeaseHeldError, now: float) -> Round:
@@ -108,7 +110,7 @@ class Reconciler:
             self._lease.release()
             self._lease = None
         self._in_flight.clear()
-        observed = self._catalog.observe().at(now)
+        observed = self._observer.observe(now=now).at(now)
         planned = plan(observed, now=now)
         return Round(
             observed=observed,
@@ -120,8 +122,8 @@ class Reconciler:
 
     def _act(self, now: float) -> Round:
         self._collect(now)
-        observed = self._settle_records(self._catalog.observe().at(now), now)
-        self._note_changes(observed)
+        observed = self._settle_records(self._observer.observe(now=now).at(now), now)
+        self._tell(observed, now)
         planned = plan(observed, now=now)
         wanted = [action for action in planned.actions if self._wants(action)]
         for action in wanted:
@@ -144,19 +146,11 @@ class Reconciler:
         self._catalog.empty_trash(older_than_s=observed.policy.keep.trash_grace_s, now=now)
         self._catalog.commit.sweep(prefix="", idle_s=ABANDONED_AFTER_S, now=now)
 
-    def _note_changes(self, observed: Observation) -> None:
-        """Tells every move of a checkpoint since the last round; an illegal one is a warning."""
-        states = {view.step: view.state for view in observed.checkpoints}
-        for step, before in self._seen.items():
-            gone = CheckpointState.PURGED if before is _TRASHED else CheckpointState.MISSING
-            after = states.get(step, gone)
-            if after is before:
-                continue
-            try:
-                log.info("step-%d: %s -> %s", step, before, move_checkpoint(before, after))
-            except TransitionError as error:
-                log.warning("step-%d was changed by somebody else: %s", step, error.what)
-        self._seen = states
+    def _tell(self, observed: Observation, now: float) -> None:
+        """Whatever has changed since somebody told last is an event on storage, and a log line."""
+        assert self._teller is not None, "made with the lease"
+        for event in self._teller.tell(observed, now=now):
+            log.info("%s", event.text)
 
     def _settle_records(self, observed: Observation, now: float) -> Observation:
         """Records that time has overtaken say what is true now.

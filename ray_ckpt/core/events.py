@@ -1,7 +1,53 @@
-"""What a training loop has to tell about its saves."""
+"""What is told about a run: to its training loop, and to everybody who looks later.
 
-from dataclasses import dataclass
-from typing import Literal
+An `Event` lies on storage. It is told at least once; its id is the same each time.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened."""
+
+    id: str
+    """Equal for the same happening, however often it is told."""
+    at: str
+    """UTC, ISO 8601 with milliseconds, by the clock of who tells it."""
+    who: str
+    """Who tells it: `manager epoch 7`, `trainer llama-8b`."""
+    what: str
+    """The kind: `checkpoint.verified`, `action.dead`, `pin.set`, `save.failed`, `run.resumed`."""
+    step: int | None
+    """None for what concerns the run as a whole."""
+    text: str
+    """A sentence."""
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """A few JSON values for scripts."""
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Event":
+        """What :meth:`to_json` wrote."""
+        return cls(**json.loads(line))
+
+
+def event_id(*parts: object) -> str:
+    """16 hex digits that stand for `parts`, which make a happening the one it is."""
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def utc(seconds: float) -> str:
+    """Seconds since the epoch as an event tells them."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,12 @@ path of the machine that wrote it, no token and no secret. Serialising the same 
 gives the same bytes.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal, cast
 
@@ -108,7 +110,7 @@ class Lineage:
     """Whether somebody else wrote the bytes: no pickle among them is ever run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: the content id is kept once it is known
 class Manifest:
     """All there is to know about one checkpoint or one export."""
 
@@ -137,7 +139,7 @@ class Manifest:
         """Bytes of all files, the manifest itself left out."""
         return sum(entry.size_bytes for entry in self.files)
 
-    @property
+    @cached_property
     def content_id(self) -> str:
         """Hex SHA-256 over names, sizes and digests of all files: equal content, equal id."""
         lines = sorted(f"{e.path}\0{e.size_bytes}\0{e.digest}\n" for e in self.files)
@@ -173,8 +175,42 @@ class Manifest:
                 f"the manifest cannot be read: {error!r}", where, _UNTOUCHED, _LOOK
             ) from error
 
+    @classmethod
+    def without_tensors(cls, text: bytes, where: str) -> "Manifest":
+        """The manifest without the index of its tensors: most of it for a large model.
+
+        As `to_json` wrote it, it is checked as a whole and the index is never parsed.
+
+        Raises:
+            IntegrityError: as for `from_json`.
+        """
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            document = _light_document(text)
+            if document is not None:
+                return _from_document(document)
+        return replace(cls.from_json(text, where), tensors=())
+
 
 _CHECKSUM = "self_sha256"
+
+
+def _light_document(text: bytes) -> dict[str, Any] | None:
+    """What `to_json` wrote, without tensors; None if it is not that very text, whole.
+
+    Keys are sorted, and nothing that comes after one of these has keys of somebody else's choice
+    with such a value: the last match is the manifest's own.
+    """
+    head, found, rest = text.rpartition(b',"self_sha256":"')
+    checksum, rest = rest[:64], rest[65:]
+    digest = hashlib.sha256(head)
+    digest.update(rest.removesuffix(b"\n"))
+    if not found or digest.hexdigest().encode() != checksum:
+        return None
+    middle, has_tensors, tail = rest.rpartition(b',"tensors":[')
+    _, has_versions, end = tail.rpartition(b'],"versions":{')
+    light = head + middle + has_tensors + has_versions + end
+    document = json.loads(light) if has_tensors and has_versions else None
+    return document if document and document["schema"] == SCHEMA else None
 
 
 def _canonical(document: Mapping[str, Any]) -> bytes:

@@ -20,6 +20,8 @@
         trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over;
                                        on an object store its shards stay in step-500/
         staging/exports/<name>/step-500.retired   a copy there is being removed
+        events/<time>-<who>-<id>.jsonl what happened, in batches that are never rewritten
+        snapshot.json                  what the manager has told of last
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
 Keys are relative to the root and separated by "/", on every backend.
@@ -40,11 +42,15 @@ READERS = f"{PRIVATE}/readers"
 REQUESTS = f"{PRIVATE}/requests"
 ACTIONS = f"{PRIVATE}/actions"
 COMMANDS = f"{PRIVATE}/commands"
+EVENTS = f"{PRIVATE}/events"
+SNAPSHOT = f"{PRIVATE}/snapshot.json"
 SAVE_NOW = f"{PRIVATE}/save-now.json"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"
 
+STEP_PREFIX = "step-"
+"""How the name of every checkpoint's folder begins, and maybe somebody else's."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]*)\.([0-9a-zA-Z]+)")
 _SHARD = re.compile(r"__[0-9]+_([0-9a-zA-Z]+)_[0-9]+\.distcp")
@@ -194,6 +200,21 @@ def command_key(verb: str, key: str) -> str:
 def log_key(key: str, attempt: int) -> str:
     """Key of what attempt number `attempt` of an action said when it failed."""
     return f"{PRIVATE}/logs/{key}-a{attempt}.log"
+
+
+def event_key(at: str, who: str, batch: str) -> str:
+    """Key of one batch of events, by the time of its last one: names sort by time, then by writer.
+
+    >>> event_key("2026-11-22T15:45:40.120+00:00", "manager epoch 7", "c0ffee")
+    '.ray_ckpt/events/20261122T154540.120Z-manager-epoch-7-c0ffee.jsonl'
+    """
+    writer = re.sub(r"[^A-Za-z0-9_.]+", "-", who)[:64]
+    return f"{EVENTS}/{event_time(at)}-{writer}-{batch}.jsonl"
+
+
+def event_time(at: str) -> str:
+    """A UTC time in ISO 8601 as the names of batches begin with it."""
+    return at.removesuffix("+00:00").replace("-", "").replace(":", "") + "Z"
 
 
 def lease_key(role: str, epoch: int) -> str:

@@ -18,6 +18,8 @@ class ObjectInfo:
     size_bytes: int
     modified_at: float
     """Seconds since the epoch, by the store's clock."""
+    version: str = ""
+    """Another one for every object that ever lay under this key, as far as the store can tell."""
 
 
 class Store(Protocol):
@@ -73,8 +75,18 @@ class Store(Protocol):
         """What is under `key`, or None."""
         ...
 
-    def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
-        """Every object below `folder`, at any depth, in no order; none if the folder is absent."""
+    def mark(self, key: str) -> str | None:
+        """Another text once the object, or the entries of the folder, at `key` have changed.
+
+        Empty where nothing is. None, always, if only a request to another machine could tell.
+        """
+        ...
+
+    def list_objects(self, folder: str, *, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object below `folder`, at any depth, in no order; none if the folder is absent.
+
+        With a `prefix`, only what lies under names directly in `folder` that start with it.
+        """
         ...
 
     def list_folders(self, folder: str) -> list[str]:

@@ -1,11 +1,10 @@
 """The checkpoints and exports of one root: the only code that knows what "committed" means.
 
 A step is committed if and only if the folder `step-<n>` holds a manifest. Everything else about it
-is read from storage each time it is asked for; nothing is remembered between two calls.
+is read from storage each time it is asked for; only an `Observer` remembers what it has read.
 """
 
 import uuid
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
+from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.wanted import verify_action
 from ray_ckpt.storage.base import Store
@@ -30,14 +29,14 @@ from ray_ckpt.storage.digests import find_damage
 from ray_ckpt.storage.lease import TRAINER, holder_of
 from ray_ckpt.storage.listing import (
     aside_folders,
-    list_checkpoints,
-    list_exports,
+    look_at_step,
     manifest_in,
     sizes_in,
     view_aside,
 )
+from ray_ckpt.storage.observer import Observer, with_verdict
 from ray_ckpt.storage.pins import read_pins, write_pin
-from ray_ckpt.storage.records import Records, Run
+from ray_ckpt.storage.records import Records
 
 _UNCHANGED = "nothing was changed"
 
@@ -57,35 +56,25 @@ class Catalog:
 
     # ---- what is there ----
 
+    def observer(self) -> Observer:
+        """For who looks again and again: it remembers what it has read."""
+        return Observer(self.store, self.records)
+
     def observe(self) -> Observation:
-        """All that storage shows of the run."""
-        run = self.records.run() or Run(run_id=names.run_name(self.uri))
-        observed = Observation(
-            run_id=run.run_id,
-            policy=run.policy,
-            checkpoints=tuple(list_checkpoints(self.store)),
-            exports=tuple(list_exports(self.store)),
-            records=self.records.actions(),
-            requests=self.records.requests(),
-            commands=self.records.commands(),
-        )
-        views = sorted(
-            (_with_verdict(v, observed) for v in observed.checkpoints), key=lambda v: v.step
-        )
-        return replace(observed, checkpoints=tuple(views))
+        """All that storage shows of the run, manifests without the index of their tensors."""
+        return self.observer().observe(now=0.0)
 
     def checkpoint(self, step: int) -> CheckpointView:
-        """A committed checkpoint, its state included.
+        """A committed checkpoint as it is now, its state and pins included; a few reads.
 
         Raises:
             StepNotFoundError: there is none; the message lists the ones there are.
             ForeignFolderError: a folder is there, without a manifest.
         """
-        observed = self.observe()
-        found = next((view for view in observed.readable() if view.step == step), None)
-        if found is None:
-            raise self._not_readable(step, observed)
-        return found
+        view = look_at_step(self.store, step)
+        if view is None or view.state not in READABLE:
+            raise self._not_readable(step, self.observe())
+        return with_verdict(view, self.records.action(verify_action(view)))
 
     def export(self, name: str, step: int) -> ExportView:
         """A finished export.
@@ -127,8 +116,8 @@ class Catalog:
         folder = names.step_dir(step)
         if self.store.stat(names.manifest_key(folder)) is not None:
             raise self._exists(step)
-        foreign = (v for v in list_checkpoints(self.store) if v.state is CheckpointState.FOREIGN)
-        if any(view.step == step for view in foreign):
+        view = look_at_step(self.store, step)
+        if view is not None and view.state is CheckpointState.FOREIGN:
             raise self._foreign(step)
 
     def commit_step(self, staging: Path, manifest: Manifest) -> None:
@@ -199,7 +188,8 @@ class Catalog:
 
     def pins(self, step: int) -> tuple[Pin, ...]:
         """The pins that lie in the step's folder at this moment, expired ones too."""
-        return read_pins(self.store, step, sizes_in(self.store, names.step_dir(step)))
+        folder = names.step_dir(step)
+        return read_pins(self.store, folder, sizes_in(self.store, folder))
 
     def unpin(self, step: int, *, name: str | None = None) -> list[str]:
         """Names of the pins that are gone now: the one called `name`, or all of them."""
@@ -357,12 +347,3 @@ class Catalog:
             _UNCHANGED,
             f"ray-ckpt {'undo' if trashed else 'ls'} {self.uri}{f' {step}' if trashed else ''}",
         )
-
-
-def _with_verdict(view: CheckpointView, observed: Observation) -> CheckpointView:
-    """COMMITTED becomes VERIFIED where a record says that this very content was verified."""
-    if view.state is not CheckpointState.COMMITTED or view.manifest is None:
-        return view
-    if observed.state_of(verify_action(view)) is ActionState.SUCCEEDED and view.problem is None:
-        return replace(view, state=CheckpointState.VERIFIED)
-    return view

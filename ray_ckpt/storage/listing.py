@@ -1,23 +1,24 @@
-"""What one root holds, read from storage each time. Looks only, and decides nothing."""
+"""What one folder holds, and what that makes of it. Looks only, and decides nothing."""
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TypeAlias
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.core.observation import CheckpointView, ExportView
+from ray_ckpt.core.observation import CheckpointView
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import size_damage
 from ray_ckpt.storage.pins import read_pins
 
-log = logging.getLogger("ray_ckpt")
-
-_ASIDE = {
+ASIDE = {
     names.TRASH: CheckpointState.TRASHED,
     names.QUARANTINE: CheckpointState.QUARANTINED,
 }
+Told: TypeAlias = Manifest | IntegrityError | None
+"""What a folder's manifest says: the error where it cannot be read, None where there is none."""
 
 
 def manifest_in(store: Store, folder: str) -> Manifest | None:
@@ -33,50 +34,80 @@ def manifest_in(store: Store, folder: str) -> Manifest | None:
         return None
 
 
-def list_checkpoints(store: Store) -> list[CheckpointView]:
-    """Every step: in place (committed or foreign), in the trash, in quarantine."""
+def told_in(store: Store, folder: str) -> Told:
+    """What the folder's manifest says; one read."""
+    try:
+        return manifest_in(store, folder)
+    except IntegrityError as error:
+        return error
+
+
+def look_at_step(store: Store, step: int) -> CheckpointView | None:
+    """The step in its own place, as it is now; None if nothing is there that is anybody's."""
     aside = [
-        view
-        for parent in _ASIDE
-        for step, folder in aside_folders(store, parent)
-        if (view := view_aside(store, step, folder)).manifest or view.problem
+        view_aside(store, step, folder)
+        for parent in ASIDE
+        for found, folder in aside_folders(store, parent)
+        if found == step
     ]
-    return [*_in_place(store, aside), *aside]
+    folder = names.step_dir(step)
+    sizes = sizes_in(store, folder)
+    view = view_in_place(
+        step,
+        told_in(store, folder),
+        sizes,
+        has_begun=store.stat(names.begun_key(folder)) is not None,
+        aside=aside,
+    )
+    if view is None or view.state is not CheckpointState.COMMITTED:
+        return view
+    return replace(view, pins=read_pins(store, folder, sizes))
+
+
+def view_in_place(
+    step: int,
+    told: Told,
+    sizes: Mapping[str, int],
+    *,
+    has_begun: bool,
+    aside: Iterable[CheckpointView],
+) -> CheckpointView | None:
+    """A step in its own folder, from its manifest and the sizes of its files; pins are left out.
+
+    `has_begun` says whether there is a note that a save has begun, `aside` what lies of the same
+    step in the trash and the quarantine.
+    """
+    if isinstance(told, IntegrityError):
+        return CheckpointView(step=step, state=CheckpointState.QUARANTINED, problem=told.what)
+    if told is None:
+        remains = _are_remains(sizes, step, aside)
+        return None if remains else _not_ours_yet(step, has_begun=has_begun)
+    damage = [text for entry in told.files if (text := size_damage(entry, sizes))]
+    return CheckpointView(
+        step=step,
+        state=CheckpointState.COMMITTED,
+        manifest=told,
+        problem="; ".join(damage) or None,
+    )
 
 
 def view_aside(store: Store, step: int, folder: str) -> CheckpointView:
     """One save in the trash or the quarantine; one that cannot be read says why."""
-    state = _ASIDE[folder.rpartition("/")[0]]
-    try:
-        return CheckpointView(step=step, state=state, manifest=manifest_in(store, folder))
-    except IntegrityError as error:
-        return CheckpointView(step=step, state=state, problem=error.what)
+    return told_aside(step, folder, told_in(store, folder))
 
 
-def list_exports(store: Store) -> Iterator[ExportView]:
-    """Every finished export; one whose manifest cannot be read is left out, with a warning."""
-    for name in store.list_folders(names.EXPORTS):
-        for folder in store.list_folders(f"{names.EXPORTS}/{name}"):
-            step = names.parse_step(folder)
-            manifest = None if step is None else _readable_export(store, name, step)
-            if step is not None and manifest is not None:
-                yield ExportView(name=name, step=step, manifest=manifest)
+def told_aside(step: int, folder: str, told: Told) -> CheckpointView:
+    """The same, from what its manifest says."""
+    state = ASIDE[folder.rpartition("/")[0]]
+    if isinstance(told, IntegrityError):
+        return CheckpointView(step=step, state=state, problem=told.what)
+    return CheckpointView(step=step, state=state, manifest=told)
 
 
-def _readable_export(store: Store, name: str, step: int) -> Manifest | None:
-    try:
-        return manifest_in(store, names.export_dir(name, step))
-    except IntegrityError as error:
-        log.warning("the export %s of step-%d does not count: %s", name, step, error)
-        return None
-
-
-def aside_folders(store: Store, parent: str) -> Iterator[tuple[int, str]]:
+def aside_folders(store: Store, parent: str) -> list[tuple[int, str]]:
     """Step and folder of each save in the trash or the quarantine."""
-    for name in store.list_folders(parent):
-        parsed = names.parse_set_aside(name)
-        if parsed is not None:
-            yield parsed[0], f"{parent}/{name}"
+    parsed = [(names.parse_set_aside(name), name) for name in store.list_folders(parent)]
+    return [(found[0], f"{parent}/{name}") for found, name in parsed if found is not None]
 
 
 def sizes_in(store: Store, folder: str) -> dict[str, int]:
@@ -84,43 +115,16 @@ def sizes_in(store: Store, folder: str) -> dict[str, int]:
     return {i.key.removeprefix(f"{folder}/"): i.size_bytes for i in store.list_objects(folder)}
 
 
-def _in_place(store: Store, aside: list[CheckpointView]) -> Iterator[CheckpointView]:
-    for name in store.list_folders(""):
-        step = names.parse_step(name)
-        view = None if step is None else _view(store, step, aside)
-        if view is not None:
-            yield view
-
-
-def _view(store: Store, step: int, aside: list[CheckpointView]) -> CheckpointView | None:
-    folder = names.step_dir(step)
-    try:
-        manifest = manifest_in(store, folder)
-    except IntegrityError as error:
-        return CheckpointView(step=step, state=CheckpointState.QUARANTINED, problem=error.what)
-    sizes = sizes_in(store, folder)
-    if manifest is None:
-        return None if _are_remains(sizes, step, aside) else _not_ours_yet(store, step)
-    damage = [text for entry in manifest.files if (text := size_damage(entry, sizes))]
-    return CheckpointView(
-        step=step,
-        state=CheckpointState.COMMITTED,
-        manifest=manifest,
-        pins=read_pins(store, step, sizes),
-        problem="; ".join(damage) or None,
-    )
-
-
-def _not_ours_yet(store: Store, step: int) -> CheckpointView:
+def _not_ours_yet(step: int, *, has_begun: bool) -> CheckpointView:
     """A save in flight or dead, where a note says that one has begun; else somebody else's."""
-    if store.stat(names.begun_key(names.step_dir(step))) is not None:
+    if has_begun:
         text = "a save has begun and has not committed it"
         return CheckpointView(step=step, state=CheckpointState.SAVING, problem=text)
     text = "the folder holds no manifest"
     return CheckpointView(step=step, state=CheckpointState.FOREIGN, problem=text)
 
 
-def _are_remains(sizes: dict[str, int], step: int, aside: list[CheckpointView]) -> bool:
+def _are_remains(sizes: Mapping[str, int], step: int, aside: Iterable[CheckpointView]) -> bool:
     """Whether nothing in place is anybody's.
 
     A folder without files (object stores list prefixes that are
@@ -129,4 +133,5 @@ def _are_remains(sizes: dict[str, int], step: int, aside: list[CheckpointView]) 
     known = {
         e.path for view in aside if view.step == step and view.manifest for e in view.manifest.files
     }
-    return {name for name in sizes if names.parse_pin(name) is None} <= known
+    own = {name for name in sizes if names.parse_pin(name) or name == names.MANIFEST}
+    return sizes.keys() - own <= known

@@ -125,27 +125,36 @@ class LocalStore:
     def stat(self, key: str) -> ObjectInfo | None:
         """Size and time of the file, or None."""
         with contextlib.suppress(ObjectNotFoundError), translated(self.path(key)):
-            status = self.path(key).stat()
-            if stat.S_ISREG(status.st_mode):
-                return ObjectInfo(key=key, size_bytes=status.st_size, modified_at=status.st_mtime)
+            return _info(key, self.path(key).stat())
         return None
 
-    def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
+    def mark(self, key: str) -> str | None:
+        """Inode, time and size: one system call."""
+        try:
+            return _version(os.stat(f"{self._root}/{key}"))  # noqa: PTH116  a Path costs more
+        except FileNotFoundError:
+            return ""
+        except OSError:
+            with translated(self.path(key)):
+                raise
+
+    def list_objects(self, folder: str, *, prefix: str = "") -> Iterator[ObjectInfo]:
         """Files below `folder`; symbolic links to folders are not followed."""
         with translated(self.path(folder)):
-            for parent, _, names in os.walk(self.path(folder), onerror=_raise_unless_absent):
-                for name in names:
-                    key = str((Path(parent) / name).relative_to(self._root))
-                    info = None if name.startswith(_TEMPORARY) else self.stat(key)
-                    if info is not None:
-                        yield info
+            found, below = _scan(self._entries(folder), f"{folder}/" if folder else "", prefix)
+        yield from found
+        for key in below:
+            yield from self.list_objects(key)
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """What lies directly in the folder; nothing if it is not there."""
+        with contextlib.suppress(ObjectNotFoundError), translated(self.path(folder)):
+            return list(os.scandir(self.path(folder)))
+        return []
 
     def list_folders(self, folder: str) -> list[str]:
         """Folders directly below `folder`; symbolic links do not count."""
-        with contextlib.suppress(ObjectNotFoundError), translated(self.path(folder)):
-            entries = list(os.scandir(self.path(folder)))
-            return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
-        return []
+        return sorted(e.name for e in self._entries(folder) if e.is_dir(follow_symlinks=False))
 
     def delete(self, keys: Sequence[str]) -> None:
         """Unlinks, then removes the folders that this left empty."""
@@ -176,10 +185,39 @@ class LocalStore:
             temporary.unlink(missing_ok=True)
 
 
-def _raise_unless_absent(error: OSError) -> None:
-    """For `os.walk`, which lists as empty what it may not read."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def _scan(
+    entries: list[os.DirEntry[str]], parent: str, prefix: str
+) -> tuple[list[ObjectInfo], list[str]]:
+    """The files among the entries of a folder, and the keys of the folders."""
+    files: list[ObjectInfo] = []
+    folders: list[str] = []
+    for entry in entries:
+        if not entry.name.startswith(prefix):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            folders.append(f"{parent}{entry.name}")
+        elif not entry.name.startswith(_TEMPORARY):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a broken link
+                info = _info(f"{parent}{entry.name}", entry.stat())
+                files.extend([info] if info else [])
+    return files, folders
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
+    """What is there, if it is a file."""
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return ObjectInfo(
+        key=key,
+        size_bytes=status.st_size,
+        modified_at=status.st_mtime,
+        version=_version(status),
+    )
+
+
+def _version(status: os.stat_result) -> str:
+    # the inode too: what is written beside and renamed within one tick of the clock has another
+    return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
 
 
 def sync_file(path: Path) -> None:

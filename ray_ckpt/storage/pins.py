@@ -9,6 +9,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectNotFoundError
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.read_once import at_once
 
 log = logging.getLogger("ray_ckpt")
 
@@ -19,16 +20,15 @@ def write_pin(store: Store, step: int, pin: Pin) -> None:
     store.write(names.pin_key(step, pin.name), text.encode())
 
 
-def read_pins(store: Store, step: int, files: Iterable[str]) -> tuple[Pin, ...]:
-    """The pins among the files of a step, by name; expired ones too. One read a pin."""
-    found = (names.parse_pin(file) for file in files)
-    pins = (_read(store, step, name) for name in sorted(name for name in found if name))
-    return tuple(pin for pin in pins if pin is not None)
+def read_pins(store: Store, folder: str, files: Iterable[str]) -> tuple[Pin, ...]:
+    """The pins among the files of a step's folder, by name; expired ones too. One read a pin."""
+    listed = sorted(file for file in files if names.parse_pin(file))
+    read = at_once(lambda file: _read(store, f"{folder}/{file}"), listed)
+    return tuple(pin for pin in read if pin is not None)
 
 
-def _read(store: Store, step: int, name: str) -> Pin | None:
+def _read(store: Store, key: str) -> Pin | None:
     """None if it is gone since it was listed. One that cannot be read holds for ever."""
-    key = names.pin_key(step, name)
     try:
         pin = Pin(**json.loads(store.read(key)))
         pin.holds(0.0)
@@ -36,5 +36,6 @@ def _read(store: Store, step: int, name: str) -> Pin | None:
         return None
     except (ValueError, TypeError) as error:
         log.warning("%s/%s cannot be read, and holds the step: %r", store.uri, key, error)
-        return Pin(name=name, reason="unreadable")
+        name = names.parse_pin(key.rpartition("/")[2])
+        return Pin(name=name or key, reason="unreadable")
     return pin

@@ -17,6 +17,7 @@ from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.observation import Command, Request
 from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.read_once import ReadOnce
 
 log = logging.getLogger("ray_ckpt")
 T = TypeVar("T")
@@ -35,6 +36,9 @@ class Records:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._actions = ReadOnce(store, _parser(ActionRecord.from_json))
+        self._requests = ReadOnce(store, _parser(_request))
+        self._commands = ReadOnce(store, _parser(_command))
 
     def run(self) -> Run | None:
         """The run, or None for a root that no run has written to."""
@@ -72,7 +76,7 @@ class Records:
 
     def actions(self) -> dict[str, ActionRecord]:
         """Every action's record under its key."""
-        records = self._all(names.ACTIONS, ActionRecord.from_json)
+        records = self._all(names.ACTIONS, self._actions)
         return {record.action.key: record for record in records}
 
     def action(self, action: Action) -> ActionRecord:
@@ -92,7 +96,7 @@ class Records:
 
     def requests(self) -> tuple[Request, ...]:
         """Everything that was asked for and is not settled yet."""
-        return tuple(self._all(names.REQUESTS, _request))
+        return tuple(self._all(names.REQUESTS, self._requests))
 
     def add_request(self, request: Request) -> None:
         """Asked for from now on; asking twice is asking once."""
@@ -108,7 +112,7 @@ class Records:
 
     def commands(self) -> tuple[Command, ...]:
         """What people want to become of actions and is not obeyed yet."""
-        return tuple(self._all(names.COMMANDS, _command))
+        return tuple(self._all(names.COMMANDS, self._commands))
 
     def add_command(self, command: Command) -> None:
         """Whoever manages the root obeys it in its next round."""
@@ -119,17 +123,23 @@ class Records:
         """Obeyed: what became of it is in its action's record."""
         self._store.delete([names.command_key(command.verb, command.action.key)])
 
-    def _all(self, folder: str, parse: Callable[[bytes], T]) -> list[T]:
-        """Every record of a folder; a damaged one is told of and left out, as if it were lost."""
-        found: list[T] = []
-        for info in sorted(self._store.list_objects(folder), key=lambda info: info.key):
-            try:
-                found.append(parse(self._store.read(info.key)))
-            except ObjectNotFoundError:
-                continue  # removed since it was listed
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("%s/%s cannot be read: %r", self._store.uri, info.key, error)
-        return found
+    def _all(self, folder: str, known: ReadOnce[T | None]) -> list[T]:
+        """Every record of a folder; only what has changed since the last call is read."""
+        listed = sorted(self._store.list_objects(folder), key=lambda info: info.key)
+        return [record for record in known.read(listed).values() if record is not None]
+
+
+def _parser(parse: Callable[[bytes], T]) -> Callable[[bytes, str], T | None]:
+    """`parse`; a damaged record is told of and left out, as if it were lost."""
+
+    def parse_or_tell(text: bytes, where: str) -> T | None:
+        try:
+            return parse(text)
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read: %r", where, error)
+            return None
+
+    return parse_or_tell
 
 
 def _request(text: bytes) -> Request:

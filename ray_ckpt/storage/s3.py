@@ -7,6 +7,7 @@ object when the code around it raises. Listings are never cached: several proces
 
 import contextlib
 import errno
+import inspect
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -52,6 +53,9 @@ class S3Store:
         self._file_system: Any = s3fs.S3FileSystem(
             use_listings_cache=False, skip_instance_cache=True
         )
+        parameters = inspect.signature(self._file_system._cat_file).parameters
+        # versions that can read in parts ask for the size before they read
+        self._in_one_part = {"max_concurrency": 1} if "max_concurrency" in parameters else {}
 
     @property
     def uri(self) -> str:
@@ -70,7 +74,7 @@ class S3Store:
     def read(self, key: str) -> bytes:
         """One GET."""
         with translated(self._where(key)):
-            return cast(bytes, self._file_system.cat_file(self._path(key)))
+            return cast(bytes, self._file_system.cat_file(self._path(key), **self._in_one_part))
 
     def open_read(self, key: str) -> BinaryIO:
         """Ranged GETs, read ahead in blocks."""
@@ -120,31 +124,40 @@ class S3Store:
             return None
         return self._info(info) if info["type"] == "file" else None
 
-    def list_objects(self, folder: str) -> Iterator[ObjectInfo]:
+    def mark(self, key: str) -> str | None:
+        """None: it would be a HEAD for every key."""
+        return None
+
+    def list_objects(self, folder: str, *, prefix: str = "") -> Iterator[ObjectInfo]:
         """One LIST for a thousand objects."""
-        with translated(self._where(folder)):
-            try:
-                found = self._file_system.find(self._path(folder), detail=True)
-            except FileNotFoundError:
-                found = {}
-        for info in cast(dict[str, dict[str, Any]], found).values():
-            if info["type"] == "file":
-                yield self._info(info)
+        start = f"{folder}/{prefix}" if folder else prefix
+        for page in self._pages(start):
+            yield from map(self._listed, page.get("Contents", []))
 
     def list_folders(self, folder: str) -> list[str]:
         """One LIST with a delimiter. May name prefixes that are just gone: look for an object."""
-        with translated(self._where(folder)):
-            try:
-                found = cast(
-                    list[dict[str, Any]], self._file_system.ls(self._path(folder), detail=True)
-                )
-            except FileNotFoundError:
-                return []
-        return sorted(
-            info["name"].rstrip("/").rpartition("/")[2]
-            for info in found
-            if info["type"] == "directory"
-        )
+        pages = self._pages(f"{folder}/" if folder else "", Delimiter="/")
+        found = (entry["Prefix"] for page in pages for entry in page.get("CommonPrefixes", []))
+        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in found)
+
+    def _pages(self, start: str, **options: str) -> Iterator[dict[str, Any]]:
+        """The answers to as many LISTs as it takes, for keys that start with `start`.
+
+        Not by s3fs's `find` and `ls`, which ask twice more where nothing is.
+        """
+        bucket, _, prefix = f"{self._base}/{start}".partition("/")
+        while True:
+            with translated(self._where(start)):
+                try:
+                    page: dict[str, Any] = self._file_system.call_s3(
+                        "list_objects_v2", Bucket=bucket, Prefix=prefix, **options
+                    )
+                except FileNotFoundError:
+                    return  # no such bucket
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            options["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, keys: Sequence[str]) -> None:
         """The first object by itself, so that a marker is gone before the rest; then in batches.
@@ -170,12 +183,22 @@ class S3Store:
             text = f"{refusal.get('Key')}: {refusal.get('Code')} {refusal.get('Message')}"
             raise PermissionError(text) if refusal.get("Code") in _DENIED else OSError(text)
 
+    def _listed(self, entry: dict[str, Any]) -> ObjectInfo:
+        """From an answer to LIST; a folder that some tool made an object of ends with a slash."""
+        return ObjectInfo(
+            key=self._key(f"{self._base.partition('/')[0]}/{entry['Key']}"),
+            size_bytes=int(entry["Size"]),
+            modified_at=entry["LastModified"].timestamp(),
+            version=entry["ETag"],
+        )
+
     def _info(self, info: dict[str, Any]) -> ObjectInfo:
         modified = info.get("LastModified")
         return ObjectInfo(
             key=self._key(info["name"]),
             size_bytes=int(info["size"]),
             modified_at=modified.timestamp() if modified else 0.0,
+            version=info.get("ETag", ""),
         )
 
 

@@ -89,7 +89,10 @@ class CheckpointManager:
         self._writer = RootWriter(self._catalog, run, self._ranks)
         self._saver = Saver(self.config.mode, timeout_s=self.config.timeout_s)
         self._outcomes = Outcomes(
-            self._catalog.uri, run.on_event, is_coordinator=self._ranks.is_coordinator
+            self._catalog.store,
+            run.on_event,
+            owner=self._writer.owner,
+            is_coordinator=self._ranks.is_coordinator,
         )
         self._pending: PendingSave | None = None
         self._needs: tuple[NeededSource, ...] = ()
@@ -225,6 +228,7 @@ class CheckpointManager:
         with contextlib.ExitStack() as end:  # whatever fails, the rest is closed
             end.callback(self._ranks.close)
             end.callback(self._writer.close)
+            end.callback(self._outcomes.close)
             end.callback(self._saver.close)
             end.callback(self._listener.close)
             self.wait()
@@ -334,6 +338,7 @@ class CheckpointManager:
         restored = restore(sources, self._ranks, model=self._state.model, parts=parts)
         self._writer.goes_on_from(choice.step)
         self._needs = needs_of(base, self._ranks)
+        self._outcomes.began(choice.step, choice.reason, world_size=self._ranks.size)
         return LoadReport(
             step=choice.step or 0,
             reason=choice.reason,

@@ -1,13 +1,19 @@
-"""What became of a run's saves: counted, logged, and told to who listens.
+"""What became of a run's saves: counted, logged, told to who listens, and written down.
 
 Knows how a save ended. Decides nothing: what follows from a failure is the manager's.
 """
 
 import logging
+import time
 from collections.abc import Callable
+from typing import Any
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import RayCkptError
-from ray_ckpt.core.events import SaveEvent, SaveStats
+from ray_ckpt.core.events import Event, SaveEvent, SaveStats, event_id, utc
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.history import BackgroundTeller
+from ray_ckpt.storage.listing import sizes_in
 from ray_ckpt.tensors.pending import PendingSave
 
 log = logging.getLogger("ray_ckpt")
@@ -18,15 +24,18 @@ class Outcomes:
 
     def __init__(
         self,
-        uri: str,
+        store: Store,
         on_event: Callable[[SaveEvent], None] | None,
         *,
+        owner: str,
         is_coordinator: bool,
     ) -> None:
         self.stats = SaveStats()
         self.failure: RayCkptError | None = None
         """How the last save that failed on this rank did."""
-        self._uri = uri
+        self._store = store
+        self._who = f"trainer {owner}"
+        self._teller = BackgroundTeller(store)
         self._on_event = on_event
         self._is_coordinator = is_coordinator
 
@@ -39,10 +48,10 @@ class Outcomes:
             if pending.is_in_background:
                 log.error("the save of step-%d failed in the background\n%s", pending.step, error)
         elif self._is_coordinator:
-            log.info("step-%d is committed at %s", pending.step, self._uri)
+            log.info("step-%d is committed at %s", pending.step, self._store.uri)
         kind = "committed" if error is None else "failed"
         event = SaveEvent(kind=kind, step=pending.step, reason=reason, seconds=pending.seconds)
-        self._tell(event)
+        self._tell(event, error_kind=type(error).__name__ if error else None)
 
     def skipped(self, step: int, reason: str) -> None:
         """The save was due and was not begun; `reason` is what was in the way."""
@@ -50,11 +59,49 @@ class Outcomes:
             log.warning("step-%d is not saved: %s", step, reason)
         self._tell(SaveEvent(kind="skipped", step=step, reason=reason))
 
-    def _tell(self, event: SaveEvent) -> None:
+    def began(self, step: int | None, reason: str, *, world_size: int) -> None:
+        """The run trains from now on; `step` is what it goes on from, None for a fresh start."""
+        kind, text = "run.resumed", f"training goes on from step-{step}"
+        if step is None:
+            kind, text = "run.started", "training starts"
+        details = {"reason": reason, "world_size": world_size}
+        self._write(kind, step, f"{text} on {world_size} ranks: {reason}", details)
+
+    def close(self) -> None:
+        """What was to be written down is, as far as storage lets it."""
+        self._teller.close()
+
+    def _tell(self, event: SaveEvent, *, error_kind: str | None = None) -> None:
         self.stats.count(event)
+        text = f"the save of step-{event.step} is {event.kind}: {event.reason.splitlines()[0]}"
+        details: dict[str, Any] = {"reason": event.reason, "error_kind": error_kind}
+        if event.seconds:
+            details["seconds"] = round(event.seconds, 3)
+        self._write(f"save.{event.kind}", event.step, text, details)
         if self._on_event is None or not self._is_coordinator:
             return
         try:
             self._on_event(event)
         except Exception as error:  # noqa: BLE001  whose faults are its own: training goes on
             log.error("step-%d is %s, but on_event failed: %r", event.step, event.kind, error)
+
+    def _write(self, what: str, step: int | None, text: str, details: dict[str, Any]) -> None:
+        """An event of this run, by the coordinator alone; returns at once, come what may."""
+        if not self._is_coordinator:
+            return
+        at = utc(time.time())
+
+        def make() -> Event:
+            if what == "save.committed":
+                details["bytes"] = sum(sizes_in(self._store, names.step_dir(step or 0)).values())
+            return Event(
+                id=event_id(self._who, what, step, at),
+                at=at,
+                who=self._who,
+                what=what,
+                step=step,
+                text=text,
+                details={name: value for name, value in details.items() if value},
+            )
+
+        self._teller.tell(make)

@@ -29,7 +29,9 @@ class RootWriter:
         self._run = run
         self._ranks = ranks
         self._token = ranks.on_coordinator(lambda: uuid.uuid4().hex[:12])
-        self._lease = Lease(catalog.store, TRAINER, owner=run.owner or self._token)
+        self.owner = run.owner or self._token
+        """Who writes, as its lease and its events say."""
+        self._lease = Lease(catalog.store, TRAINER, owner=self.owner)
         self._run_id = ranks.on_coordinator(self._begin)
         self._resumed_from: int | None = None
         self._num_saves = 0

@@ -13,6 +13,7 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import (
     SCHEMA,
     Chunk,
+    ConverterEntry,
     FileEntry,
     Lineage,
     Manifest,
@@ -174,3 +175,50 @@ def test_a_changed_character_anywhere_is_found() -> None:
         changed = bytes([*text[:index], text[index] ^ 1, *text[index + 1 :]])
         with pytest.raises(IntegrityError):
             Manifest.from_json(changed, "here")
+
+
+HOSTILE = ',"tensors":[{"name":"x"}],"versions":{"self_sha256":"' + "0" * 64 + '",'
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        MANIFEST,
+        replace(MANIFEST, tensors=()),
+        replace(MANIFEST, metrics={HOSTILE: 1.0}, versions={HOSTILE: HOSTILE}),
+        replace(
+            MANIFEST,
+            model=ModelEntry(
+                family=HOSTILE,
+                keys=(HOSTILE,),
+                converters=(
+                    ConverterEntry(
+                        name="x", options={"tensors": [1], "versions": {}, "self_sha256": "a"}
+                    ),
+                ),
+            ),
+        ),
+        replace(MANIFEST, tensors=(TensorEntry(name=HOSTILE, dtype=HOSTILE, shape=()),)),
+    ],
+)
+def test_a_manifest_is_read_without_its_tensors(manifest: Manifest) -> None:
+    text = manifest.to_json()
+    light = Manifest.without_tensors(text, "here")
+    assert light == replace(Manifest.from_json(text, "here"), tensors=())
+    # also as somebody's editor may have left it
+    laid_out = json.dumps(json.loads(text), indent=2).encode()
+    assert Manifest.without_tensors(laid_out, "here") == light
+
+
+def test_a_changed_character_is_found_without_the_tensors_too() -> None:
+    text = MANIFEST.to_json()
+    for index in range(0, len(text) - 1, 7):
+        changed = bytes([*text[:index], text[index] ^ 1, *text[index + 1 :]])
+        with pytest.raises(IntegrityError):
+            Manifest.without_tensors(changed, "here")
+
+
+def test_what_a_whole_manifest_may_not_say_a_light_one_may_not_either() -> None:
+    outside = replace(MANIFEST, files=(replace(FILES[0], path="../x"),), tensors=())
+    with pytest.raises(IntegrityError, match="leaves the folder"):
+        Manifest.without_tensors(outside.to_json(), "here")

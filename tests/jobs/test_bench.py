@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ray_ckpt.storage.backends import open_catalog
+
 
 def measure(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
     """The table's first line, and the rows for a script."""
@@ -43,3 +47,17 @@ def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
         "save(), which does not",
         "dist.barrier",
     ]
+
+
+@pytest.mark.parametrize("root", ["tmp_path", pytest.param("s3_root", marks=pytest.mark.s3)])
+def test_looks_of_a_manager_are_measured_and_counted(
+    root: str, request: pytest.FixtureRequest
+) -> None:
+    uri = str(request.getfixturevalue(root))
+    _, rows = measure("manager", "--root", uri, "--steps", "3,5")
+    looks = [(row["num_steps"], row["look"]) for row in rows]
+    names = ("first", "again", "one more step", "close")
+    assert looks == [(steps, name) for steps in (3, 5) for name in names]
+    assert [row["num_get"] for row in rows[:4]] == [2 * 3 + 1, 1, 3, 1]
+    assert all(row["wall_s"] > 0 and row["num_head"] == 0 for row in rows)
+    assert list(open_catalog(uri).store.list_objects("")) == []

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ray_ckpt.core import names
 from tests.tensors.ranks import fork_server
 
 DIED = 9
 SURVIVED = 0
 MAX_CHANGES = 300
 _AUDITED = {"os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
+_BACKGROUND = {Path(key).name for key in (names.LEASES, names.READERS, names.EVENTS)}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -71,7 +73,7 @@ class Countdown:
 
 
 def arm(root: Path, number: int, act: Callable[[], None]) -> Countdown:
-    """From now on every change below `root` counts; leases, which threads renew, do not."""
+    """From now on every change below `root` counts; what threads of their own write does not."""
     countdown = Countdown(number, act)
     _Watch(root, countdown).begin()
     return countdown
@@ -111,7 +113,8 @@ class _Watch:
     def _counts(self, path: Any) -> bool:
         if not isinstance(path, str | os.PathLike):
             return False
-        return self._root in Path(path).parents and not {"lease", "readers"} & {*Path(path).parts}
+        path = Path(path)
+        return self._root in path.parents and not _BACKGROUND & set(path.parts)
 
 
 class _File(io.FileIO):
@@ -130,7 +133,7 @@ def _path_of(descriptor: int) -> Path:
 
 
 def arm_s3(_: Path, number: int, act: Callable[[], None]) -> None:
-    """From now on every change that an S3 store makes counts, those of its leases left out."""
+    """From now on every change that an S3 store makes counts, except by threads of their own."""
     from ray_ckpt.storage.s3 import S3Store
 
     countdown = Countdown(number, act)
@@ -139,7 +142,7 @@ def arm_s3(_: Path, number: int, act: Callable[[], None]) -> None:
         method = getattr(S3Store, verb)
 
         def call(self: S3Store, *args: Any, **kwargs: Any) -> Any:
-            if not any(beat in str(args) for beat in ("lease", "readers")):
+            if not any(f"{names.PRIVATE}/{part}" in str(args) for part in _BACKGROUND):
                 countdown.tick()
             return method(self, *args, **kwargs)
 

@@ -1,0 +1,142 @@
+"""What it takes a manager to look at a root: for the first time, again, and after one more step.
+
+Every step is committed and verified. Its files are a byte each: a manager reads none of them. Its
+manifest lists as many tensors as asked for, in a piece a file.
+"""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from jobs.bench.counting import CountingStore
+from ray_ckpt.core import names
+from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.manifest import Chunk, FileEntry, Lineage, Manifest, TensorEntry
+from ray_ckpt.core.observation import CheckpointView
+from ray_ckpt.core.reconcile import verify_action
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.observer import CLOSE_EVERY_S, Observer
+from ray_ckpt.storage.read_once import at_once
+from ray_ckpt.storage.records import Records
+
+NUM_FILES = 4
+NUM_PARAMETERS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked:
+    """One look at all steps of one root."""
+
+    num_steps: int
+    look: str
+    wall_s: float
+    cpu_s: float
+    """Of this process and all its threads."""
+    num_list: int
+    num_get: int
+    num_head: int
+    num_stat: int
+    """Questions to a local file system."""
+    manifest_kb: float
+
+
+def measure_looks(root: str, steps: Sequence[int], *, num_tensors: int) -> list[Looked]:
+    """Four rows for each number of steps; what was written below `root` is removed."""
+    rows: list[Looked] = []
+    for num_steps in steps:
+        with _filled(root, num_steps, num_tensors) as store:
+            rows.extend(_looks(store, num_steps, num_tensors))
+    return rows
+
+
+def _looks(store: Store, num_steps: int, num_tensors: int) -> list[Looked]:
+    counting = CountingStore(store)
+    counted = cast(Store, counting)
+    observer = Observer(counted, Records(counted))
+    manifest_kb = len(_manifest(1, num_tensors).to_json()) / 1e3
+
+    def look(what: str, now: float) -> Looked:
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        num_seen = len(observer.observe(now=now).checkpoints)
+        wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+        calls = counting.take()
+        assert num_seen >= num_steps, "every step is seen"
+        return Looked(
+            num_steps=num_steps,
+            look=what,
+            wall_s=wall_s,
+            cpu_s=cpu_s,
+            num_list=calls.get("LIST", 0),
+            num_get=calls.get("GET", 0),
+            num_head=calls.get("HEAD", 0),
+            num_stat=calls.get("STAT", 0),
+            manifest_kb=manifest_kb,
+        )
+
+    first = look("first", 0.0)
+    again = look("again", 1.0)
+    _commit(store, num_steps + 1, num_tensors)
+    more = look("one more step", 2.0)
+    return [first, again, more, look("close", CLOSE_EVERY_S)]
+
+
+@contextlib.contextmanager
+def _filled(root: str, num_steps: int, num_tensors: int) -> Generator[Store]:
+    """A root of its own below `root`, with that many steps."""
+    store = open_catalog(f"{root.rstrip('/')}/ray_ckpt-bench-{uuid.uuid4().hex[:8]}").store
+    try:
+        at_once(lambda step: _commit(store, step, num_tensors), range(1, num_steps + 1))
+        yield store
+    finally:
+        store.delete([info.key for info in store.list_objects("")])
+
+
+def _commit(store: Store, step: int, num_tensors: int) -> None:
+    """The step as a save and a manager's verify action leave it."""
+    manifest = _manifest(step, num_tensors)
+    folder = names.step_dir(step)
+    for entry in manifest.files:
+        store.create(f"{folder}/{entry.path}", b"0")
+    store.create(names.manifest_key(folder), manifest.to_json())
+    view = CheckpointView(step=step, state=CheckpointState.COMMITTED, manifest=manifest)
+    record = ActionRecord(action=verify_action(view)).started(1.0).succeeded({}, 2.0)
+    store.create(names.action_key(record.action.key), record.to_json())
+
+
+def _manifest(step: int, num_tensors: int) -> Manifest:
+    paths = [f"__{rank}_0.distcp" for rank in range(NUM_FILES)]
+    return Manifest(
+        step=step,
+        save_id=f"save{step}",
+        created_at="2026-11-22T15:45:40+00:00",
+        lineage=Lineage(run_id="bench"),
+        files=tuple(
+            FileEntry(path=p, size_bytes=1, digest=f"crc64nvme:{step:016x}") for p in paths
+        ),
+        tensors=tuple(_tensor(number, paths) for number in range(num_tensors)),
+        world_size=NUM_FILES,
+    )
+
+
+def _tensor(number: int, paths: Sequence[str]) -> TensorEntry:
+    rows = NUM_PARAMETERS // len(paths)
+    return TensorEntry(
+        name=f"optimizer.state.layers.{number}.attention.wq.weight.exp_avg",
+        dtype="float32",
+        shape=(NUM_PARAMETERS, NUM_PARAMETERS),
+        chunks=tuple(
+            Chunk(
+                offsets=(rank * rows, 0),
+                sizes=(rows, NUM_PARAMETERS),
+                file=path,
+                offset_bytes=number * rows * NUM_PARAMETERS * 4,
+                length_bytes=rows * NUM_PARAMETERS * 4,
+            )
+            for rank, path in enumerate(paths)
+        ),
+    )

@@ -1,0 +1,58 @@
+"""Objects that are read again only once they have changed. Knows nothing of what they say."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+from ray_ckpt.core.errors import ObjectNotFoundError
+from ray_ckpt.storage.base import ObjectInfo, Store
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+AT_ONCE = 16
+"""So many requests wait for a store's answers at the same time."""
+
+
+def at_once(ask: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
+    """What `ask` returns for each item, in order; asked in several threads if there are many."""
+    items = list(items)
+    if len(items) < 2:
+        return [ask(item) for item in items]
+    with ThreadPoolExecutor(min(AT_ONCE, len(items))) as threads:
+        return list(threads.map(ask, items))
+
+
+class ReadOnce(Generic[T]):
+    """What each object of one kind says, kept as long as a listing shows the version that was read.
+
+    A pure memory: what it forgets is read again.
+    """
+
+    def __init__(self, store: Store, parse: Callable[[bytes, str], T]) -> None:
+        self._store = store
+        self._parse = parse
+        """Gets an object's bytes and where it lies; must not raise."""
+        self._known: dict[str, tuple[ObjectInfo, T]] = {}
+
+    def read(self, listed: Iterable[ObjectInfo]) -> dict[str, T]:
+        """By key, what each of the `listed` objects says; those removed meanwhile are left out.
+
+        Whatever is not listed is forgotten.
+        """
+        infos = {info.key: info for info in listed}
+        known = {key: one for key, one in self._known.items() if infos.get(key) == one[0]}
+        changed = [info for key, info in infos.items() if key not in known]
+        for info, said in zip(changed, at_once(self._ask, changed), strict=True):
+            known.update({info.key: (info, said[0])} if said else {})
+        self._known = known
+        return {key: known[key][1] for key in infos if key in known}
+
+    def forget(self) -> None:
+        """Everything is read again."""
+        self._known = {}
+
+    def _ask(self, info: ObjectInfo) -> tuple[T] | None:
+        try:
+            return (self._parse(self._store.read(info.key), f"{self._store.uri}/{info.key}"),)
+        except ObjectNotFoundError:
+            return None
