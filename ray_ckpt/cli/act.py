@@ -118,7 +118,10 @@ def export(
     destination: str | None,
     as_json: bool,
 ) -> None:
-    """Make a Hugging Face folder of one checkpoint: ROOT/exports/NAME/step-N."""
+    """Make a Hugging Face folder of one checkpoint: ROOT/exports/NAME/step-N.
+
+    The checkpoint is verified first; a damaged one is set aside in quarantine and not exported.
+    """
     catalog = open_root(root)
     flavors = _flavors(forms)
     spec = ExportSpec(

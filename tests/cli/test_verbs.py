@@ -104,16 +104,17 @@ def test_export_writes_a_folder_that_transformers_loads(cli: Cli, root: str) -> 
     assert snapshot(f"{root}/exports") == before
 
 
-def test_export_of_a_corrupt_step_is_refused_and_changes_no_checkpoint(
+def test_export_of_a_corrupt_step_is_refused_and_the_step_set_aside(
     cli: Cli, run_root: str
 ) -> None:
     flip_byte(Path(run_root) / "step-20" / "__0_0.distcp")
-    before = snapshot(run_root)
     answer = cli("export", run_root, "--step", 20)
     assert answer.code == 1
     assert "step-20 is corrupt" in answer.err
     assert "do:" in answer.err
-    assert snapshot(run_root) == before
+    states = {row["step"]: row["state"] for row in cli("ls", run_root, "--json").json}
+    assert states == {10: "committed", 20: "quarantined", 30: "committed", 40: "committed"}
+    assert open_catalog(run_root).observe().exports == ()
 
 
 def test_export_to_a_destination_publishes_it(cli: Cli, run_root: str, tmp_path: Path) -> None:
@@ -275,7 +276,8 @@ def test_every_verb_helps_and_takes_json() -> None:
         assert "--json" in [flag for param in verb.params for flag in param.opts]
     assert set(command_group.commands) == {
         *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish"),
-        *("pin", "unpin", "purge", "undo", "save-now", "plan"),
+        *("pin", "unpin", "purge", "undo", "save-now", "plan", "events"),
+        *("drain", "retry", "cancel"),
     }
 
 
