@@ -70,6 +70,7 @@ def show(root: str, step: int, as_json: bool) -> None:
             ("committed", manifest.created_at),
             ("run", manifest.lineage.run_id),
             ("resumed from", _or_dash(manifest.lineage.resumed_from)),
+            ("started from", _started_from(manifest)),
             ("ranks", str(manifest.world_size)),
             ("size", human_bytes(manifest.total_bytes)),
             ("files", str(len(manifest.files))),
@@ -157,6 +158,13 @@ def resume_plan(root: str, as_json: bool) -> None:
 def _converters(manifest: Manifest) -> str:
     entries = manifest.model.converters if manifest.model else ()
     return ", ".join(entry.name for entry in entries) or "-"
+
+
+def _started_from(manifest: Manifest) -> str:
+    """Folders, each with the run that made it where that is known."""
+    sources = manifest.lineage.started_from
+    told = [f"{s.name} ({s.format}{f' of {s.run_id}' if s.run_id else ''})" for s in sources]
+    return ", ".join(told) or "-"
 
 
 def _finding(what: str, step: int, damage: list[str]) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def test_every_verb_helps_and_takes_json() -> None:
         assert "--json" in [flag for param in verb.params for flag in param.opts]
     assert set(command_group.commands) == {
         *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish"),
-        *("pin", "unpin", "purge", "undo", "save-now"),
+        *("pin", "unpin", "purge", "undo", "save-now", "events"),
     }
 
 

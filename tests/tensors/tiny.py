@@ -256,12 +256,12 @@ def error_of(function: Callable[[], Any]) -> RayCkptError | None:
 
 
 def files_in(folder: Path | str) -> dict[str, str]:
-    """Every file below `folder` and its digest, leases left out: they come and go."""
+    """Every file below `folder` and its digest, but for leases and events: others write them."""
     root = Path(folder)
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and "lease" not in path.parts
+        if path.is_file() and not {"lease", "events"} & set(path.parts)
     }
 
 
