@@ -73,6 +73,7 @@ def show(root: str, step: int, as_json: bool) -> None:
             ("committed", manifest.created_at),
             ("run", manifest.lineage.run_id),
             ("resumed from", _or_dash(manifest.lineage.resumed_from)),
+            ("started from", _started_from(manifest)),
             ("ranks", str(manifest.world_size)),
             ("size", human_bytes(manifest.total_bytes)),
             ("files", str(len(manifest.files))),
@@ -166,6 +167,13 @@ def _pin(pin: Pin) -> str:
     expired = "" if pin.holds(time.time()) else " (expired: it holds nothing)"
     until = f", until {pin.until}{expired}" if pin.until is not None else ""
     return f"{pin.name}: {pin.reason}, since {pin.pinned_at}{until}"
+
+
+def _started_from(manifest: Manifest) -> str:
+    """Folders, each with the run that made it where that is known."""
+    sources = manifest.lineage.started_from
+    told = [f"{s.name} ({s.format}{f' of {s.run_id}' if s.run_id else ''})" for s in sources]
+    return ", ".join(told) or "-"
 
 
 def _finding(what: str, step: int, damage: list[str]) -> dict[str, Any]:

@@ -96,12 +96,31 @@ class NeededSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartSource:
+    """A folder that a run's first weights came from, as far as it was known without reading it."""
+
+    name: str
+    """Of the folder; where it lay is nobody's business."""
+    format: str
+    """`hf`, `dcp` or `peft`."""
+    owners: tuple[str, ...]
+    """Whose keys it supplied: `base`, or names of converters."""
+    digest: str
+    """`content:` and the content id of a folder with a manifest; else `sizes:` and a SHA-256 of
+    the names and sizes of its files with tensors."""
+    run_id: str | None = None
+    """Of the run that made it, if that is known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
     """Where this came from."""
 
     run_id: str
     resumed_from: int | None = None
     """Step that the saving process had loaded; None for a run from scratch."""
+    started_from: tuple[StartSource, ...] = ()
+    """What the run, before its first step, took its weights from; nothing for one from scratch."""
     source_id: str | None = None
     """Content id of the checkpoint an export was made from."""
     recipe: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -245,7 +264,7 @@ def _from_document(document: Mapping[str, Any]) -> Manifest:
         step=int(document["step"]),
         save_id=_save_id(document["save_id"]),
         created_at=str(document["created_at"]),
-        lineage=Lineage(**document["lineage"]),
+        lineage=_lineage(document["lineage"]),
         files=files,
         tensors=tensors,
         model=_model_entry(model) if model else None,
@@ -272,6 +291,21 @@ def _save_id(value: object) -> str:
     if not isinstance(value, str) or not is_save_id(value):
         raise ValueError(f"save_id is {value!r}, expected letters and digits")
     return value
+
+
+def _lineage(document: Mapping[str, Any]) -> Lineage:
+    started_from = tuple(
+        StartSource(
+            name=entry["name"],
+            format=entry["format"],
+            owners=tuple(entry["owners"]),
+            digest=entry["digest"],
+            run_id=entry["run_id"],
+        )
+        for entry in document["started_from"]
+    )
+    rest = {name: value for name, value in document.items() if name != "started_from"}
+    return Lineage(**rest, started_from=started_from)
 
 
 def _holds(value: str) -> Literal["everything", "model"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ray_ckpt.core.errors import ObjectNotFoundError
 from ray_ckpt.storage.base import ObjectInfo, Store
@@ -47,9 +47,9 @@ class ReadOnce(Generic[T]):
         self._known = known
         return {key: known[key][1] for key in infos if key in known}
 
-    def forget(self) -> None:
-        """Everything is read again."""
-        self._known = {}
+    def __reduce__(self) -> tuple[type["ReadOnce[T]"], tuple[Any, ...]]:
+        # what was read stays in its process: others get the means to read it
+        return type(self), (self._store, self._parse)
 
     def _ask(self, info: ObjectInfo) -> tuple[T] | None:
         try:

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from ray_ckpt.core import names
@@ -36,9 +37,9 @@ class Records:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._actions = ReadOnce(store, _parser(ActionRecord.from_json))
-        self._requests = ReadOnce(store, _parser(_request))
-        self._commands = ReadOnce(store, _parser(_command))
+        self._actions = ReadOnce(store, partial(_parse_or_tell, ActionRecord.from_json))
+        self._requests = ReadOnce(store, partial(_parse_or_tell, _request))
+        self._commands = ReadOnce(store, partial(_parse_or_tell, _command))
 
     def run(self) -> Run | None:
         """The run, or None for a root that no run has written to."""
@@ -129,17 +130,13 @@ class Records:
         return [record for record in known.read(listed).values() if record is not None]
 
 
-def _parser(parse: Callable[[bytes], T]) -> Callable[[bytes, str], T | None]:
-    """`parse`; a damaged record is told of and left out, as if it were lost."""
-
-    def parse_or_tell(text: bytes, where: str) -> T | None:
-        try:
-            return parse(text)
-        except (ValueError, KeyError, TypeError) as error:
-            log.warning("%s cannot be read: %r", where, error)
-            return None
-
-    return parse_or_tell
+def _parse_or_tell(parse: Callable[[bytes], T], text: bytes, where: str) -> T | None:
+    """A damaged record is told of and left out, as if it were lost."""
+    try:
+        return parse(text)
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read: %r", where, error)
+        return None
 
 
 def _request(text: bytes) -> Request:

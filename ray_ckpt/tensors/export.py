@@ -157,6 +157,7 @@ def _manifest(source: Manifest, spec: ExportSpec, folder: Path) -> Manifest:
         lineage=Lineage(
             run_id=source.lineage.run_id,
             resumed_from=source.lineage.resumed_from,
+            started_from=source.lineage.started_from,
             source_id=source.content_id,
             recipe=_recipe(source, spec),
         ),

@@ -47,7 +47,13 @@ from ray_ckpt.tensors.root_writer import RootWriter
 from ray_ckpt.tensors.run import HfAssets, Run
 from ray_ckpt.tensors.saver import Saver
 from ray_ckpt.tensors.sources import Naming
-from ray_ckpt.tensors.starting import base_of_saves, needs_of, open_sources, refuse_unknown_parts
+from ray_ckpt.tensors.starting import (
+    base_of_saves,
+    needs_of,
+    open_sources,
+    origins_of,
+    refuse_unknown_parts,
+)
 from ray_ckpt.tensors.states import TrainingState
 from ray_ckpt.tensors.triggers import ASKED_FOR, TIME_HAS_COME, Heard, Listener
 from ray_ckpt.tensors.writer import SaveJob
@@ -336,9 +342,10 @@ class CheckpointManager:
                 held.enter_context(source.held())
         base = base_of_saves(sources, self._state.model)
         restored = restore(sources, self._ranks, model=self._state.model, parts=parts)
-        self._writer.goes_on_from(choice.step)
+        origins = origins_of(choice, sources, self._ranks)
+        self._writer.goes_on_from(choice.step, started_from=origins)
         self._needs = needs_of(base, self._ranks)
-        self._outcomes.began(choice.step, choice.reason, world_size=self._ranks.size)
+        self._outcomes.began(choice, origins, world_size=self._ranks.size)
         return LoadReport(
             step=choice.step or 0,
             reason=choice.reason,

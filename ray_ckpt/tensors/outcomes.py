@@ -5,15 +5,17 @@ Knows how a save ended. Decides nothing: what follows from a failure is the mana
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.events import Event, SaveEvent, SaveStats, event_id, utc
+from ray_ckpt.core.manifest import StartSource
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.history import BackgroundTeller
 from ray_ckpt.storage.listing import sizes_in
+from ray_ckpt.tensors.choosing import Choice
 from ray_ckpt.tensors.pending import PendingSave
 
 log = logging.getLogger("ray_ckpt")
@@ -59,13 +61,17 @@ class Outcomes:
             log.warning("step-%d is not saved: %s", step, reason)
         self._tell(SaveEvent(kind="skipped", step=step, reason=reason))
 
-    def began(self, step: int | None, reason: str, *, world_size: int) -> None:
-        """The run trains from now on; `step` is what it goes on from, None for a fresh start."""
-        kind, text = "run.resumed", f"training goes on from step-{step}"
-        if step is None:
-            kind, text = "run.started", "training starts"
-        details = {"reason": reason, "world_size": world_size}
-        self._write(kind, step, f"{text} on {world_size} ranks: {reason}", details)
+    def began(
+        self, choice: Choice, started_from: Sequence[StartSource], *, world_size: int
+    ) -> None:
+        """The run trains from now on; `started_from` is where its first weights came from."""
+        sources = [source.name for source in started_from]
+        kind, text = "run.resumed", f"training goes on from step-{choice.step}"
+        if choice.step is None:
+            kind, text = "run.started", f"training starts from {', '.join(sources) or 'scratch'}"
+        details = {"reason": choice.reason, "world_size": world_size, "started_from": sources}
+        text = f"{text} on {world_size} ranks: {choice.reason}"
+        self._write(kind, choice.step, text, details)
 
     def close(self) -> None:
         """What was to be written down is, as far as storage lets it."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ray_ckpt.core.manifest import Lineage, Manifest
+from ray_ckpt.core.manifest import Lineage, Manifest, StartSource
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import TRAINER, Lease
@@ -34,15 +34,20 @@ class RootWriter:
         self._lease = Lease(catalog.store, TRAINER, owner=self.owner)
         self._run_id = ranks.on_coordinator(self._begin)
         self._resumed_from: int | None = None
+        self._started_from: tuple[StartSource, ...] = ()
         self._num_saves = 0
         self.check_lease = self._lease.guard()
         """Raises if another writer has taken over."""
         self.branch: int | None = None
         """The step this run goes on from, until its first save: newer ones are another branch."""
 
-    def goes_on_from(self, step: int | None) -> None:
-        """What is saved from now on comes after `step`; None for a fresh start."""
+    def goes_on_from(self, step: int | None, *, started_from: tuple[StartSource, ...]) -> None:
+        """What is saved from now on comes after `step`; None for a fresh start.
+
+        `started_from` is what the run took its weights from before its first step.
+        """
         self.branch = self._resumed_from = step
+        self._started_from = started_from
 
     def has_committed(self) -> None:
         """The branch is this run's own now: nothing newer is left of another one."""
@@ -60,7 +65,11 @@ class RootWriter:
             step=step,
             save_id=f"{self._token}{self._num_saves:04d}",
             created_at="",
-            lineage=Lineage(run_id=self._run_id, resumed_from=self._resumed_from),
+            lineage=Lineage(
+                run_id=self._run_id,
+                resumed_from=self._resumed_from,
+                started_from=self._started_from,
+            ),
             files=(),
             world_size=self._ranks.size,
             is_last_step=is_last_step,

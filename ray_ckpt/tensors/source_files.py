@@ -8,11 +8,13 @@ A folder's identity is a digest over names, sizes and digests of the files that 
 has the same, a fine-tuned model of the same shapes has another. Ranks share the reading.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ray_ckpt.core import names
+from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import (
@@ -21,7 +23,7 @@ from ray_ckpt.storage.digests import (
     describe_object,
     find_damage,
 )
-from ray_ckpt.storage.listing import sizes_in
+from ray_ckpt.storage.listing import manifest_in, sizes_in
 from ray_ckpt.tensors.ranks import Ranks
 
 
@@ -50,6 +52,16 @@ class SourceFiles:
         shares = ranks.gather(ranks.together(lambda: self._entries(ranks)))
         lines = sorted(f"{e.path} {e.size_bytes} {e.digest}\n" for share in shares for e in share)
         return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+    def origin(self) -> tuple[str, str | None]:
+        """Which folder it is, as told by its manifest or its sizes, and whose; reads no tensor."""
+        with contextlib.suppress(IntegrityError):
+            manifest = self.manifest or manifest_in(self.store, self.folder)
+            if manifest is not None:
+                return f"content:{manifest.content_id}", manifest.lineage.run_id
+        sizes = sizes_in(self.store, self.folder)
+        lines = [f"{name} {sizes.get(name)}\n" for name in sorted(self.files)]
+        return f"sizes:{hashlib.sha256(''.join(lines).encode()).hexdigest()}", None
 
     def _share(self, ranks: Ranks) -> list[str]:
         own = slice(ranks.rank, None, ranks.size)

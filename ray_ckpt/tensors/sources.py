@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError, ObjectNotFoundError, RayCkptError
 from ray_ckpt.core.loading import Source
-from ray_ckpt.core.manifest import Manifest, NeededSource
+from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import manifest_in
@@ -56,6 +56,8 @@ class OpenSource:
     """What it consists of; None for a step of the run, whose bytes were read before."""
     expected: NeededSource | None = None
     """What it must be, where a step that was trained on it says so."""
+    started_from: tuple[StartSource, ...] = ()
+    """What the run that made a step had started from."""
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, no purge takes it, if it is a step of another run."""
@@ -72,6 +74,18 @@ class OpenSource:
             format=self.named.format,
             owners=self.owners,
             digest=self.files.identity(ranks),
+        )
+
+    def origin(self) -> StartSource:
+        """How the manifests of a run that starts from it name it; reads no tensor."""
+        assert self.named is not None and self.files is not None, "a step goes on, nothing starts"
+        digest, run_id = self.files.origin()
+        return StartSource(
+            name=self.files.folder.rpartition("/")[2],
+            format=self.named.format,
+            owners=self.owners,
+            digest=digest,
+            run_id=run_id,
         )
 
 
@@ -105,6 +119,7 @@ def open_step(
         parts=parts,
         shapes=_shapes(reader),
         model_keys=frozenset(own),
+        started_from=manifest.lineage.started_from,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import BASE, LoadConfig, Source
-from ray_ckpt.core.manifest import Manifest, NeededSource
+from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.tensors.choosing import Choice
 from ray_ckpt.tensors.contents import saves_adapter
@@ -109,6 +109,15 @@ def base_of_saves(sources: Sequence[OpenSource], model: ModelWrapper) -> OpenSou
             "checkpoints, or LoRA(saves='everything')",
         )
     return base
+
+
+def origins_of(
+    choice: Choice, sources: Sequence[OpenSource], ranks: Ranks
+) -> tuple[StartSource, ...]:
+    """What the manifests of saves say the run started from, before its first step. Collective."""
+    if choice.step is not None:
+        return tuple(origin for source in sources for origin in source.started_from)
+    return ranks.on_coordinator(lambda: tuple(source.origin() for source in sources))
 
 
 def needs_of(base: OpenSource | None, ranks: Ranks) -> tuple[NeededSource, ...]:

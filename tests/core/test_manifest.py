@@ -18,6 +18,7 @@ from ray_ckpt.core.manifest import (
     Lineage,
     Manifest,
     ModelEntry,
+    StartSource,
     TensorEntry,
 )
 
@@ -46,7 +47,14 @@ MANIFEST = Manifest(
     step=500,
     save_id="a1b2",
     created_at="2030-01-02T03:04:05+00:00",
-    lineage=Lineage(run_id="run-1", resumed_from=400, recipe={"name": "hf"}),
+    lineage=Lineage(
+        run_id="run-1",
+        resumed_from=400,
+        started_from=(
+            StartSource(name="Llama-3.1-8B", format="hf", owners=("base",), digest="sizes:00"),
+        ),
+        recipe={"name": "hf"},
+    ),
     files=FILES,
     tensors=TENSORS,
     model=ModelEntry(family="llama", keys=("a.weight", "b.weight")),

@@ -1,5 +1,7 @@
 """What `.ray_ckpt/` remembers, and that losing it is no harm."""
 
+import pickle
+
 import pytest
 
 from ray_ckpt.core import names
@@ -104,6 +106,15 @@ def test_a_damaged_record_is_told_of_and_left_out(
     assert len(records.requests()) == 1
     assert records.actions() == {}
     assert caplog.text.count("cannot be read") == 2
+
+
+def test_what_was_read_stays_in_its_process(records: Records) -> None:
+    for action in (VERIFY, EXPORT):
+        records.write_action(ActionRecord(action=action))
+    size_bytes = len(pickle.dumps(records))
+    assert len(records.actions()) == 2
+    assert len(pickle.dumps(records)) == size_bytes
+    assert pickle.loads(pickle.dumps(records)).actions() == records.actions()
 
 
 def test_losing_all_records_leaves_an_empty_memory(root: str, records: Records) -> None:

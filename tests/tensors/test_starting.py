@@ -10,9 +10,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from ray_ckpt.cli.main import cli
+from ray_ckpt.core import names
 from ray_ckpt.core.loading import LoadConfig
+from ray_ckpt.core.manifest import Lineage, StartSource
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.history import EventReader
 from tests.tensors.bases import (
     LORA,
     decoder_of,
@@ -127,6 +130,47 @@ def test_weights_of_another_run_are_taken_and_nothing_else(saved_run: SavedRun, 
         assert set(outcome.report.as_initialised) == PARTS
         assert outcome.num_samples == 0
         assert same_tensors(outcome.loaded, _model(saved_run.ranks[rank].state))
+
+
+def _lineage(root: str, step: int) -> Lineage:
+    return open_catalog(root).manifest(step).lineage
+
+
+def test_what_a_run_started_from_is_told_by_every_step_after_it(
+    saved_run: SavedRun, root: str
+) -> None:
+    source = open_catalog(str(saved_run.root)).manifest(12)
+    origin = StartSource(
+        name="step-12",
+        format="dcp",
+        owners=("base",),
+        digest=f"content:{source.content_id}",
+        run_id=source.lineage.run_id,
+    )
+    _start(root, weights(saved_run.root / "step-12"), steps=1)
+    assert _lineage(root, 1).started_from == (origin,)
+    _start(root, LoadConfig(), steps=2)
+    assert (_lineage(root, 2).resumed_from, _lineage(root, 2).started_from) == (1, (origin,))
+    began = [e for e in EventReader(open_catalog(root).store).read() if e.what.startswith("run.")]
+    assert [event.details["started_from"] for event in began] == [["step-12"], ["step-12"]]
+    assert (
+        f"step-12 (dcp of {origin.run_id})" in CliRunner().invoke(cli, ["show", root, "2"]).output
+    )
+    assert str(saved_run.root) not in (Path(root) / "step-2" / names.MANIFEST).read_text()
+
+
+def test_a_folder_that_is_not_ours_is_told_by_its_name_and_sizes(tmp_path: Path) -> None:
+    told = []
+    for number, seed in enumerate((5, 5, 6)):
+        base, root = tmp_path / f"{number}/Tiny-Llama", str(tmp_path / f"{number}/run")
+        hf_base(base, seed=seed, max_shard_size="20KB" if number == 2 else "5GB")
+        _start(root, weights(base, format="hf"), steps=1)
+        [origin] = _lineage(root, 1).started_from
+        told.append(origin)
+    assert told[0] == told[1]
+    assert (told[0].name, told[0].format, told[0].run_id) == ("Tiny-Llama", "hf", None)
+    assert told[0].digest.startswith("sizes:")
+    assert told[0].digest != told[2].digest
 
 
 def test_optimizer_and_schedule_of_another_run_are_taken_when_they_are_named(

@@ -256,12 +256,12 @@ def error_of(function: Callable[[], Any]) -> RayCkptError | None:
 
 
 def files_in(folder: Path | str) -> dict[str, str]:
-    """Every file below `folder` and its digest; leases and readers left out: they come and go."""
+    """Every file below `folder` and its digest; not what comes and goes, or others write."""
     root = Path(folder)
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
-        if not {"lease", "readers"} & {*path.parts} and path.is_file()
+        if path.is_file() and not {"lease", "readers", "events"} & set(path.parts)
     }
 
 
