@@ -64,6 +64,42 @@ def test_stat_of_nothing_and_of_a_folder_is_none(store: Store) -> None:
     assert store.stat("a") is None
 
 
+def test_an_object_that_was_replaced_has_another_version(store: Store) -> None:
+    store.write("a/b", b"first")
+    [before] = store.list_objects("a")
+    store.write("a/b", b"again")
+    [after] = store.list_objects("a")
+    assert before.size_bytes == after.size_bytes
+    assert before.version != after.version
+    assert list(store.list_objects("a")) == [after]
+
+
+def test_a_listing_can_be_of_names_that_start_alike(store: Store) -> None:
+    for key in ("step-1/a", "step-1/b/c", "step-20", "steps/a", "other/step-1/a"):
+        store.write(key, b"")
+    found = {info.key for info in store.list_objects("", prefix="step-")}
+    assert found == {"step-1/a", "step-1/b/c", "step-20"}
+    assert [i.key for i in store.list_objects("other", prefix="step-")] == ["other/step-1/a"]
+    assert list(store.list_objects("other", prefix="steps")) == []
+
+
+def test_a_mark_changes_with_an_object_and_with_a_folders_entries(root: str) -> None:
+    store = LocalStore(root)
+    assert store.mark("a") == store.mark("a/b") == ""
+    store.write("a/b", b"first")
+    marks = [store.mark("a"), store.mark("a/b")]
+    assert marks == [store.mark("a"), store.mark("a/b")]
+    store.write("a/b", b"again")
+    assert store.mark("a/b") != marks[1]
+    before = store.mark("a")
+    store.write("a/c", b"")
+    assert store.mark("a") != before
+
+
+def test_an_object_store_has_no_marks() -> None:
+    assert S3Store("s3://bucket/run").mark("step-5") is None
+
+
 def test_create_is_refused_the_second_time(store: Store) -> None:
     store.create("claim", b"first")
     with pytest.raises(ObjectExistsError) as caught:
