@@ -3,8 +3,11 @@
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiobotocore.client import AioBaseClient
+from botocore.exceptions import HTTPClientError
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
@@ -293,6 +296,32 @@ def test_an_s3_delete_removes_the_first_key_before_the_rest(s3_root: str) -> Non
         store.write(key, b"x")
     store.delete(["a/2", "a/1"])
     assert keys_below(store, "") == set()
+
+
+@pytest.fixture
+def lost_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to the next PUT never comes, although the server has done it."""
+    make, is_lost = AioBaseClient._make_request, False
+
+    async def lose(self: AioBaseClient, model: Any, *args: Any) -> Any:
+        nonlocal is_lost
+        answer = await make(self, model, *args)
+        if model.name == "PutObject" and not is_lost:
+            is_lost = True
+            raise HTTPClientError(error="the connection was reset")
+        return answer
+
+    monkeypatch.setattr(AioBaseClient, "_make_request", lose)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("lost_answer")
+def test_a_create_whose_answer_was_lost_has_succeeded(s3_root: str) -> None:
+    store = S3Store(s3_root)
+    store.create("claim", b"mine")
+    with pytest.raises(ObjectExistsError):
+        store.create("claim", b"another's")
+    assert store.read("claim") == b"mine"
 
 
 @pytest.fixture
