@@ -90,15 +90,17 @@ class S3Store:
             self._file_system.pipe_file(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> None:
-        """One PUT with If-None-Match."""
+        """One PUT with If-None-Match; the very same bytes count as put by this call."""
         try:
             with translated(self._where(key)):
                 self._file_system.pipe_file(self._path(key), data, mode="create")
         except StorageError as error:
             # s3fs gives a failed precondition as EINVAL, like other refusals: look what is there
-            if self.stat(key) is not None:
+            if self.stat(key) is None:
+                raise
+            # a PUT whose answer is lost is sent once more, and then meets itself
+            if self.read(key) != data:
                 raise ObjectExistsError("something is there already", self._where(key)) from error
-            raise
 
     def upload(self, source: Path, key: str) -> None:
         """One PUT, or a multipart upload whose completion makes it visible."""

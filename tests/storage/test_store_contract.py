@@ -3,8 +3,11 @@
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from aiobotocore.client import AioBaseClient
+from botocore.exceptions import HTTPClientError
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
@@ -62,6 +65,42 @@ def test_stat_of_nothing_and_of_a_folder_is_none(store: Store) -> None:
     store.write("a/b", b"12345")
     assert store.stat("a/c") is None
     assert store.stat("a") is None
+
+
+def test_an_object_that_was_replaced_has_another_version(store: Store) -> None:
+    store.write("a/b", b"first")
+    [before] = store.list_objects("a")
+    store.write("a/b", b"again")
+    [after] = store.list_objects("a")
+    assert before.size_bytes == after.size_bytes
+    assert before.version != after.version
+    assert list(store.list_objects("a")) == [after]
+
+
+def test_a_listing_can_be_of_names_that_start_alike(store: Store) -> None:
+    for key in ("step-1/a", "step-1/b/c", "step-20", "steps/a", "other/step-1/a"):
+        store.write(key, b"")
+    found = {info.key for info in store.list_objects("", prefix="step-")}
+    assert found == {"step-1/a", "step-1/b/c", "step-20"}
+    assert [i.key for i in store.list_objects("other", prefix="step-")] == ["other/step-1/a"]
+    assert list(store.list_objects("other", prefix="steps")) == []
+
+
+def test_a_mark_changes_with_an_object_and_with_a_folders_entries(root: str) -> None:
+    store = LocalStore(root)
+    assert store.mark("a") == store.mark("a/b") == ""
+    store.write("a/b", b"first")
+    marks = [store.mark("a"), store.mark("a/b")]
+    assert marks == [store.mark("a"), store.mark("a/b")]
+    store.write("a/b", b"again")
+    assert store.mark("a/b") != marks[1]
+    before = store.mark("a")
+    store.write("a/c", b"")
+    assert store.mark("a") != before
+
+
+def test_an_object_store_has_no_marks() -> None:
+    assert S3Store("s3://bucket/run").mark("step-5") is None
 
 
 def test_create_is_refused_the_second_time(store: Store) -> None:
@@ -257,6 +296,32 @@ def test_an_s3_delete_removes_the_first_key_before_the_rest(s3_root: str) -> Non
         store.write(key, b"x")
     store.delete(["a/2", "a/1"])
     assert keys_below(store, "") == set()
+
+
+@pytest.fixture
+def lost_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to the next PUT never comes, although the server has done it."""
+    make, is_lost = AioBaseClient._make_request, False
+
+    async def lose(self: AioBaseClient, model: Any, *args: Any) -> Any:
+        nonlocal is_lost
+        answer = await make(self, model, *args)
+        if model.name == "PutObject" and not is_lost:
+            is_lost = True
+            raise HTTPClientError(error="the connection was reset")
+        return answer
+
+    monkeypatch.setattr(AioBaseClient, "_make_request", lose)
+
+
+@pytest.mark.s3
+@pytest.mark.usefixtures("lost_answer")
+def test_a_create_whose_answer_was_lost_has_succeeded(s3_root: str) -> None:
+    store = S3Store(s3_root)
+    store.create("claim", b"mine")
+    with pytest.raises(ObjectExistsError):
+        store.create("claim", b"another's")
+    assert store.read("claim") == b"mine"
 
 
 @pytest.fixture
