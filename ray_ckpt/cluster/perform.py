@@ -127,11 +127,13 @@ def _start_afresh(catalog: Catalog, action: Action) -> None:
 
 
 def _is_done(catalog: Catalog, action: Action) -> bool:
-    """By its effect where storage shows it, else by its record."""
-    if catalog.records.action(action).state is ActionState.SUCCEEDED:
-        return True
-    exports = catalog.observe().exports if action.kind is ActionKind.EXPORT else ()
-    return any(is_result(export.manifest, action) for export in exports)
+    """By its effect where storage shows it and nobody is at work on it, else by its record."""
+    state = catalog.records.action(action).state
+    if action.kind is not ActionKind.EXPORT:
+        return state is ActionState.SUCCEEDED
+    exports = catalog.observe().exports
+    is_there = any(is_result(export.manifest, action) for export in exports)
+    return is_there and state is not ActionState.RUNNING
 
 
 def _raise_if(records: Iterable[ActionRecord], *states: ActionState) -> None:

@@ -1,9 +1,10 @@
 """What records are to say, once people or the course of things have overtaken them. Pure."""
 
-from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation
 from ray_ckpt.core.reconcile import plan
+from ray_ckpt.core.wanted import is_result
 
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
 _WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
@@ -27,10 +28,11 @@ def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
 
 
 def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
-    """Unfinished records whose checkpoint is not in place any more, as they are to be from now on.
+    """Unfinished records of what was done, or cannot be done any more, as they are to be.
 
-    A purge whose step lies in the trash was carried out by a manager that died before it said so;
-    a copy may be retired after its checkpoint is gone; for anything else nothing is left to do.
+    An export that is there, and a purge whose step lies in the trash, were made by a manager that
+    died before it said so. A copy may be retired after its checkpoint is gone; for anything else
+    whose checkpoint is not in place nothing is left to do.
     """
     present = {_identity(view) for view in observed.readable()}
     trashed = {_identity(v) for v in observed.checkpoints if v.state is CheckpointState.TRASHED}
@@ -38,13 +40,20 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     for record in observed.records.values():
         action = record.action
         source = (action.step, action.source_id)
-        if record.state not in _WAITING or source in present or action.kind is ActionKind.RETIRE:
+        if record.state not in _WAITING or action.kind is ActionKind.RETIRE:
             continue
-        if action.kind is ActionKind.PURGE and source in trashed:
+        is_purged = action.kind is ActionKind.PURGE and source in trashed
+        if is_purged or _is_exported(action, observed):
             found.append(record.started(now).succeeded({}, now))
-        else:
+        elif source not in present:
             found.append(record.cancelled("its checkpoint is not in place any more", now))
     return found
+
+
+def _is_exported(action: Action, observed: Observation) -> bool:
+    if action.kind is not ActionKind.EXPORT:
+        return False
+    return any(is_result(export.manifest, action) for export in observed.exports)
 
 
 def unfinished(observed: Observation, *, now: float) -> list[str]:

@@ -11,7 +11,7 @@ from ray_ckpt.core.observation import Command, Request
 from ray_ckpt.core.reconcile import plan
 from ray_ckpt.core.settling import obeyed, overtaken, unfinished
 from ray_ckpt.core.wanted import export_action, purge_action, verify_action
-from tests.core.worlds import COMMITTED, HF, observe, titles, view, with_record
+from tests.core.worlds import COMMITTED, HF, observe, titles, view, with_export, with_record
 
 
 def commanded(verb: Literal["retry", "cancel"], state: ActionState | None) -> list[ActionRecord]:
@@ -80,3 +80,12 @@ def test_records_of_a_step_that_is_gone_are_settled_by_what_became_of_it() -> No
         "export step-2 hf": ActionState.CANCELLED,
         "purge step-2": ActionState.SUCCEEDED,
     }
+
+
+def test_an_export_whose_manager_died_before_it_said_so_is_known_to_be_done() -> None:
+    step = view(1)
+    export = export_action(step, HF)
+    observed = with_record(observe(step), export, ActionState.PENDING)
+    assert overtaken(observed, now=9.0) == []
+    [record] = overtaken(with_export(observed, step, "hf"), now=9.0)
+    assert (record.action, record.state) == (export, ActionState.SUCCEEDED)
