@@ -11,34 +11,24 @@ from pathlib import Path
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import (
     ConfigError,
-    ForeignFolderError,
     IntegrityError,
     ObjectExistsError,
-    StepExistsError,
     StepNotFoundError,
-    UsageError,
 )
-from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.wanted import verify_action
+from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
 from ray_ckpt.storage.digests import find_damage
-from ray_ckpt.storage.lease import TRAINER, holder_of
-from ray_ckpt.storage.listing import (
-    aside_folders,
-    look_at_step,
-    manifest_in,
-    sizes_in,
-    view_aside,
-)
+from ray_ckpt.storage.listing import look_at_step, manifest_in, sizes_in
 from ray_ckpt.storage.observer import Observer, with_verdict
 from ray_ckpt.storage.pins import read_pins, write_pin
 from ray_ckpt.storage.records import Records
-
-_UNCHANGED = "nothing was changed"
+from ray_ckpt.storage.trash import Trash
 
 
 class Catalog:
@@ -73,7 +63,7 @@ class Catalog:
         """
         view = look_at_step(self.store, step)
         if view is None or view.state not in READABLE:
-            raise self._not_readable(step, self.observe())
+            raise step_errors.not_readable(self.uri, step, self.observe())
         return with_verdict(view, self.records.action(verify_action(view)))
 
     def export(self, name: str, step: int) -> ExportView:
@@ -87,7 +77,7 @@ class Catalog:
             raise StepNotFoundError(
                 f"step-{step} has no export called {name!r}",
                 self.uri,
-                _UNCHANGED,
+                step_errors.UNCHANGED,
                 f"ray-ckpt export {self.uri} --step {step} --name {name}",
             )
         return ExportView(name=name, step=step, manifest=manifest)
@@ -101,7 +91,7 @@ class Catalog:
         """
         manifest = manifest_in(self.store, names.step_dir(step))
         if manifest is None:
-            raise self._not_readable(step, self.observe())
+            raise step_errors.not_readable(self.uri, step, self.observe())
         return manifest
 
     # ---- how it gets there ----
@@ -115,10 +105,10 @@ class Catalog:
         """
         folder = names.step_dir(step)
         if self.store.stat(names.manifest_key(folder)) is not None:
-            raise self._exists(step)
+            raise step_errors.exists(self.uri, step)
         view = look_at_step(self.store, step)
         if view is not None and view.state is CheckpointState.FOREIGN:
-            raise self._foreign(step)
+            raise step_errors.foreign(self.uri, step)
 
     def commit_step(self, staging: Path, manifest: Manifest) -> None:
         """The step is committed: visible, whole and durable.
@@ -129,7 +119,7 @@ class Catalog:
         try:
             self.commit.publish(staging, names.step_dir(manifest.step), manifest.to_json())
         except ObjectExistsError as error:
-            raise self._exists(manifest.step) from error
+            raise step_errors.exists(self.uri, manifest.step) from error
 
     def commit_export(self, staging: Path, name: str, manifest: Manifest) -> None:
         """The export is there, whole. One of the same content that came first wins."""
@@ -160,17 +150,8 @@ class Catalog:
         """
         damage = self.damage(step)
         if damage:
-            raise self.corrupt(step, damage)
+            raise step_errors.corrupt(self.uri, step, damage)
         return self.manifest(step)
-
-    def corrupt(self, step: int, damage: list[str]) -> IntegrityError:
-        """The error that says so."""
-        return IntegrityError(
-            f"step-{step} is corrupt: {'; '.join(damage)}",
-            f"{self.uri}/{names.step_dir(step)}",
-            "nothing was changed; the other steps do not depend on this one",
-            f"ray-ckpt resume-plan {self.uri}    (shows the newest good step)",
-        )
 
     # ---- pins ----
 
@@ -231,7 +212,8 @@ class Catalog:
         newer = [view for view in self.observe().at(now).readable() if view.step > step]
         pinned = [view.step for view in newer if view.pins]
         if pinned:
-            raise self._cannot_roll_back(step, [view.step for view in newer], pinned[0])
+            steps = [view.step for view in newer]
+            raise step_errors.cannot_roll_back(self.uri, step, steps, pinned[0])
         for view in reversed(newer):
             self.trash(view.step)
         return [view.step for view in newer]
@@ -244,106 +226,9 @@ class Catalog:
             StepExistsError: the step was saved anew meanwhile.
             UsageError: a trainer is saving the step anew at this moment.
         """
-        trashed = {
-            (manifest.created_at, folder): manifest
-            for found, folder in aside_folders(self.store, names.TRASH)
-            if found == step and (manifest := view_aside(self.store, step, folder).manifest)
-        }
-        if not trashed:
-            raise StepNotFoundError(f"the trash holds no step-{step}", self.uri, _UNCHANGED)
-        newest = max(trashed)
-        if not self.is_in_place(step):
-            self._clear_dead_save(step)
-        try:
-            self.commit.bring_back(newest[1], names.step_dir(step))
-        except ObjectExistsError as error:
-            raise self._exists(step) from error
-        self._forget(trashed[newest])
-
-    def _clear_dead_save(self, step: int) -> None:
-        """No files of an unfinished save are in the way; on an object store alone there can be."""
-        folder = names.step_dir(step)
-        if self.store.stat(names.begun_key(folder)) is None:
-            return
-        trainer = holder_of(self.store, TRAINER)
-        if trainer is not None:
-            raise UsageError(
-                f"step-{step} may be being saved anew, by process {trainer.pid} on {trainer.host}",
-                self.uri,
-                "the step is still in the trash",
-                "run the same command once the trainer has ended",
-            )
-        self.commit.clear(folder)
-
-    def _forget(self, manifest: Manifest) -> None:
-        """What was recorded of a save before it was trashed: it is to be verified again."""
-        for record in self.records.actions().values():
-            is_about_it = record.action.source_id == manifest.content_id
-            is_moot = record.action.kind in (ActionKind.VERIFY, ActionKind.PURGE)
-            if is_about_it and (is_moot or record.state is ActionState.CANCELLED):
-                self.records.forget_action(record.action)
+        Trash(self.store, self.commit, self.records).restore(step)
 
     def empty_trash(self, *, older_than_s: float, now: float) -> dict[int, int]:
-        """Bytes freed by step, for everything that was trashed more than `older_than_s` ago.
-
-        The time of trashing is the one of the manifest's last purge record; a step without such
-        a record was put there by hand and is left alone.
-        """
-        freed: dict[int, int] = {}
-        trashed_at = {
-            (r.action.step, r.action.source_id): r.changed_at
-            for r in sorted(self.records.actions().values(), key=lambda r: r.changed_at)
-            if r.action.grace_s is not None and r.state is ActionState.SUCCEEDED
-        }
-        for step, aside in aside_folders(self.store, names.TRASH):
-            manifest = view_aside(self.store, step, aside).manifest
-            since = trashed_at.get((step, manifest.content_id)) if manifest else None
-            if since is not None and now - since >= older_than_s:
-                freed[step] = self.commit.erase(aside, names.step_dir(step))
-        return freed
-
-    # ---- what went wrong, and what to type ----
-
-    def _cannot_roll_back(self, step: int, newer: list[int], pinned: int) -> UsageError:
-        return UsageError(
-            f"training went on from step-{step}, but steps {newer} are here and step {pinned} is "
-            "pinned",
-            self.uri,
-            "the committed steps are untouched; nothing is saved over them",
-            "give the run that goes on from an older step a root of its own",
-        )
-
-    def _exists(self, step: int) -> StepExistsError:
-        return StepExistsError(
-            f"step-{step} is committed already and is never written again",
-            f"{self.uri}/{names.step_dir(step)}",
-            "the committed one is untouched",
-            f"ray-ckpt show {self.uri} {step}    or give this run a root of its own",
-        )
-
-    def _foreign(self, step: int) -> ForeignFolderError:
-        return ForeignFolderError(
-            f"step-{step} is a folder without a manifest: ray_ckpt did not commit it",
-            f"{self.uri}/{names.step_dir(step)}",
-            "it was neither read nor changed",
-            f"ray-ckpt adopt {self.uri}    (verifies it and writes the manifest)",
-        )
-
-    def _not_readable(
-        self, step: int, observed: Observation
-    ) -> StepNotFoundError | ForeignFolderError | IntegrityError:
-        views = [view for view in observed.checkpoints if view.step == step]
-        states = {view.state for view in views}
-        if CheckpointState.FOREIGN in states:
-            return self._foreign(step)
-        if CheckpointState.QUARANTINED in states:
-            return self.corrupt(step, [view.problem or "it is in quarantine" for view in views])
-        there = ", ".join(str(view.step) for view in observed.readable()) or "none"
-        trashed = CheckpointState.TRASHED in states
-        place = "in the trash" if trashed else "not there"
-        return StepNotFoundError(
-            f"step-{step} is {place}; committed steps: {there}",
-            self.uri,
-            _UNCHANGED,
-            f"ray-ckpt {'undo' if trashed else 'ls'} {self.uri}{f' {step}' if trashed else ''}",
-        )
+        """Bytes freed by step, for everything that was trashed more than `older_than_s` ago."""
+        trash = Trash(self.store, self.commit, self.records)
+        return trash.empty(older_than_s=older_than_s, now=now)

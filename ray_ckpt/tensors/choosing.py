@@ -10,6 +10,7 @@ from ray_ckpt.core.loading import LoadConfig
 from ray_ckpt.core.observation import READABLE
 from ray_ckpt.core.resume import ResumePlan, plan_resume
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.step_errors import corrupt
 from ray_ckpt.tensors.ranks import Ranks
 
 log = logging.getLogger("ray_ckpt")
@@ -40,7 +41,7 @@ def choose(catalog: Catalog, ranks: Ranks, step: int, *, hold: Hold) -> Choice:
     ranks.on_coordinator(lambda: hold(step))
     damage = _damage(catalog, ranks, step)
     if damage:
-        raise catalog.corrupt(step, damage)
+        raise corrupt(catalog.uri, step, damage)
     if step > 0 and catalog.manifest(step).holds == "model":
         raise UsageError(
             f"step-{step} holds the model only: training cannot go on from it",
@@ -75,7 +76,7 @@ def choose_newest(catalog: Catalog, ranks: Ranks, config: LoadConfig, *, hold: H
             )
         for step, why in visibly_damaged.items():
             if config.on_damage == "raise":
-                raise catalog.corrupt(step, [why])
+                raise corrupt(catalog.uri, step, [why])
             _set_aside(catalog, ranks, step, why)
         damaged.update(visibly_damaged)
 

@@ -10,7 +10,7 @@ of a step saved at the same moment holds.
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from ray_ckpt.tensors.export_files import write_companions, write_tensors
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_model
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.run import HfAssets
@@ -61,6 +62,22 @@ def hf_assets(assets: HfAssets | None) -> HfAssets:
             "give CheckpointManager(..., assets=HfAssets(family=..., files={'config.json': ...}))",
         )
     return assets
+
+
+def pending_hf(
+    save: HfSave,
+    model: ModelWrapper,
+    ranks: Ranks,
+    *,
+    ended: Callable[[PendingSave], None],
+) -> PendingSave:
+    """The save, not begun yet; its `run` is collective."""
+    return PendingSave(
+        save.draft.step,
+        lambda: save_hf(save, model, ranks),
+        missing=lambda: "a rank is dead or hangs",
+        ended=ended,
+    )
 
 
 def save_hf(save: HfSave, model: ModelWrapper, ranks: Ranks) -> None:

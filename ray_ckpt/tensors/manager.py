@@ -29,8 +29,6 @@ from ray_ckpt.core.manifest import ModelEntry, NeededSource
 from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
 from ray_ckpt.core.schedule import SaveSchedule, fits
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.readers import reading
-from ray_ckpt.tensors.choosing import choose, choose_newest
 from ray_ckpt.tensors.contents import (
     Contents,
     everything,
@@ -38,28 +36,20 @@ from ray_ckpt.tensors.contents import (
     model_as_it_trains,
     refuse_own_formats,
 )
-from ray_ckpt.tensors.hf_save import HfSave, hf_assets, save_hf
-from ray_ckpt.tensors.loading import LoadReport, restore
+from ray_ckpt.tensors.hf_save import HfSave, hf_assets, pending_hf
+from ray_ckpt.tensors.loader import NEWEST, Loader
+from ray_ckpt.tensors.loading import LoadReport
 from ray_ckpt.tensors.outcomes import Outcomes
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.root_writer import RootWriter
 from ray_ckpt.tensors.run import HfAssets, Run
 from ray_ckpt.tensors.saver import Saver
-from ray_ckpt.tensors.sources import Naming
-from ray_ckpt.tensors.starting import (
-    base_of_saves,
-    needs_of,
-    open_sources,
-    origins_of,
-    refuse_unknown_parts,
-)
 from ray_ckpt.tensors.states import TrainingState
 from ray_ckpt.tensors.triggers import ASKED_FOR, TIME_HAS_COME, Heard, Listener
 from ray_ckpt.tensors.writer import SaveJob
 
 log = logging.getLogger("ray_ckpt")
-NEWEST = -1
 
 
 class CheckpointManager:
@@ -92,6 +82,13 @@ class CheckpointManager:
         self._ranks = Ranks()
         self._parts = state.parts(self._ranks.rank)
         self._catalog = open_catalog(root)
+        self._loader = Loader(
+            catalog=self._catalog,
+            ranks=self._ranks,
+            model=state.model,
+            parts=self._parts,
+            assets=assets,
+        )
         self._writer = RootWriter(self._catalog, run, self._ranks)
         self._saver = Saver(self.config.mode, timeout_s=self.config.timeout_s)
         self._outcomes = Outcomes(
@@ -178,11 +175,8 @@ class CheckpointManager:
             what=what,
             assets=hf_assets(self._assets),
         )
-        pending = PendingSave(
-            step,
-            lambda: save_hf(save, self._state.model, self._ranks),
-            missing=lambda: "a rank is dead or hangs",
-            ended=lambda pending: self._ended(pending, reason),
+        pending = pending_hf(
+            save, self._state.model, self._ranks, ended=lambda pending: self._ended(pending, reason)
         )
         try:
             pending.run()
@@ -313,46 +307,13 @@ class CheckpointManager:
             StateDictError: keys differ from the model's; found before a tensor is read.
             ConfigError: a source or an excluded part is not there.
         """
-        config = config or LoadConfig()
-        named = [part for source in config.start.sources for part in source.parts]
-        refuse_unknown_parts("load.start", named, self._parts)
-        with contextlib.ExitStack() as held:
-            report = self._load(step, config, held)
+        loaded = self._loader.load(step, config or LoadConfig())
+        self._writer.goes_on_from(loaded.choice.step, started_from=loaded.origins)
+        self._needs = loaded.needs
+        self._outcomes.began(loaded.choice, loaded.origins, world_size=self._ranks.size)
         if self._ranks.is_coordinator:
-            report.log()
-        return report
-
-    def _load(self, step: int, config: LoadConfig, held: contextlib.ExitStack) -> LoadReport:
-        """While `held` is open, no purge takes what is read."""
-
-        def hold(chosen: int) -> None:
-            held.enter_context(reading(self._catalog.store, chosen, who="load"))
-
-        if step == NEWEST:
-            choice = choose_newest(self._catalog, self._ranks, config, hold=hold)
-        else:
-            choice = choose(self._catalog, self._ranks, step, hold=hold)
-        parts = {name: p for name, p in self._parts.items() if name not in config.exclude}
-        naming = Naming.of(self._assets, self._state.model.converters)
-        sources = self._ranks.together(
-            lambda: open_sources(self._catalog, choice, config, naming, parts=tuple(self._parts))
-        )
-        if self._ranks.is_coordinator:
-            for source in sources:
-                held.enter_context(source.held())
-        base = base_of_saves(sources, self._state.model)
-        restored = restore(sources, self._ranks, model=self._state.model, parts=parts)
-        origins = origins_of(choice, sources, self._ranks)
-        self._writer.goes_on_from(choice.step, started_from=origins)
-        self._needs = needs_of(base, self._ranks)
-        self._outcomes.began(choice, origins, world_size=self._ranks.size)
-        return LoadReport(
-            step=choice.step or 0,
-            reason=choice.reason,
-            skipped=choice.skipped,
-            sources=restored.sources,
-            as_initialised=(*restored.as_initialised, *sorted(set(self._parts) - set(parts))),
-        )
+            loaded.report.log()
+        return loaded.report
 
     # ---- parts ----
 
