@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ray_ckpt.cluster.executors import Executor, Running
 from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.coalescing import superseded
 from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
@@ -164,7 +165,8 @@ class Reconciler:
         ]
         observed = self._rewrite(observed, interrupted)
         observed = self._obey(observed, now)
-        return self._rewrite(observed, overtaken(observed, now=now))
+        observed = self._rewrite(observed, overtaken(observed, now=now))
+        return self._rewrite(observed, superseded(observed, now=now))
 
     def _obey(self, observed: Observation, now: float) -> Observation:
         """What people want to become of actions; a task that is cancelled is stopped first."""

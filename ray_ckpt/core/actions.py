@@ -102,6 +102,8 @@ class ActionRecord:
 
     action: Action
     state: ActionState = ActionState.PENDING
+    asked_by: str | None = None
+    """Who asked for this one by its name, `user@host`; None for what policies and requests ask."""
     attempts: int = 0
     changed_at: float = 0.0
     """Seconds since the epoch, by the clock of whoever wrote the record."""
@@ -142,11 +144,12 @@ class ActionRecord:
             return counted.failed(_interrupted_too_often(times), now)
         return replace(counted, state=move_action(self.state, ActionState.PENDING), changed_at=now)
 
-    def asked_again(self, now: float) -> "ActionRecord":
+    def asked_again(self, by: str, now: float) -> "ActionRecord":
         """The record once a person has asked for another try: all that went wrong is forgotten."""
         return ActionRecord(
             action=self.action,
             state=move_action(self.state, ActionState.PENDING),
+            asked_by=by,
             changed_at=now,
         )
 
@@ -161,11 +164,23 @@ class ActionRecord:
             error_kind=None,
         )
 
+    def superseded(self, by: str, now: float) -> "ActionRecord":
+        """The record of what `by` has made needless before it began."""
+        return replace(
+            self,
+            state=move_action(self.state, ActionState.SUPERSEDED),
+            changed_at=now,
+            next_attempt_at=None,
+            error=f"by {by}",
+            error_kind=None,
+        )
+
     def succeeded(self, result: Mapping[str, Any], now: float) -> "ActionRecord":
         """The record once the effect is there."""
         return ActionRecord(
             action=self.action,
             state=move_action(self.state, ActionState.SUCCEEDED),
+            asked_by=self.asked_by,
             attempts=self.attempts,
             changed_at=now,
             result=result,

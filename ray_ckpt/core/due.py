@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation
-from ray_ckpt.core.policy import ExportPolicy
+from ray_ckpt.core.policy import ExportPolicy, WhenBehind
 from ray_ckpt.core.retention import Candidate
 
 
@@ -21,6 +21,9 @@ class DueExport:
 
     spec: ExportSpec
     reason: str
+    is_periodic: bool
+    """Whether `every_steps` alone asks for it."""
+    when_behind: WhenBehind
 
 
 def due_exports(observed: Observation) -> dict[int, list[DueExport]]:
@@ -30,10 +33,15 @@ def due_exports(observed: Observation) -> dict[int, list[DueExport]]:
     due: dict[int, list[DueExport]] = {}
     for checkpoint in observed.readable():
         due[checkpoint.step] = [
-            DueExport(spec=spec_of(policy), reason=reason)
+            DueExport(
+                spec=spec_of(policy),
+                reason=reasons[0],
+                is_periodic=reasons == [_every(policy)],
+                when_behind=policy.when_behind,
+            )
             for policy in observed.policy.export
             if checkpoint.is_healthy
-            and (reason := _reason(policy, checkpoint, best[policy.name], made))
+            and (reasons := _reasons(policy, checkpoint, best[policy.name], made))
         ]
     return due
 
@@ -81,24 +89,28 @@ def _best(policy: ExportPolicy, observed: Observation) -> Mapping[int, str]:
     )
 
 
-def _reason(
+def _reasons(
     policy: ExportPolicy,
     checkpoint: CheckpointView,
     best: Mapping[int, str],
     made: Mapping[tuple[str, int], Manifest],
-) -> str | None:
-    """The first line of the policy that asks for this step; None if none does."""
+) -> list[str]:
+    """The lines of the policy that ask for this step; none if none does."""
     manifest, step = checkpoint.manifest, checkpoint.step
     assert manifest is not None, "a readable checkpoint has a manifest"
-    if policy.every_steps is not None and step % policy.every_steps == 0:
-        return f"every {policy.every_steps} steps"
-    if policy.last_step and manifest.is_last_step:
-        return "last step"
-    if step in policy.steps:
-        return "named in steps"
-    if step in best:
-        return best[step]
+    lines = {
+        _every(policy): policy.every_steps is not None and step % policy.every_steps == 0,
+        "last step": policy.last_step and manifest.is_last_step,
+        "named in steps": step in policy.steps,
+        best.get(step, ""): step in best,
+    }
+    reasons = [line for line, asks in lines.items() if asks]
     exported = None if policy.best is None else made.get((policy.name, step))
-    if exported and is_export_of(exported, manifest.content_id, spec_of(policy)):
-        return "among the best when it was exported"
-    return None
+    if not reasons and exported:
+        is_same = is_export_of(exported, manifest.content_id, spec_of(policy))
+        return ["among the best when it was exported"] if is_same else []
+    return reasons
+
+
+def _every(policy: ExportPolicy) -> str:
+    return f"every {policy.every_steps} steps"

@@ -11,7 +11,7 @@ Knows what each field means and which do not go together; decides nothing about 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from ray_ckpt.core.config import Dtype, a_word, at_least, build, parse_toml
 from ray_ckpt.core.errors import ConfigError
@@ -26,6 +26,8 @@ from ray_ckpt.core.retention import (
 )
 
 _DEFAULT_METRIC = "loss"
+WhenBehind = Literal["all", "newest"]
+"""What to do of several steps that wait for the same: each of them, or the newest alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,9 @@ class ExportPolicy:
     """Export these steps."""
     flavors: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     """Converter to what it is exported as, for example `lora = "peft"`."""
+    when_behind: WhenBehind = "all"
+    """When steps come faster than exports: make each all the same, or of those that only
+    `every_steps` asks for and that wait, `newest`: older ones are superseded, copies included."""
 
     def __post_init__(self) -> None:
         a_word("export.name", self.name)
@@ -102,6 +107,9 @@ class PublishPolicy:
     """`/path`, `s3://bucket/prefix` or `hf://org/repo`."""
     required: bool = True
     """Whether a step is kept until its copy was made."""
+    when_behind: WhenBehind = "all"
+    """When exports come faster than copies: make each all the same, or of those that wait and are
+    exported by `every_steps` alone, `newest`: older ones are superseded and hold no step."""
     keep: KeepCopies | None = None
     """Which copies stay there; None keeps all."""
 

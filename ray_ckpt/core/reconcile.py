@@ -9,10 +9,11 @@ delay an action but never lose it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.coalescing import coalesced
 from ray_ckpt.core.copies import retire_action, retirements
 from ray_ckpt.core.due import unreported_metrics
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
@@ -24,6 +25,7 @@ from ray_ckpt.core.wanted import (
     WantedAction,
     all_wanted,
     export_action,
+    export_of,
     is_result,
     manifest_of,
     publish_action,
@@ -75,7 +77,7 @@ class Plan:
 
 def plan(observed: Observation, *, now: float) -> Plan:
     """The next round's actions, given everything that storage shows; expired pins do not count."""
-    observed = observed.at(now)
+    observed = coalesced(observed.at(now), now=now)
     wanted = all_wanted(observed)
     held = _held(wanted, observed)
     verdicts = decide_all(observed, holds=held, now=now)
@@ -131,7 +133,7 @@ def _holds(wanted: Wanted, checkpoint: CheckpointView, observed: Observation) ->
     missing = [
         publish.action
         for publish in wanted.publishes
-        if publish.state is not ActionState.SUCCEEDED
+        if publish.state not in (ActionState.SUCCEEDED, ActionState.SUPERSEDED)
         and (publish.is_required or publish.state not in GIVEN_UP)
     ]
     return tuple(f"not done yet: {action.title}" for action in (*reading, *running, *missing))
@@ -188,12 +190,13 @@ def _before_publish(publish: WantedAction, observed: Observation) -> str | None:
     retire = retire_action(publish.action)
     if observed.state_of(retire) is ActionState.RUNNING:
         return f"after {retire.title}"
-    export = replace(publish.action, kind=ActionKind.EXPORT, destination=None)
-    return None if publish.is_exported else f"after {export.title}"
+    return None if publish.is_exported else f"after {export_of(publish.action).title}"
 
 
 def _after_its_record(planned: PlannedAction, observed: Observation, now: float) -> PlannedAction:
-    not_now = planned.not_now or _not_yet(planned.action, observed, now)
+    by_record = _not_yet(planned.action, observed, now)
+    is_over = observed.state_of(planned.action) in GIVEN_UP
+    not_now = by_record if is_over else planned.not_now or by_record
     return PlannedAction(action=planned.action, reason=planned.reason, not_now=not_now)
 
 
@@ -214,7 +217,8 @@ def _not_yet(action: Action, observed: Observation, now: float) -> str | None:
         return f"attempt {record.attempts + 1} at {when}; the last one: {error}"
     if record.state is ActionState.RUNNING:
         return f"running since {utc(record.changed_at)}, attempt {record.attempts}"
-    return f"{record.state} after {record.attempts} attempts: {error}"
+    tried = f" after {record.attempts} attempts" if record.attempts else ""
+    return f"{record.state}{tried}: {error}"
 
 
 def _next_scrub(

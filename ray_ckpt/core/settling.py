@@ -2,9 +2,9 @@
 
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
-from ray_ckpt.core.observation import CheckpointView, Observation
+from ray_ckpt.core.observation import CheckpointView, Command, Observation
 from ray_ckpt.core.reconcile import plan
-from ray_ckpt.core.wanted import is_result
+from ray_ckpt.core.wanted import export_of, is_result
 
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
 _WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
@@ -17,14 +17,23 @@ def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
     """
     found: list[ActionRecord] = []
     for command in observed.commands:
-        record = observed.records.get(command.action.key, ActionRecord(action=command.action))
+        record = _record(command.action, observed)
         if record.state is ActionState.SUCCEEDED:
             continue
         if command.verb == "retry" and record.state not in _UNDER_WAY:
-            found.append(record.asked_again(now))
+            found.append(record.asked_again(command.by, now))
+            found.extend(_export_again(command, observed, now))
         if command.verb == "cancel" and record.state not in GIVEN_UP:
             found.append(record.cancelled(f"cancelled by {command.by}", now))
     return found
+
+
+def _export_again(command: Command, observed: Observation, now: float) -> list[ActionRecord]:
+    """A copy that is tried again needs its export, should that have been given up."""
+    if command.action.kind is not ActionKind.PUBLISH:
+        return []
+    export = _record(export_of(command.action), observed)
+    return [export.asked_again(command.by, now)] if export.state in GIVEN_UP else []
 
 
 def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
@@ -57,23 +66,28 @@ def _is_exported(action: Action, observed: Observation) -> bool:
 
 
 def unfinished(observed: Observation, *, now: float) -> list[str]:
-    """A sentence for everything that has begun, waits, or could begin now; empty when idle.
+    """A sentence for everything that runs, waits, or could begin now; empty when idle.
 
-    Scrubs never end: nobody waits for them.
+    Scrubs never end: nobody waits for them. Nor for what was begun and nothing asks for any more.
     """
+    planned = plan(observed, now=now)
+    asked = {each.action.key for each in planned.planned}
     begun = {
         key: f"{record.action.title} is {record.state}"
         for key, record in observed.records.items()
-        if record.state is not ActionState.SUCCEEDED
-        and record.state not in GIVEN_UP
+        if (record.state is ActionState.RUNNING or (record.state in _WAITING and key in asked))
         and record.action.kind is not ActionKind.SCRUB
     }
     may_start = {
         action.key: f"{action.title} may start"
-        for action in plan(observed, now=now).actions
+        for action in planned.actions
         if action.kind is not ActionKind.SCRUB
     }
     return list({**may_start, **begun}.values())
+
+
+def _record(action: Action, observed: Observation) -> ActionRecord:
+    return observed.records.get(action.key, ActionRecord(action=action))
 
 
 def _identity(view: CheckpointView) -> tuple[int, str]:

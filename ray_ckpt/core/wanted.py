@@ -2,16 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_ckpt.core.actions import Action, ExportSpec
 from ray_ckpt.core.due import DueExport, due_exports, is_export_of
-from ray_ckpt.core.lifecycle import ActionKind, ActionState
+from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.core.observation import CheckpointView, Observation
+from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.policy import PublishPolicy
 
 _ASKED = "asked for"
+_MADE = ActionKind.EXPORT, ActionKind.PUBLISH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +22,12 @@ class WantedAction:
     action: Action
     reason: str
     """The line of the policy, or that somebody asked."""
-    is_required: bool = False
+    is_required: bool
     """For a copy: the checkpoint may not go without it."""
+    is_due: bool
+    """Whether a policy asks for it, whoever else does."""
+    is_skippable: bool
+    """Whether a newer step may make it needless; see `core.coalescing`."""
     is_exported: bool
     """Whether the export that it makes or copies is on storage; no record is asked."""
     state: ActionState | None
@@ -40,62 +45,105 @@ class Wanted:
 def all_wanted(observed: Observation) -> dict[int, Wanted]:
     """For each readable step, all that is asked of it, by policy and by request."""
     due = due_exports(observed)
+    asked = _asked_for(observed)
     made: dict[int, list[Manifest]] = defaultdict(list)
     for export in observed.exports:
         made[export.step].append(export.manifest)
     return {
         c.step: Wanted(
-            exports=_known(_exports(c, due[c.step], observed), made[c.step], observed),
-            publishes=_known(_publishes(c, due[c.step], observed), made[c.step], observed),
+            exports=_known(_exports(c, due[c.step], asked[c.step]), made[c.step], observed),
+            publishes=_known(
+                _publishes(c, due[c.step], asked[c.step], observed.policy.publish),
+                made[c.step],
+                observed,
+            ),
         )
         for c in observed.readable()
     }
 
 
-_Asked = tuple[Action, str, bool]
-"""An action, why, and whether the checkpoint may not go without it."""
+def _asked_for(observed: Observation) -> dict[int, list[Request]]:
+    """By step, what people want: what they have asked for, and what they have retried."""
+    asked: dict[int, list[Request]] = defaultdict(list)
+    for request in observed.requests:
+        asked[request.step].append(request)
+    for record in observed.records.values():
+        action = record.action
+        is_over = record.state is ActionState.SUCCEEDED or record.state in GIVEN_UP
+        if record.asked_by and not is_over and action.kind in _MADE and action.export is not None:
+            again = Request(step=action.step, export=action.export, destination=action.destination)
+            asked[action.step].append(again)
+    return asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """One line of a policy, or one request, that asks for an action; as in `WantedAction`."""
+
+    action: Action
+    reason: str
+    is_required: bool = False
+    is_due: bool = False
+    is_skippable: bool = False
 
 
 def _exports(
-    checkpoint: CheckpointView, due: list[DueExport], observed: Observation
+    checkpoint: CheckpointView, due: Iterable[DueExport], asked: Iterable[Request]
 ) -> Iterator[_Asked]:
     for export in due:
-        yield export_action(checkpoint, export.spec), export.reason, False
-    for request in observed.requests:
-        if request.step == checkpoint.step:
-            yield export_action(checkpoint, request.export), _ASKED, False
+        yield _Asked(
+            action=export_action(checkpoint, export.spec),
+            reason=export.reason,
+            is_due=True,
+            is_skippable=export.is_periodic and export.when_behind == "newest",
+        )
+    for request in asked:
+        yield _Asked(action=export_action(checkpoint, request.export), reason=_ASKED)
 
 
 def _publishes(
-    checkpoint: CheckpointView, due: list[DueExport], observed: Observation
+    checkpoint: CheckpointView,
+    due: Iterable[DueExport],
+    asked: Iterable[Request],
+    policies: Iterable[PublishPolicy],
 ) -> Iterator[_Asked]:
-    specs = {export.spec.name: export.spec for export in due}
-    for policy in observed.policy.publish:
-        if policy.export in specs:
-            publish = publish_action(checkpoint, specs[policy.export], policy.to)
-            yield publish, _line(policy), policy.required
-    for request in observed.requests:
-        if request.step == checkpoint.step and request.destination is not None:
-            yield publish_action(checkpoint, request.export, request.destination), _ASKED, True
+    exports = {export.spec.name: export for export in due}
+    for policy in policies:
+        export = exports.get(policy.export)
+        if export is not None:
+            yield _Asked(
+                action=publish_action(checkpoint, export.spec, policy.to),
+                reason=_line(policy),
+                is_required=policy.required,
+                is_due=True,
+                is_skippable=export.is_periodic
+                and "newest" in (export.when_behind, policy.when_behind),
+            )
+    for request in asked:
+        if request.destination is not None:
+            publish = publish_action(checkpoint, request.export, request.destination)
+            yield _Asked(action=publish, reason=_ASKED, is_required=True)
 
 
 def _known(
     asked: Iterable[_Asked], made: Iterable[Manifest], observed: Observation
 ) -> tuple[WantedAction, ...]:
     """Each once, the first reason counts; with what storage shows of it and the step's exports."""
-    known: dict[str, WantedAction] = {}
-    for action, reason, is_required in asked:
-        key = action.key
-        record = observed.records.get(key)
-        first = known.get(key)
-        known[key] = WantedAction(
-            action=action,
-            reason=first.reason if first else reason,
-            is_required=is_required or (first is not None and first.is_required),
-            is_exported=any(is_result(manifest, action) for manifest in made),
-            state=record.state if record else None,
+    by_key: dict[str, list[_Asked]] = defaultdict(list)
+    for each in asked:
+        by_key[each.action.key].append(each)
+    return tuple(
+        WantedAction(
+            action=same[0].action,
+            reason=same[0].reason,
+            is_required=any(each.is_required for each in same),
+            is_due=any(each.is_due for each in same),
+            is_skippable=all(each.is_skippable for each in same),
+            is_exported=any(is_result(manifest, same[0].action) for manifest in made),
+            state=observed.records[key].state if key in observed.records else None,
         )
-    return tuple(known.values())
+        for key, same in by_key.items()
+    )
 
 
 def _line(policy: PublishPolicy) -> str:
@@ -136,6 +184,11 @@ def export_action(checkpoint: CheckpointView, export: ExportSpec) -> Action:
 def publish_action(checkpoint: CheckpointView, export: ExportSpec, destination: str) -> Action:
     """Copy one export of the checkpoint to `destination`."""
     return _action(ActionKind.PUBLISH, checkpoint, export=export, destination=destination)
+
+
+def export_of(publish: Action) -> Action:
+    """What makes the export that `publish` copies."""
+    return replace(publish, kind=ActionKind.EXPORT, destination=None)
 
 
 def _action(

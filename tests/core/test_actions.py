@@ -172,8 +172,8 @@ def test_the_first_error_and_the_last_one_are_kept() -> None:
 
 
 def test_asked_again_it_starts_afresh() -> None:
-    record = running().failed(AuthorizationError("no"), 1.0).asked_again(5.0)
-    assert record == ActionRecord(action=ACTION, changed_at=5.0)
+    record = running().failed(AuthorizationError("no"), 1.0).asked_again("ann@host", 5.0)
+    assert record == ActionRecord(action=ACTION, changed_at=5.0, asked_by="ann@host")
 
 
 def test_an_error_without_words_is_told_by_its_class() -> None:

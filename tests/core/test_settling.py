@@ -10,7 +10,7 @@ from ray_ckpt.core.lifecycle import GIVEN_UP, ActionState, CheckpointState
 from ray_ckpt.core.observation import Command, Request
 from ray_ckpt.core.reconcile import plan
 from ray_ckpt.core.settling import obeyed, overtaken, unfinished
-from ray_ckpt.core.wanted import export_action, purge_action, verify_action
+from ray_ckpt.core.wanted import export_action, publish_action, purge_action, verify_action
 from tests.core.worlds import COMMITTED, HF, observe, titles, view, with_export, with_record
 
 
@@ -54,12 +54,43 @@ def test_a_cancelled_action_is_not_planned_and_its_request_is_settled() -> None:
     assert plan(observed, now=0.0).settled == (request,)
 
 
+def test_a_copy_that_is_tried_again_takes_its_export_along() -> None:
+    step = view(1)
+    export, publish = export_action(step, HF), publish_action(step, HF, "/copies")
+    observed = with_record(observe(step), export, ActionState.DEAD)
+    observed = with_record(observed, publish, ActionState.SUPERSEDED)
+    command = Command(verb="retry", action=publish, by="ann@host")
+    again = obeyed(replace(observed, commands=(command,)), now=9.0)
+    assert {(r.action.title, r.state, r.asked_by) for r in again} == {
+        (publish.title, ActionState.PENDING, "ann@host"),
+        (export.title, ActionState.PENDING, "ann@host"),
+    }
+
+
+def test_what_was_retried_is_planned_although_no_policy_or_request_asks_for_it() -> None:
+    step = view(1)
+    publish = publish_action(step, HF, "/copies")
+    asked = ActionRecord(action=publish, asked_by="ann@host")
+    observed = replace(observe(step), records={publish.key: asked})
+    assert titles(observed) == ["export step-1 hf"]
+    assert titles(with_export(observed, step, "hf")) == ["publish step-1 hf to /copies"]
+
+
+def test_nobody_waits_for_what_was_begun_and_nothing_asks_for_any_more() -> None:
+    step = view(1)
+    observed = with_record(observe(step), export_action(step, HF), ActionState.RETRY_WAIT)
+    assert unfinished(observed, now=0.0) == []
+
+
 def test_an_idle_root_has_nothing_unfinished_and_a_waiting_one_says_what() -> None:
     step = view(1)
     assert unfinished(observe(step), now=0.0) == []
     assert unfinished(observe(view(2, COMMITTED)), now=0.0) == ["verify step-2 may start"]
     waiting = with_record(
-        observe(step), export_action(step, HF), ActionState.RETRY_WAIT, next_attempt_at=99.0
+        observe(step, requests=(Request(step=1, export=HF),)),
+        export_action(step, HF),
+        ActionState.RETRY_WAIT,
+        next_attempt_at=99.0,
     )
     assert unfinished(waiting, now=0.0) == ["export step-1 hf is retry_wait"]
 
