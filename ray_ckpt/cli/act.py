@@ -237,7 +237,8 @@ def purge(
     catalog = open_root(root)
     given = keep_latest is not None or keep_every is not None
     keep = KeepConfig(latest=keep_latest, every_steps=keep_every) if given else None
-    planned = apply_purge(catalog, keep) if apply else plan_purge(catalog, keep)
+    told = lambda text: click.echo(text, err=True)  # noqa: E731
+    planned = apply_purge(catalog, keep, told=told) if apply else plan_purge(catalog, keep)
 
     def render() -> None:
         rows = [

@@ -1,7 +1,5 @@
 """Verbs about what is still to be done: drain, retry, cancel."""
 
-import getpass
-import socket
 import sys
 import time
 from typing import Any, Literal
@@ -16,6 +14,7 @@ from ray_ckpt.core.observation import Command, Observation
 from ray_ckpt.core.reconcile import plan
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, holder_of
+from ray_ckpt.storage.records import who_asks
 
 
 @click.command()
@@ -117,9 +116,8 @@ def _command(
     catalog: Catalog, verb: Literal["retry", "cancel"], actions: list[Action], *, as_json: bool
 ) -> None:
     """Written down for whoever manages the root, now or next."""
-    by = f"{getpass.getuser()}@{socket.gethostname()}"
     for action in actions:
-        catalog.records.add_command(Command(verb=verb, action=action, by=by))
+        catalog.records.add_command(Command(verb=verb, action=action, by=who_asks()))
     manager = holder_of(catalog.store, MANAGER)
     document = {
         "verb": verb,

@@ -20,7 +20,7 @@ from ray_ckpt.cluster.reconciler import Reconciler, Round
 from ray_ckpt.core import errors
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import RayCkptError, StorageError
-from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import CheckpointView, Request
 from ray_ckpt.core.wanted import is_result, verify_action
 from ray_ckpt.storage.backends import open_catalog
@@ -69,12 +69,6 @@ def verify_here(catalog: Catalog, checkpoint: CheckpointView) -> ActionRecord:
     except StorageError:
         return record  # a root that may only be read can be verified all the same
     return record
-
-
-def ensure_verified(catalog: Catalog, checkpoint: CheckpointView) -> None:
-    """The checkpoint was verified, before or just now."""
-    if checkpoint.state is not CheckpointState.VERIFIED:
-        verify_here(catalog, checkpoint)
 
 
 def perform_on_cluster(

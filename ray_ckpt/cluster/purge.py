@@ -1,26 +1,37 @@
-"""A purge that a person asks for: the plan with its reasons, and carrying it out.
+"""A purge that a person asks for: the plan with its reasons, and having it carried out.
 
-The plan takes for granted that checkpoints nobody has verified yet will verify; carrying it out
-verifies the ones that are to stay, first, and decides again on what was found.
+    plan     takes for granted that checkpoints nobody has verified yet will verify
+    apply    those that are to stay are verified first; decides again on what was found; then asks,
+             with one command a step, whoever manages the root: the live manager, or this process
+             under the manager's lease
+
+So one process at most moves steps and writes records, and what is asked for outlives whoever asked.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_ckpt.cluster.perform import ensure_verified
+from ray_ckpt.cluster.drain import Told, work
+from ray_ckpt.cluster.executors import Threads
+from ray_ckpt.cluster.reconciler import Reconciler, Round
+from ray_ckpt.core import errors
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.errors import IntegrityError, PurgeRefusedError
-from ray_ckpt.core.lifecycle import CheckpointState
-from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.failures import ErrorClass
+from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.observation import CheckpointView, Command, Observation
 from ray_ckpt.core.policy import KeepConfig
 from ray_ckpt.core.reconcile import decide_all, holds_of
 from ray_ckpt.core.retention import Verdict
-from ray_ckpt.core.wanted import purge_action
+from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.readers import readers_by_step
+from ray_ckpt.storage.records import who_asks
+
+_UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,41 +82,104 @@ def plan_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
     return plan.without({s: [f"it is being read: {r}" for r in readers[s]] for s in readers})
 
 
-def apply_purge(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
+def apply_purge(
+    catalog: Catalog, keep: KeepConfig | None, *, told: Told = lambda _: None
+) -> PurgePlan:
     """What went: each step is in the trash, from where `undo` brings it back.
 
     A step that must stay after all, because somebody reads it or has pinned it meanwhile, has a
-    verdict that says so; the others go.
+    verdict that says so; the others go. Interrupted, what was asked for already is still asked.
 
     Raises:
         IntegrityError: a checkpoint that was to stay is damaged; nothing was purged.
+        RayCkptError: one could not be verified; nothing was purged.
     """
     hopeful = _hopeful(catalog, keep)
     if not hopeful.doomed:
         return hopeful
-    for verdict in hopeful.verdicts:
-        if verdict.keep:
-            _verify_kept(catalog, verdict.step)
+    _wait_until_verified(catalog, hopeful, told)
     # decided again, on what is there now: a pin may have come between
     observed = _with_policy(catalog.observe().at(time.time()), keep)
     decided = _plan(observed)
     views = {view.step: view for view in observed.readable()}
-    refused: dict[int, list[str]] = {}
-    for step in decided.doomed:
-        action = purge_action(views[step], grace_s=observed.policy.keep.trash_grace_s)
-        try:
-            _carry_out(catalog, action)
-        except PurgeRefusedError as error:
-            refused[step] = [error.what]
-    return decided.without(refused)
+    grace_s = observed.policy.keep.trash_grace_s
+    purges = [purge_action(views[step], grace_s=grace_s) for step in decided.doomed]
+    ended = _carried_out(catalog, purges, told)
+    return decided.without({r.action.step: [_line(r)] for r in ended if not _has_gone(r)})
 
 
-def _carry_out(catalog: Catalog, action: Action) -> None:
-    """The step is in the trash, and the record says when: from then on its grace time counts."""
-    now = time.time()
-    freed = purge_step(catalog, action, now=now)
-    record = ActionRecord(action=action).started(now)
-    catalog.records.write_action(record.succeeded({"bytes": freed}, now))
+def _wait_until_verified(catalog: Catalog, hopeful: PurgePlan, told: Told) -> None:
+    """Whoever manages the root has verified what is to stay, and reads nothing that is to go."""
+    kept = {verdict.step for verdict in hopeful.verdicts if verdict.keep}
+    verifies = {view.step: verify_action(view) for view in catalog.observe().readable()}
+    keys = {verifies[step].key for step in kept & verifies.keys()}
+
+    def is_over(done: Round) -> bool:
+        may_pass = () if done.standing_by else (ActionState.RETRY_WAIT,)
+        for key in keys & done.observed.records.keys():
+            _raise_if_failed(done.observed.records[key], (*GIVEN_UP, *may_pass))
+        waiting = [v for v in done.observed.readable() if v.step in kept and not _is_verified(v)]
+        is_reading = any(
+            done.observed.state_of(verify) is ActionState.RUNNING for verify in verifies.values()
+        )
+        return not waiting and not is_reading
+
+    _manage(catalog, keys, is_over, told)
+
+
+def _raise_if_failed(record: ActionRecord, failed: Container[ActionState]) -> None:
+    if record.state in failed:
+        kind: Any = getattr(errors, record.error_kind or "", RayCkptError)
+        raise kind(
+            f"{record.action.title} ended {record.state}: {_line(record)}; it was to be kept, so "
+            "nothing is purged",
+            safe="no step was purged",
+            do=f"ray-ckpt retry ROOT --step {record.action.step}, or pin what must stay",
+        )
+
+
+def _carried_out(catalog: Catalog, purges: Sequence[Action], told: Told) -> list[ActionRecord]:
+    """What became of each, once whoever manages the root has obeyed."""
+    for purge in purges:
+        catalog.records.add_command(Command(verb="purge", action=purge, by=who_asks()))
+    keys = {purge.key for purge in purges}
+
+    def is_over(done: Round) -> bool:
+        not_obeyed = {command.action.key for command in done.observed.commands}
+        ended = {key for key, record in done.observed.records.items() if _has_ended(record)}
+        return keys <= ended - not_obeyed
+
+    last = _manage(catalog, keys, is_over, told)
+    return [last.observed.records[key] for key in sorted(keys)]
+
+
+def _manage(
+    catalog: Catalog, keys: Container[str], is_over: Callable[[Round], bool], told: Told
+) -> Round:
+    """The round that is as `is_over` says; where nobody else manages, this process does."""
+    reconciler = Reconciler(
+        catalog, Threads(), owner=uuid.uuid4().hex, wants=lambda action: action.key in keys
+    )
+    return work(reconciler, until=is_over, told=told)
+
+
+def _is_verified(view: CheckpointView) -> bool:
+    return view.state is CheckpointState.VERIFIED
+
+
+def _has_ended(record: ActionRecord) -> bool:
+    """Whether nothing more happens to a purge soon; one that was refused is about to say so."""
+    if record.state is ActionState.BLOCKED:
+        return not record.asked_by or record.error_class is not ErrorClass.HELD
+    return record.state not in _UNDER_WAY
+
+
+def _has_gone(record: ActionRecord) -> bool:
+    return record.state is ActionState.SUCCEEDED
+
+
+def _line(record: ActionRecord) -> str:
+    return (record.error or str(record.state)).partition("\n")[0]
 
 
 def _hopeful(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
@@ -117,19 +191,12 @@ def _hopeful(catalog: Catalog, keep: KeepConfig | None) -> PurgePlan:
         else view
         for view in observed.checkpoints
     )
-    return _plan(replace(observed, checkpoints=views))
-
-
-def _verify_kept(catalog: Catalog, step: int) -> None:
-    try:
-        ensure_verified(catalog, catalog.checkpoint(step))
-    except IntegrityError as error:
-        raise IntegrityError(
-            f"{error.what}; it was to be kept, so nothing is purged",
-            error.where,
-            error.safe,
-            error.do,
-        ) from error
+    records = {
+        key: record
+        for key, record in observed.records.items()
+        if record.action.kind is not ActionKind.VERIFY
+    }  # one that is read just now is held by that for a moment only
+    return _plan(replace(observed, checkpoints=views, records=records))
 
 
 def _with_policy(observed: Observation, keep: KeepConfig | None) -> Observation:

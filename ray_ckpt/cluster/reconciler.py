@@ -18,7 +18,7 @@ from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
-from ray_ckpt.core.settling import obeyed, overtaken
+from ray_ckpt.core.settling import obeyed, overtaken, refused
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.history import Teller
 from ray_ckpt.storage.lease import MANAGER, Lease
@@ -166,6 +166,7 @@ class Reconciler:
         observed = self._rewrite(observed, interrupted)
         observed = self._obey(observed, now)
         observed = self._rewrite(observed, overtaken(observed, now=now))
+        observed = self._rewrite(observed, refused(observed, now=now))
         return self._rewrite(observed, superseded(observed, now=now))
 
     def _obey(self, observed: Observation, now: float) -> Observation:
@@ -175,7 +176,9 @@ class Reconciler:
             flight = self._in_flight.pop(record.action.key, None)
             if flight is not None:
                 flight.running.cancel()
-            log.info("%s is %s: %s", record.action.title, record.state, record.error or "retried")
+            log.info(
+                "%s is %s: %s", record.action.title, record.state, record.error or record.asked_by
+            )
         observed = self._rewrite(observed, changed)
         for command in observed.commands:
             self._catalog.records.settle_command(command)

@@ -161,8 +161,21 @@ class ActionRecord:
             changed_at=now,
             next_attempt_at=None,
             error=why,
+            error_class=None,
             error_kind=None,
         )
+
+    def refused(self, why: str, now: float) -> "ActionRecord":
+        """The record of what a person asked for and something spoke against.
+
+        Nobody tries it again for them; what policies ask for later is not bound by it.
+        """
+        return replace(self.cancelled(why, now), error_class=ErrorClass.HELD)
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether it says that something spoke against what a person asked for."""
+        return self.state is ActionState.CANCELLED and self.error_class is ErrorClass.HELD
 
     def superseded(self, by: str, now: float) -> "ActionRecord":
         """The record of what `by` has made needless before it began."""

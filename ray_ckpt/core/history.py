@@ -37,7 +37,7 @@ class Fact:
     attempts: int = 0
     error_kind: str | None = None
     error: str | None = None
-    """First line of what is wrong."""
+    """First line of what is wrong; of what begins anew, who asked for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +121,13 @@ def _action(record: ActionRecord) -> Fact:
         state=record.state,
         attempts=record.attempts,
         error_kind=None if is_going_on else record.error_kind,
-        error=None if is_going_on else _line(record.error),
+        error=_who_asked(record) if is_going_on else _line(record.error),
     )
+
+
+def _who_asked(record: ActionRecord) -> str | None:
+    is_new = record.state is ActionState.PENDING and record.attempts == 0
+    return f"asked for by {record.asked_by}" if is_new and record.asked_by else None
 
 
 def _fact(*row: Any) -> Fact:

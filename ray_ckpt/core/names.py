@@ -10,7 +10,7 @@
         run.json                       the run's id and policy
         lease/<role>-<epoch>.json      who may write; the highest epoch owns
         requests/<key>.json            what was asked for
-        commands/<verb>-<key>.json     an action that a person retries or cancels
+        commands/<verb>-<key>.json     what a person wants of an action: retry, cancel, purge
         logs/<key>-a<attempt>.log      what a failed attempt said
         save-now.json                  the trainer is asked to save at its next step
         readers/500.<token>.json       somebody reads step 500: a heartbeat

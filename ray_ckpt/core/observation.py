@@ -71,9 +71,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """What a person wants to become of an action."""
+    """What a person wants to become of an action: try it again, give it up, or purge a step."""
 
-    verb: Literal["retry", "cancel"]
+    verb: Literal["retry", "cancel", "purge"]
     action: Action
     by: str
     """Who asks: `user@host`."""
@@ -103,6 +103,14 @@ class Observation:
     def readable(self) -> list[CheckpointView]:
         """Checkpoints that may be used, oldest first."""
         return sorted((c for c in self.checkpoints if c.state in READABLE), key=lambda c: c.step)
+
+    def holds_content(self, action: Action) -> bool:
+        """Whether the very checkpoint that the action is about is in place."""
+        return any(
+            (view.step, view.manifest.content_id) == (action.step, action.source_id)
+            for view in self.checkpoints
+            if view.state in READABLE and view.manifest is not None
+        )
 
     def state_of(self, action: Action) -> ActionState | None:
         """State of the action's record; None if it was never started."""

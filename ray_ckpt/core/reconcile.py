@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.asked import asked_purges
 from ray_ckpt.core.coalescing import coalesced
 from ray_ckpt.core.copies import retire_action, retirements
 from ray_ckpt.core.due import unreported_metrics
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
-from ray_ckpt.core.retention import Candidate, Verdict, decide, quota_problem
+from ray_ckpt.core.retention import Candidate, Verdict, decide, guards_of, quota_problem
 from ray_ckpt.core.scrub import overdue_scrubs, utc
 from ray_ckpt.core.wanted import (
     Wanted,
@@ -34,6 +35,7 @@ from ray_ckpt.core.wanted import (
     verify_action,
 )
 
+_ASKED = "asked for"
 _ORDER = (
     ActionKind.VERIFY,
     ActionKind.PUBLISH,
@@ -81,19 +83,27 @@ def plan(observed: Observation, *, now: float) -> Plan:
     wanted = all_wanted(observed)
     held = _held(wanted, observed)
     verdicts = decide_all(observed, holds=held, now=now)
-    doomed = {verdict.step: verdict.why_not for verdict in verdicts if not verdict.keep}
+    purges = _purges(observed, verdicts, guards_of(_candidates(observed, held)))
+    going = {step: purge.reason for step, purge in purges.items() if purge.not_now is None}
     planned = sorted(
         (
-            *(p for c in observed.readable() for p in _steps(c, wanted[c.step], doomed, observed)),
+            *(
+                p
+                for c in observed.readable()
+                for p in _steps(c, wanted[c.step], purges.get(c.step), observed)
+            ),
             *(PlannedAction(action=a, reason=why) for a, why in retirements(observed)),
         ),
         key=lambda p: (_ORDER.index(p.action.kind), p.action.step),
     )
     waiting = [_after_its_record(p, observed, now) for p in planned]
-    scrubs = [s for s in overdue_scrubs(observed, now=now) if s[0].step not in doomed]
+    scrubs = [s for s in overdue_scrubs(observed, now=now) if s[0].step not in going]
     return Plan(
         planned=(*waiting, *_next_scrub(scrubs, waiting, observed, now)),
-        verdicts=tuple(verdicts),
+        verdicts=tuple(
+            Verdict(step=v.step, reasons=(), why_not=going[v.step]) if v.step in going else v
+            for v in verdicts
+        ),
         settled=tuple(request for request in observed.requests if _is_settled(request, observed)),
         problems=tuple(_problems(observed, held)),
     )
@@ -106,6 +116,11 @@ def decide_all(
     keep = observed.policy.keep
     candidates = _candidates(observed, holds)
     return decide(candidates, keep.policies(now=now), max_bytes=keep.max_bytes)
+
+
+def purge_guards(observed: Observation) -> dict[int, tuple[str, ...]]:
+    """For each readable step, what speaks against its purge whoever asks for it."""
+    return guards_of(_candidates(observed, holds_of(observed)))
 
 
 def holds_of(observed: Observation) -> dict[int, tuple[str, ...]]:
@@ -163,14 +178,40 @@ def _seconds(created_at: str) -> float | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
+def _purges(
+    observed: Observation, verdicts: Iterable[Verdict], guards: Mapping[int, Sequence[str]]
+) -> dict[int, PlannedAction]:
+    """By step, the purges that policies and people ask for; what must not be is not now."""
+    asked, views = asked_purges(observed), {view.step: view for view in observed.readable()}
+    grace_s = observed.policy.keep.trash_grace_s
+    purges: dict[int, PlannedAction] = {}
+    for step, verdict in ((verdict.step, verdict) for verdict in verdicts):
+        if step in asked:
+            purges[step] = PlannedAction(
+                action=asked[step].action,
+                reason=f"{_ASKED} by {asked[step].asked_by}",
+                not_now="; ".join(guards[step]) or None,
+            )
+        elif not verdict.keep:
+            purge = purge_action(views[step], grace_s=grace_s)
+            purges[step] = PlannedAction(action=purge, reason=verdict.why_not)
+    return purges
+
+
 def _steps(
-    checkpoint: CheckpointView, wanted: Wanted, doomed: Mapping[int, str], observed: Observation
+    checkpoint: CheckpointView,
+    wanted: Wanted,
+    purge: PlannedAction | None,
+    observed: Observation,
 ) -> Iterator[PlannedAction]:
-    """What is wanted of one checkpoint and not done: verify, then exports, then their copies."""
-    if checkpoint.step in doomed:
-        purge = purge_action(checkpoint, grace_s=observed.policy.keep.trash_grace_s)
-        yield PlannedAction(action=purge, reason=doomed[checkpoint.step])
-        return
+    """What is wanted of one checkpoint and not done: verify, then exports, then their copies.
+
+    Of one that goes now, nothing else.
+    """
+    if purge is not None:
+        yield purge
+        if purge.not_now is None:
+            return
     first = None
     if checkpoint.state is not CheckpointState.VERIFIED:
         verify = verify_action(checkpoint)
@@ -208,6 +249,8 @@ def _not_yet(action: Action, observed: Observation, now: float) -> str | None:
     record = observed.records.get(action.key)
     if record is None or record.state in (ActionState.PENDING, ActionState.SUCCEEDED):
         return None
+    if record.is_refusal:
+        return None  # of what a person asked for, at that time
     error = (record.error or "").partition("\n")[0]
     if record.state in (ActionState.RETRY_WAIT, ActionState.BLOCKED):
         due = record.next_attempt_at

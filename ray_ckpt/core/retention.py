@@ -166,7 +166,7 @@ def decide(
     that is kept is larger than `max_bytes`, the oldest of what only policies keep go.
     """
     ordered = sorted(candidates, key=lambda candidate: candidate.step)
-    guards = _guards(ordered)
+    guards = guards_of(ordered)
     wanted = _wanted(ordered, policies, max_bytes)
     dropped = _beyond(max_bytes, ordered, guards, wanted)
     why_not = f"kept by neither a pin nor: {', '.join(policy.title for policy in policies)}"
@@ -180,7 +180,7 @@ def decide(
 
 def quota_problem(candidates: Sequence[Candidate], max_bytes: int | None) -> str | None:
     """Why the quota cannot be met, if what nothing may purge is larger by itself; else None."""
-    guards = _guards(sorted(candidates, key=lambda candidate: candidate.step))
+    guards = guards_of(candidates)
     guarded = [c for c in candidates if guards[c.step]]
     total = sum(c.size_bytes for c in guarded)
     if max_bytes is None or total <= max_bytes:
@@ -197,8 +197,9 @@ def _verdict(step: int, reasons: tuple[str, ...], why_not: str) -> Verdict:
     return Verdict(step=step, reasons=unique, why_not="" if unique else why_not)
 
 
-def _guards(ordered: Sequence[Candidate]) -> dict[int, tuple[str, ...]]:
-    """For each step, the reasons that no configuration overrules."""
+def guards_of(candidates: Sequence[Candidate]) -> dict[int, tuple[str, ...]]:
+    """For each step, the reasons to keep it that neither a configuration nor a person overrules."""
+    ordered = sorted(candidates, key=lambda candidate: candidate.step)
     floor = _floor(ordered)
     return {
         c.step: (

@@ -1,13 +1,18 @@
 """What records are to say, once people or the course of things have overtaken them. Pure."""
 
+from collections.abc import Sequence
+
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.asked import WAITING, asked_purge, asked_purges
+from ray_ckpt.core.errors import PurgeRefusedError
+from ray_ckpt.core.failures import ErrorClass
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Command, Observation
-from ray_ckpt.core.reconcile import plan
+from ray_ckpt.core.reconcile import plan, purge_guards
 from ray_ckpt.core.wanted import export_of, is_result
 
+_READS = ActionKind.VERIFY, ActionKind.SCRUB
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
-_WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
 
 
 def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
@@ -18,6 +23,10 @@ def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
     found: list[ActionRecord] = []
     for command in observed.commands:
         record = _record(command.action, observed)
+        if command.verb == "purge":
+            asked = asked_purge(command, observed, now)
+            found.extend([asked] if asked else [])
+            continue
         if record.state is ActionState.SUCCEEDED:
             continue
         if command.verb == "retry" and record.state not in _UNDER_WAY:
@@ -49,7 +58,7 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     for record in observed.records.values():
         action = record.action
         source = (action.step, action.source_id)
-        if record.state not in _WAITING or action.kind is ActionKind.RETIRE:
+        if record.state not in WAITING or action.kind is ActionKind.RETIRE:
             continue
         is_purged = action.kind is ActionKind.PURGE and source in trashed
         if is_purged or _is_exported(action, observed):
@@ -65,6 +74,36 @@ def _is_exported(action: Action, observed: Observation) -> bool:
     return any(is_result(export.manifest, action) for export in observed.exports)
 
 
+def refused(observed: Observation, *, now: float) -> list[ActionRecord]:
+    """Records of purges that people asked for and that must not be, as they are to be.
+
+    What speaks against one is seen here, or was found right before the step went and is in the
+    record. A purge whose step is being verified just now waits.
+    """
+    asked = asked_purges(observed)
+    guards = purge_guards(observed) if asked else {}
+    reading = {
+        record.action.step
+        for record in observed.records.values()
+        if record.action.kind in _READS and record.state is ActionState.RUNNING
+    }
+    found: list[ActionRecord] = []
+    for step, record in asked.items():
+        if record.state is ActionState.BLOCKED and record.error_class is ErrorClass.HELD:
+            found.append(record.refused(record.error or "", now))
+        elif guards[step] and step not in reading:
+            found.append(record.refused(str(_refusal(step, guards[step])), now))
+    return found
+
+
+def _refusal(step: int, guards: Sequence[str]) -> PurgeRefusedError:
+    return PurgeRefusedError(
+        f"step-{step} stays: {'; '.join(guards)}",
+        safe="it was not touched",
+        do=f"ray-ckpt show ROOT {step}; once nothing keeps it: ray-ckpt retry ROOT --step {step}",
+    )
+
+
 def unfinished(observed: Observation, *, now: float) -> list[str]:
     """A sentence for everything that runs, waits, or could begin now; empty when idle.
 
@@ -75,7 +114,7 @@ def unfinished(observed: Observation, *, now: float) -> list[str]:
     begun = {
         key: f"{record.action.title} is {record.state}"
         for key, record in observed.records.items()
-        if (record.state is ActionState.RUNNING or (record.state in _WAITING and key in asked))
+        if (record.state is ActionState.RUNNING or (record.state in WAITING and key in asked))
         and record.action.kind is not ActionKind.SCRUB
     }
     may_start = {

@@ -67,7 +67,11 @@ class Observer:
         self._close_at: float | None = None
 
     def observe(self, *, now: float) -> Observation:
-        """All that storage shows of the run; `now` in seconds, by any clock that goes on."""
+        """All that storage shows of the run; `now` in seconds, by any clock that goes on.
+
+        What people want is read first: of what was gone then, the records say what became of it.
+        """
+        requests, commands = self._records.requests(), self._records.commands()
         run = self._records.run() or Run(run_id=names.run_name(self._store.uri))
         records = self._records.actions()
         self._look(now)
@@ -83,8 +87,8 @@ class Observer:
             checkpoints=tuple(sorted(checkpoints, key=lambda view: view.step)),
             exports=tuple(exports),
             records=records,
-            requests=self._records.requests(),
-            commands=self._records.commands(),
+            requests=requests,
+            commands=commands,
         )
 
     def look_closely(self) -> None:

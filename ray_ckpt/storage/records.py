@@ -3,9 +3,11 @@
 All of it can be lost without losing a checkpoint or a pin. One object holds one fact.
 """
 
+import getpass
 import hashlib
 import json
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -128,6 +130,11 @@ class Records:
         """Every record of a folder; only what has changed since the last call is read."""
         listed = sorted(self._store.list_objects(folder), key=lambda info: info.key)
         return [record for record in known.read(listed).values() if record is not None]
+
+
+def who_asks() -> str:
+    """The person at this process, `user@host`: how a command names them."""
+    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 def _parse_or_tell(parse: Callable[[bytes], T], text: bytes, where: str) -> T | None:

@@ -215,8 +215,11 @@ def test_purge_stops_when_a_step_that_should_stay_is_damaged(cli: Cli, run_root:
     flip_byte(Path(run_root) / "step-40" / "__0_0.distcp")
     answer = cli("purge", run_root, "--keep-latest", 2, "--apply")
     assert answer.code == 1
+    assert "step-40 is corrupt" in answer.err
     assert "nothing is purged" in answer.err
-    assert {row["state"] for row in cli("ls", run_root, "--json").json} <= {"committed", "verified"}
+    states = {row["step"]: row["state"] for row in cli("ls", run_root, "--json").json}
+    assert states.pop(40) == "quarantined"
+    assert set(states.values()) <= {"committed", "verified"}
 
 
 def test_no_option_keeps_fewer_than_two(cli: Cli, run_root: str) -> None:
