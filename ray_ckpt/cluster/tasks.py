@@ -18,9 +18,11 @@ from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import COPIED_AT
 from ray_ckpt.core.errors import IntegrityError, StorageError
 from ray_ckpt.core.lifecycle import ActionKind
+from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, LeaseGuard
+from ray_ckpt.storage.promote import promote_copy
 from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.retire import retire_copy
@@ -55,7 +57,7 @@ def run_action(root: str, attempt: Attempt) -> Result:
     except Exception:
         _keep_log(catalog, attempt, traceback.format_exc())
         raise
-    return {**result, "seconds": round(time.perf_counter() - started, 3)}
+    return {**result, "seconds": round(time.perf_counter() - started, 3), EPOCH: attempt.epoch}
 
 
 def _keep_log(catalog: Catalog, attempt: Attempt, text: str) -> None:
@@ -101,7 +103,18 @@ def _publish(catalog: Catalog, action: Action, _: Guard) -> Result:
         "location": published.location,
         "bytes": published.bytes_sent,
         "content_id": export.manifest.content_id,
+        METRICS: dict(export.manifest.metrics),
+        NON_FINITE: len(export.manifest.non_finite),
     }
+
+
+def _promote(catalog: Catalog, action: Action, guard: Guard) -> Result:
+    """Lets a name lead to a copy; a repeated run finds that it does."""
+    assert action.pointer is not None, "a promote action says which name"
+    publish = publish_of(action)
+    content_id = str(catalog.records.action(publish).result.get("content_id"))
+    location = promote_copy(publish, action.pointer, content_id=content_id, guard=guard)
+    return {"location": location, "step": action.step}
 
 
 def _purge(catalog: Catalog, action: Action, guard: Guard) -> Result:
@@ -138,6 +151,7 @@ _RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard], Result]] = {
     ActionKind.VERIFY: _verify,
     ActionKind.EXPORT: _export,
     ActionKind.PUBLISH: _publish,
+    ActionKind.PROMOTE: _promote,
     ActionKind.PURGE: _purge,
     ActionKind.RETIRE: _retire,
     ActionKind.SCRUB: _scrub,

@@ -55,11 +55,13 @@ class Action:
     source_id: str
     """Content id of the checkpoint; another save of the same step is another source."""
     export: ExportSpec | None = None
-    """For export, publish and retire: which export."""
+    """For export, publish, promote and retire: which export."""
     destination: str | None = None
-    """For publish: where to. For retire: where from."""
+    """For publish: where to. For promote and retire: where."""
     grace_s: float | None = None
     """For purge: seconds the step stays in the trash."""
+    pointer: str | None = None
+    """For promote: the name that leads to the copy, for example `latest`."""
 
     @property
     def key(self) -> str:
@@ -73,14 +75,19 @@ class Action:
         words = [self.kind, f"step-{self.step}"]
         if self.export is not None:
             words.append(self.export.name)
+        if self.pointer is not None:
+            words.append(f"to {self.pointer}")
         if self.destination is not None:
-            place = "at" if self.kind is ActionKind.RETIRE else "to"
+            place = "to" if self.kind is ActionKind.PUBLISH else "at"
             words.append(f"{place} {self.destination}")
         return " ".join(words)
 
     def to_document(self) -> dict[str, Any]:
-        """A plain mapping for JSON."""
-        return asdict(self)
+        """A plain mapping for JSON; a pointer only where there is one, so that keys stay."""
+        document = asdict(self)
+        if self.pointer is None:
+            del document["pointer"]
+        return document
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Action":
@@ -93,6 +100,7 @@ class Action:
             export=ExportSpec(**export) if export else None,
             destination=document["destination"],
             grace_s=document["grace_s"],
+            pointer=document.get("pointer"),
         )
 
 

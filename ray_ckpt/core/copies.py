@@ -5,6 +5,7 @@ retiring one, that is removing it at its destination:
 
     its destination's `keep` does not keep it, and
     it is not the newest copy recorded there, and
+    no name there leads to it, or is to lead to it, and
     nobody has pinned its step or asks for this copy now.
 
 Whoever carries it out looks at the destination first, and refuses unless a newer copy of the same
@@ -13,7 +14,7 @@ and is not made again. So a step is gone everywhere only once two policies have 
 each place, while newer steps are at both.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 
 from ray_ckpt.core.actions import Action, ActionRecord
@@ -50,21 +51,26 @@ def _is_retired(copy: ActionRecord, observed: Observation) -> bool:
     return record.result.get(COPIED_AT) == copy.changed_at
 
 
-def retirements(observed: Observation) -> Iterator[tuple[Action, str]]:
-    """What to remove at destinations, each with the reason, oldest first at each place."""
+def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tuple[Action, str]]:
+    """What to remove at destinations, each with the reason, oldest first at each place.
+
+    `promoted` are the keys of the copies that a name leads to, or is to lead to.
+    """
     present = copies(observed)
     for policy in observed.policy.publish:
         if policy.keep is not None:
-            there = [copy.action for copy in present if _is_at(copy.action, policy)]
-            yield from _retirements(sorted(there, key=lambda a: a.step), policy.keep, observed)
+            there = [copy.action for copy in present if is_at(copy.action, policy)]
+            let_go = _let_go(sorted(there, key=lambda a: a.step), policy.keep, observed)
+            yield from ((retire_action(c), why) for c, why in let_go if c.key not in promoted)
 
 
-def _is_at(copy: Action, policy: PublishPolicy) -> bool:
+def is_at(copy: Action, policy: PublishPolicy) -> bool:
+    """Whether the policy is about the place where this copy lies."""
     name = copy.export.name if copy.export else None
     return (name, copy.destination) == (policy.export, policy.to)
 
 
-def _retirements(
+def _let_go(
     there: list[Action], keep: KeepCopies, observed: Observation
 ) -> Iterator[tuple[Action, str]]:
     policies = keep.policies()
@@ -78,4 +84,4 @@ def _retirements(
         if copy.step in kept | pinned or (copy.step, name, copy.destination) in asked:
             continue
         titles = ", ".join(policy.title for policy in policies)
-        yield retire_action(copy), f"at {copy.destination} kept by none of: {titles}"
+        yield copy, f"at {copy.destination} kept by none of: {titles}"

@@ -66,6 +66,9 @@ def unreported_metrics(observed: Observation) -> Iterator[str]:
     trained = [c for c in observed.readable() if c.step > 0]
     reported = {name for c in trained if c.manifest for name in c.manifest.metrics}
     rankings = {f"export {p.name}": p.metric for p in observed.policy.export if p.best}
+    for copy in observed.policy.publish:
+        if copy.ranking is not None:
+            rankings[f"{copy.promote} at {copy.to}"] = copy.metric
     if observed.policy.keep.best:
         rankings["keep"] = observed.policy.keep.best_metric
     for what, metric in rankings.items():
@@ -81,7 +84,8 @@ def _best(policy: ExportPolicy, observed: Observation) -> Mapping[int, str]:
     ranking = policy.ranking
     if ranking is None:
         return {}
-    known = {e.step: e.manifest for e in observed.exports if e.name == policy.name}
+    made = [e for e in observed.exports if e.name == policy.name and not e.manifest.non_finite]
+    known = {export.step: export.manifest for export in made}
     here = {c.step: c.manifest for c in observed.readable() if c.is_healthy and not c.problem}
     metrics = {step: m.metrics for step, m in {**known, **here}.items() if m is not None}
     return ranking.reasons(

@@ -47,6 +47,8 @@ class ActionKind(StrEnum):
     VERIFY = "verify"
     EXPORT = "export"
     PUBLISH = "publish"
+    PROMOTE = "promote"
+    """Let a name at a destination lead to one of the copies there."""
     PURGE = "purge"
     RETIRE = "retire"
     """Remove a copy at its destination."""

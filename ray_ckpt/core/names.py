@@ -6,6 +6,7 @@
         ray_ckpt.pin.<name>.json       keeps the step from every purge
         hf_assets/                     config.json and tokenizer, for exports
     exports/<name>/step-500/       a Hugging Face folder with a manifest of its own
+    exports/<name>/latest          at a destination: leads to a step; any word may be its name
     .ray_ckpt/                     ours alone
         run.json                       the run's id and policy
         lease/<role>-<epoch>.json      who may write; the highest epoch owns
@@ -84,6 +85,11 @@ def parse_step(name: str) -> int | None:
 def export_dir(name: str, step: int) -> str:
     """Folder of one export of one step."""
     return f"{EXPORTS}/{name}/{step_dir(step)}"
+
+
+def pointer_key(name: str, pointer: str) -> str:
+    """Key of what leads to one of the copies of an export."""
+    return f"{EXPORTS}/{name}/{pointer}"
 
 
 def is_word(name: str) -> bool:

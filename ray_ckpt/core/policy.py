@@ -111,15 +111,52 @@ class PublishPolicy:
     """When exports come faster than copies: make each all the same, or of those that wait and are
     exported by `every_steps` alone, `newest`: older ones are superseded and hold no step."""
     keep: KeepCopies | None = None
-    """Which copies stay there; None keeps all."""
+    """Which copies stay there; None keeps all. What `promote` leads to always does."""
+    promote: str | None = None
+    """A name, for example `latest`, that leads to one of the copies there: a symbolic link beside
+    them, on S3 an object whose text is `step-<n>`, on the Hub a tag."""
+    promote_by: Literal["newest", "best"] = "newest"
+    """Which copy that is; never one with NaN or Inf in its weights."""
+    metric: str = _DEFAULT_METRIC
+    """For `promote_by = "best"`: a metric that was handed to `save`."""
+    order: Order = "min"
+    """For `promote_by = "best"`: which end of `metric` is best."""
 
     def __post_init__(self) -> None:
+        self._check_promote()
         if self.keep is not None and self.to.startswith("hf://"):
             raise ConfigError(
                 f"copies at {self.to} are never removed: a tag on the Hub is history",
                 "publish.keep",
                 do="leave out keep for this destination",
             )
+
+    def _check_promote(self) -> None:
+        if self.promote is not None:
+            a_word("publish.promote", self.promote)
+        elif self.promote_by != "newest":
+            raise ConfigError(
+                "promote_by says which copy a name leads to, but promote names none",
+                "publish.promote_by",
+                do='set promote = "best", or another name',
+            )
+        changed = _changed(metric=self.metric, order=self.order)
+        if self.promote_by != "best" and changed:
+            raise ConfigError(
+                f"{changed[0]} ranks copies, but {self.promote_by} ones are promoted",
+                f"publish.{changed[0]}",
+                do='set promote_by = "best", or remove it',
+            )
+
+    @property
+    def ranking(self) -> KeepBest | None:
+        """How copies are ranked for `promote`; None where the newest counts."""
+        return KeepBest(1, self.metric, self.order) if self.promote_by == "best" else None
+
+    @property
+    def repository(self) -> str | None:
+        """Where its tags lie, on the Hub; None for any other destination."""
+        return self.to.partition("@")[0] if self.to.startswith("hf://") else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +240,13 @@ class LifecyclePolicy:
             raise ConfigError("two [[export]] entries have the same name", "export.name")
         if len({(p.export, p.to) for p in self.publish}) < len(self.publish):
             raise ConfigError("two [[publish]] entries copy one export to one place", "publish.to")
+        tags = [(p.repository, p.promote) for p in self.publish if p.promote and p.repository]
+        if len(set(tags)) < len(tags):
+            raise ConfigError(
+                "two [[publish]] entries move the same tag of one repository",
+                "publish.promote",
+                do="give each a name of its own",
+            )
 
 
 def policy_of_toml(text: str, *, where: str) -> LifecyclePolicy:
@@ -236,10 +280,15 @@ def _steps(field: str, steps: tuple[int, ...]) -> None:
 
 def _ranked_by(section: str, *, best: int | None, **fields: str) -> None:
     """Nothing, if `best` says how many, or nothing else says by what."""
-    changed = [name for name, value in fields.items() if value not in (_DEFAULT_METRIC, "min")]
+    changed = _changed(**fields)
     if best is None and changed:
         raise ConfigError(
             f"{changed[0]} ranks steps, but best does not say how many to take",
             f"{section}.{changed[0]}",
             do="set best = 1, or remove it",
         )
+
+
+def _changed(**fields: str) -> list[str]:
+    """Names of those that say by what steps are ranked, and not by loss as always."""
+    return [name for name, value in fields.items() if value not in (_DEFAULT_METRIC, "min")]

@@ -1,8 +1,8 @@
 """What to do next, from what storage shows. Pure: no memory, no clock, no effect.
 
-    verify ──► export ──► publish          purge: once retention lets the step go,
-                             │                    and nothing above still needs it
-                             └──► retire   scrub: once there is nothing else to do
+    verify ──► export ──► publish ──► promote     purge: once retention lets the step go,
+                             │                           and nothing above still needs it
+                             └──► retire          scrub: once there is nothing else to do
 
 The plan is computed anew every round, so a lost event, a dead manager or a deleted record can
 delay an action but never lose it.
@@ -19,6 +19,7 @@ from ray_ckpt.core.copies import retire_action, retirements
 from ray_ckpt.core.due import unreported_metrics
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
+from ray_ckpt.core.promoting import promotions
 from ray_ckpt.core.retention import Candidate, Verdict, decide, guards_of, quota_problem
 from ray_ckpt.core.scrub import overdue_scrubs, utc
 from ray_ckpt.core.wanted import (
@@ -39,6 +40,7 @@ _ASKED = "asked for"
 _ORDER = (
     ActionKind.VERIFY,
     ActionKind.PUBLISH,
+    ActionKind.PROMOTE,
     ActionKind.EXPORT,
     ActionKind.PURGE,
     ActionKind.RETIRE,
@@ -85,6 +87,8 @@ def plan(observed: Observation, *, now: float) -> Plan:
     verdicts = decide_all(observed, holds=held, now=now)
     purges = _purges(observed, verdicts, guards_of(_candidates(observed, held)))
     going = {step: purge.reason for step, purge in purges.items() if purge.not_now is None}
+    promoted = promotions(observed)
+    at_destinations = (*promoted.planned, *retirements(observed, promoted.copies))
     planned = sorted(
         (
             *(
@@ -92,7 +96,7 @@ def plan(observed: Observation, *, now: float) -> Plan:
                 for c in observed.readable()
                 for p in _steps(c, wanted[c.step], purges.get(c.step), observed)
             ),
-            *(PlannedAction(action=a, reason=why) for a, why in retirements(observed)),
+            *(PlannedAction(action=a, reason=why) for a, why in at_destinations),
         ),
         key=lambda p: (_ORDER.index(p.action.kind), p.action.step),
     )

@@ -12,6 +12,7 @@ from ray_ckpt.core.reconcile import plan, purge_guards
 from ray_ckpt.core.wanted import export_of, is_result
 
 _READS = ActionKind.VERIFY, ActionKind.SCRUB
+_ABOUT_COPIES = ActionKind.PROMOTE, ActionKind.RETIRE
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
 
 
@@ -49,8 +50,8 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     """Unfinished records of what was done, or cannot be done any more, as they are to be.
 
     An export that is there, and a purge whose step lies in the trash, were made by a manager that
-    died before it said so. A copy may be retired after its checkpoint is gone; for anything else
-    whose checkpoint is not in place nothing is left to do.
+    died before it said so. A copy may be promoted or retired after its checkpoint is gone; for
+    anything else whose checkpoint is not in place nothing is left to do.
     """
     present = {_identity(view) for view in observed.readable()}
     trashed = {_identity(v) for v in observed.checkpoints if v.state is CheckpointState.TRASHED}
@@ -58,7 +59,7 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     for record in observed.records.values():
         action = record.action
         source = (action.step, action.source_id)
-        if record.state not in WAITING or action.kind is ActionKind.RETIRE:
+        if record.state not in WAITING or action.kind in _ABOUT_COPIES:
             continue
         is_purged = action.kind is ActionKind.PURGE and source in trashed
         if is_purged or _is_exported(action, observed):

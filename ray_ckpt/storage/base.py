@@ -71,6 +71,25 @@ class Store(Protocol):
         """Stream the object into a local file, replacing it."""
         ...
 
+    def point(self, key: str, name: str) -> None:
+        """`key` leads to what lies as `name` beside it, from one moment to the next; durable.
+
+        A symbolic link where there are folders, else an object whose text is the name. Replaces
+        what `point` made before.
+
+        Raises:
+            ObjectExistsError: something is there that is no such thing; it is untouched.
+        """
+        ...
+
+    def pointed(self, key: str) -> str | None:
+        """The name that `key` leads to, as `point` said; None if nothing is there.
+
+        Raises:
+            ObjectExistsError: something is there that leads nowhere.
+        """
+        ...
+
     def stat(self, key: str) -> ObjectInfo | None:
         """What is under `key`, or None."""
         ...

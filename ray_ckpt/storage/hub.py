@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_ckpt.core import names
+from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import (
     AuthorizationError,
     ConflictError,
@@ -70,6 +71,50 @@ def publish_to_hub(
         commit = _commit(api, repository, branch, folder=fill(), manifest=manifest)
         api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
     return location, manifest.total_bytes
+
+
+def promote_on_hub(publish: Action, tag: str, *, content_id: str, guard: Callable[[], None]) -> str:
+    """Location; `tag` names the commit of the step's own tag. Twice is harmless.
+
+    The Hub moves no tag: it is deleted and made anew, and for a moment it is not there.
+
+    Raises:
+        UsageError: the step's tag is gone or holds something else, or `tag` names a branch.
+        AuthorizationError, ObjectNotFoundError, TransientError
+    """
+    assert publish.destination is not None, "a publish action names where it went"
+    repository, _ = parse_hub(publish.destination)
+    with translated(publish.destination):
+        from huggingface_hub import HfApi  # heavy, and needed for hf:// only
+
+        api = HfApi()
+        references = api.list_repo_refs(repository)
+        tags = {found.name: found.target_commit for found in references.tags}
+        commit = tags.get(names.step_dir(publish.step))
+        if tag in {branch.name for branch in references.branches}:
+            raise _not_promoted(f"a branch is called {tag}", publish)
+        if commit is None or not _holds(api, repository, commit, content_id):
+            raise _not_promoted("its tag is gone, or on something else", publish)
+        if tags.get(tag) != commit:
+            guard()
+            if tag in tags:
+                api.delete_tag(repository, tag=tag)
+            api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
+    return f"hf://{repository}@{tag}"
+
+
+def _holds(api: Any, repository: str, commit: str, content_id: str) -> bool:
+    newest = next(iter(api.list_repo_commits(repository, revision=commit)))
+    return f"{_TRAILER}{content_id}" in newest.message
+
+
+def _not_promoted(why: str, publish: Action) -> UsageError:
+    return UsageError(
+        f"{names.step_dir(publish.step)} is not promoted: {why}",
+        str(publish.destination),
+        "nothing was changed there",
+        f"look at what is there, or publish it again: {publish.title}",
+    )
 
 
 def parse_hub(destination: str) -> tuple[str, str]:

@@ -122,6 +122,24 @@ class LocalStore:
         with translated(self.path(key)):
             shutil.copyfile(self.path(key), target)
 
+    def point(self, key: str, name: str) -> None:
+        """A symbolic link, made beside and renamed over: at every moment it leads somewhere."""
+        self.pointed(key)
+        with translated(self.path(key)), self._temporary(key) as temporary:
+            temporary.symlink_to(name)
+            temporary.replace(self.path(key))
+            sync_folder(self.path(key).parent)
+
+    def pointed(self, key: str) -> str | None:
+        """Where the link leads."""
+        path = self.path(key)
+        with translated(path):
+            if path.is_symlink():
+                return str(path.readlink())
+            if path.exists():
+                raise ObjectExistsError("something is here that is no symbolic link", str(path))
+        return None
+
     def stat(self, key: str) -> ObjectInfo | None:
         """Size and time of the file, or None."""
         with contextlib.suppress(ObjectNotFoundError), translated(self.path(key)):

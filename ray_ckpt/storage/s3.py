@@ -26,6 +26,7 @@ from ray_ckpt.storage.base import ObjectInfo
 
 _BLOCK_BYTES = 8 << 20
 _BATCH_KEYS = 1000
+_NAME_BYTES = 256
 _DENIED = ("AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 _SIGN_IN = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
 _TRY_AGAIN = "run the same command again; what was sent already is not sent twice"
@@ -116,6 +117,21 @@ class S3Store:
         """One streamed GET."""
         with translated(self._where(key)):
             self._file_system.get_file(self._path(key), str(target))
+
+    def point(self, key: str, name: str) -> None:
+        """One PUT."""
+        self.pointed(key)
+        self.write(key, name.encode())
+
+    def pointed(self, key: str) -> str | None:
+        """One GET, or a HEAD alone where a larger object lies than a name needs."""
+        info = self.stat(key)
+        if info is None:
+            return None
+        text = self.read(key).decode(errors="replace") if info.size_bytes < _NAME_BYTES else ""
+        if not text or len(text.split()) != 1:
+            raise ObjectExistsError("an object is here whose text is no name", self._where(key))
+        return text.strip()
 
     def stat(self, key: str) -> ObjectInfo | None:
         """One HEAD; a prefix is not an object."""

@@ -164,5 +164,6 @@ def _manifest(source: Manifest, spec: ExportSpec, folder: Path) -> Manifest:
         files=tuple(files),
         is_last_step=source.is_last_step,
         metrics=source.metrics,
+        non_finite=source.non_finite,
         versions=source.versions,
     )

@@ -37,6 +37,7 @@ OTHERS = [
     replace(ACTION, destination="hf://org/other"),
     replace(ACTION, grace_s=None),
     replace(ACTION, grace_s=61.0),
+    replace(ACTION, pointer="latest"),
 ]
 
 
@@ -67,6 +68,8 @@ def test_an_action_is_read_back_as_it_was_written(action: Action) -> None:
 def test_the_title_says_what_is_done_to_what() -> None:
     assert ACTION.title == "publish step-500 hf-bf16 to hf://org/repo"
     assert Action(kind=ActionKind.VERIFY, step=7, source_id="a").title == "verify step-7"
+    promote = replace(ACTION, kind=ActionKind.PROMOTE, pointer="latest")
+    assert promote.title == "promote step-500 hf-bf16 to latest at hf://org/repo"
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ steps = [5]
 export = "hf"
 to = "s3://bucket/models"
 keep.latest = 5
+when_behind = "newest"
+promote = "best"
+promote_by = "best"
+metric = "acc"
+order = "max"
 """
 
 
@@ -64,7 +69,18 @@ def test_every_field_is_read_and_survives_being_written_as_json() -> None:
         export=(
             ExportPolicy(name="hf", last_step=False, best=1, metric="acc", order="max", steps=(5,)),
         ),
-        publish=(PublishPolicy(export="hf", to="s3://bucket/models", keep=KeepCopies(latest=5)),),
+        publish=(
+            PublishPolicy(
+                export="hf",
+                to="s3://bucket/models",
+                keep=KeepCopies(latest=5),
+                when_behind="newest",
+                promote="best",
+                promote_by="best",
+                metric="acc",
+                order="max",
+            ),
+        ),
     )
     assert build(LifecyclePolicy, asdict(policy), where="run.json") == policy
 
@@ -125,14 +141,39 @@ def test_a_file_that_is_no_policy_is_refused(text: str, expected: str) -> None:
             "publish.keep",
             "a tag on the Hub is history",
         ),
+        (
+            PublishPolicy,
+            {"export": "a", "to": "/c", "promote": "step-5"},
+            "publish.promote",
+            "cannot be part of a folder name",
+        ),
+        (
+            PublishPolicy,
+            {"export": "a", "to": "/c", "promote_by": "best"},
+            "publish.promote_by",
+            "promote names none",
+        ),
+        (
+            PublishPolicy,
+            {"export": "a", "to": "/c", "promote": "latest", "metric": "acc"},
+            "publish.metric",
+            "metric ranks copies, but newest ones are promoted",
+        ),
+        (
+            PublishPolicy,
+            {"export": "a", "to": "/c", "order": "max"},
+            "publish.order",
+            "order ranks copies",
+        ),
+        (PublishPolicy, {"export": "a", "to": "/c", "when_behind": "new"}, None, "none of 'all'"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_field(
-    config_type: type, values: dict[str, object], field: str, expected: str
+    config_type: type, values: dict[str, object], field: str | None, expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected) as caught:
         build(config_type, values, where="here")
-    assert caught.value.where == field
+    assert caught.value.where == (field or "here: when_behind")
 
 
 def test_publishing_an_export_that_nobody_makes_is_refused() -> None:
@@ -153,6 +194,22 @@ def test_two_copies_of_one_export_to_one_place_are_refused() -> None:
     copy = PublishPolicy(export="a", to="/copies")
     with pytest.raises(ConfigError, match="to one place"):
         LifecyclePolicy(export=(ExportPolicy(name="a"),), publish=(copy, copy))
+
+
+def test_two_exports_that_move_one_tag_are_refused() -> None:
+    exports = (ExportPolicy(name="a"), ExportPolicy(name="b"))
+
+    def policy(first: str, second: str) -> LifecyclePolicy:
+        copies = [
+            PublishPolicy(export=name, to=to, promote="latest")
+            for name, to in (("a", first), ("b", second))
+        ]
+        return LifecyclePolicy(export=exports, publish=tuple(copies))
+
+    with pytest.raises(ConfigError, match="same tag"):
+        policy("hf://org/repo", "hf://org/repo@branch")
+    assert policy("/copies", "/copies").publish[0].promote == "latest"
+    assert policy("hf://org/repo", "hf://org/other")
 
 
 def test_what_is_kept_becomes_policies() -> None:

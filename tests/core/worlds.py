@@ -87,6 +87,9 @@ def after_success(observed: Observation, action: Action) -> Observation:
         made = observed.records[replace(action, kind=ActionKind.PUBLISH).key]
         copied_at = {COPIED_AT: made.changed_at}
         return with_record(observed, action, ActionState.SUCCEEDED, result=copied_at)
+    if action.kind is ActionKind.PROMOTE:
+        last = max(record.changed_at for record in observed.records.values())
+        return with_record(observed, action, ActionState.SUCCEEDED, changed_at=last + 1.0)
     observed = with_record(observed, action, ActionState.SUCCEEDED)
     checkpoint = next(c for c in observed.readable() if c.step == action.step)
     if action.kind is ActionKind.EXPORT:

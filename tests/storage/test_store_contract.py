@@ -103,6 +103,36 @@ def test_an_object_store_has_no_marks() -> None:
     assert S3Store("s3://bucket/run").mark("step-5") is None
 
 
+def test_a_name_leads_to_what_lies_beside_it_and_can_be_let_lead_elsewhere(store: Store) -> None:
+    store.write("a/one/file", b"1")
+    store.write("a/two/file", b"2")
+    assert store.pointed("a/latest") is None
+    for name in ("one", "two", "two", "one"):
+        store.point("a/latest", name)
+        assert store.pointed("a/latest") == name
+    assert store.list_folders("a") == ["one", "two"]
+    assert keys_below(store, "a") - {"a/latest"} == {"a/one/file", "a/two/file"}
+
+
+@pytest.mark.parametrize("there", [b"two words", b"", b"x" * 1000])
+def test_what_leads_nowhere_is_not_replaced(store: Store, there: bytes) -> None:
+    store.write("a/latest", there)
+    with pytest.raises(ObjectExistsError):
+        store.point("a/latest", "one")
+    assert store.read("a/latest") == there
+
+
+def test_a_name_on_a_disk_is_a_link_that_every_program_follows(root: str) -> None:
+    store = LocalStore(root)
+    store.write("a/one/file", b"1")
+    store.point("a/latest", "one")
+    assert Path(root, "a/latest/file").read_bytes() == b"1"
+    assert Path(root, "a/latest").readlink() == Path("one")
+    Path(root, "a/folder").mkdir()
+    with pytest.raises(ObjectExistsError):
+        store.point("a/folder", "one")
+
+
 def test_create_is_refused_the_second_time(store: Store) -> None:
     store.create("claim", b"first")
     with pytest.raises(ObjectExistsError) as caught:
