@@ -27,7 +27,10 @@ def main() -> None:
     """Plan, and carry out if asked to."""
     config = parse(PurgeConfig, __doc__)
     catalog = open_catalog(config.root)
-    planned = (apply_purge if config.apply else plan_purge)(catalog, config.keep)
+    if config.apply:
+        planned = apply_purge(catalog, config.keep, told=print)
+    else:
+        planned = plan_purge(catalog, config.keep)
     for verdict in planned.verdicts:
         word = "keep " if verdict.keep else "purge"
         print(f"{word} step-{verdict.step}: {'; '.join(verdict.reasons) or verdict.why_not}")

@@ -1,9 +1,9 @@
 """A purge that a person asks for: the plan with its reasons, and having it carried out.
 
     plan     takes for granted that checkpoints nobody has verified yet will verify
-    apply    those that are to stay are verified first; decides again on what was found; then asks,
-             with one command a step, whoever manages the root: the live manager, or this process
-             under the manager's lease
+    apply    those that are to stay are verified first, and it is decided again on what was found;
+             then one command a step asks whoever manages the root: the live manager, or else this
+             process under the manager's lease
 
 So one process at most moves steps and writes records, and what is asked for outlives whoever asked.
 """
@@ -18,7 +18,7 @@ from ray_ckpt.cluster.drain import Told, work
 from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.cluster.reconciler import Reconciler, Round
 from ray_ckpt.core import errors
-from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.failures import ErrorClass
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
@@ -31,6 +31,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.readers import readers_by_step
 from ray_ckpt.storage.records import who_asks
 
+_NEWLY = "not part of the first plan: something has changed meanwhile; ask again"
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
 
 
@@ -99,13 +100,11 @@ def apply_purge(
         return hopeful
     _wait_until_verified(catalog, hopeful, told)
     # decided again, on what is there now: a pin may have come between
-    observed = _with_policy(catalog.observe().at(time.time()), keep)
-    decided = _plan(observed)
-    views = {view.step: view for view in observed.readable()}
-    grace_s = observed.policy.keep.trash_grace_s
-    purges = [purge_action(views[step], grace_s=grace_s) for step in decided.doomed]
-    ended = _carried_out(catalog, purges, told)
-    return decided.without({r.action.step: [_line(r)] for r in ended if not _has_gone(r)})
+    decided = _hopeful(catalog, keep)
+    newly = {step: [_NEWLY] for step in decided.doomed if step not in hopeful.doomed}
+    decided = decided.without(newly)
+    refused = _refused_of(catalog, decided.doomed, told)
+    return decided.without(refused)
 
 
 def _wait_until_verified(catalog: Catalog, hopeful: PurgePlan, told: Told) -> None:
@@ -118,11 +117,13 @@ def _wait_until_verified(catalog: Catalog, hopeful: PurgePlan, told: Told) -> No
         may_pass = () if done.standing_by else (ActionState.RETRY_WAIT,)
         for key in keys & done.observed.records.keys():
             _raise_if_failed(done.observed.records[key], (*GIVEN_UP, *may_pass))
+        going = {a.step for a in done.planned.actions if a.kind is ActionKind.PURGE}
         waiting = [v for v in done.observed.readable() if v.step in kept and not _is_verified(v)]
         is_reading = any(
             done.observed.state_of(verify) is ActionState.RUNNING for verify in verifies.values()
         )
-        return not waiting and not is_reading
+        # what the run's own policy lets go all the same is verified by nobody
+        return {view.step for view in waiting} <= going and not is_reading
 
     _manage(catalog, keys, is_over, told)
 
@@ -138,19 +139,26 @@ def _raise_if_failed(record: ActionRecord, failed: Container[ActionState]) -> No
         )
 
 
-def _carried_out(catalog: Catalog, purges: Sequence[Action], told: Told) -> list[ActionRecord]:
-    """What became of each, once whoever manages the root has obeyed."""
-    for purge in purges:
+def _refused_of(catalog: Catalog, steps: Sequence[int], told: Told) -> dict[int, list[str]]:
+    """Why steps are still there, once whoever manages the root has obeyed; the others are gone."""
+    observed = catalog.observe()
+    grace_s = observed.policy.keep.trash_grace_s
+    views = [view for view in observed.readable() if view.step in steps]
+    purges = {purge.key: purge for purge in (purge_action(v, grace_s=grace_s) for v in views)}
+    for purge in purges.values():
         catalog.records.add_command(Command(verb="purge", action=purge, by=who_asks()))
-    keys = {purge.key for purge in purges}
 
     def is_over(done: Round) -> bool:
         not_obeyed = {command.action.key for command in done.observed.commands}
         ended = {key for key, record in done.observed.records.items() if _has_ended(record)}
-        return keys <= ended - not_obeyed
+        return purges.keys() <= ended - not_obeyed
 
-    last = _manage(catalog, keys, is_over, told)
-    return [last.observed.records[key] for key in sorted(keys)]
+    last = _manage(catalog, purges, is_over, told).observed.records
+    return {
+        purge.step: [_line(last[key])]
+        for key, purge in purges.items()
+        if last[key].state is not ActionState.SUCCEEDED
+    }
 
 
 def _manage(
@@ -172,10 +180,6 @@ def _has_ended(record: ActionRecord) -> bool:
     if record.state is ActionState.BLOCKED:
         return not record.asked_by or record.error_class is not ErrorClass.HELD
     return record.state not in _UNDER_WAY
-
-
-def _has_gone(record: ActionRecord) -> bool:
-    return record.state is ActionState.SUCCEEDED
 
 
 def _line(record: ActionRecord) -> str:

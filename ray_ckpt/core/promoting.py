@@ -4,9 +4,9 @@
     <destination>/exports/hf/step-400/
     <destination>/exports/hf/latest  ──► step-400
 
-What it leads to now is what the last promote that succeeded says. It may go back to an older copy:
-the best one changes, and a copy that its destination lost is not chosen. Never chosen are copies of
-steps with NaN or Inf in their weights, and exports that were made although they might have some.
+What it leads to now is what the last promote that succeeded says. It may go back to an older copy,
+as the best one changes. Never chosen are copies of steps with NaN or Inf in their weights, exports
+that were made although they might have some, and copies that somebody removes.
 """
 
 from collections import defaultdict
@@ -81,9 +81,10 @@ def _place(promote: Action) -> _Place:
 
 def _wanted(observed: Observation) -> Iterator[tuple[Action, str]]:
     """For each name, the promote that lets it lead where its policy wants."""
-    present = copies(observed)
+    policies = [policy for policy in observed.policy.publish if policy.promote is not None]
+    present = copies(observed) if policies else []
     sick = {v.manifest.content_id for v in observed.checkpoints if v.manifest and not v.is_healthy}
-    for policy in observed.policy.publish:
+    for policy in policies:
         there = [
             copy
             for copy in present

@@ -77,6 +77,20 @@ def test_another_policy_can_be_tried_and_changes_nothing(
     assert snapshot(run_root) == before
 
 
+def test_what_is_passed_over_for_a_newer_step_says_so(
+    cli: Cli, run_root: str, tmp_path: Path
+) -> None:
+    cli("verify", run_root)
+    newest = '[[export]]\nname = "hf"\nevery_steps = 10\nlast_step = false\nwhen_behind = "newest"'
+    (tmp_path / "newest.toml").write_text(newest)
+    lines = cli("plan", run_root, "--policy", tmp_path / "newest.toml").out.splitlines()
+    assert lines[:3] == [
+        "export step-10 hf\tsuperseded: by export step-30 hf\tevery 10 steps",
+        "export step-20 hf\tsuperseded: by export step-30 hf\tevery 10 steps",
+        "export step-30 hf\tnow\tevery 10 steps",
+    ]
+
+
 def test_a_file_that_is_no_policy_is_a_usage_error(cli: Cli, run_root: str, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("[keep]\nlatets = 3")
     answer = cli("plan", run_root, "--policy", tmp_path / "bad.toml")

@@ -176,6 +176,13 @@ def test_nobody_can_ask_for_the_newest_two(root: str) -> None:
     assert errors[1:] == [f"step-{step} stays: newest two verified" for step in (20, 30)]
 
 
+def test_what_only_the_runs_own_policy_lets_go_is_left_to_it(root: str) -> None:
+    make_root(root, (10, 20, 30, 40, 50), LifecyclePolicy(keep=KEEP_TWO))
+    catalog = open_catalog(root)
+    assert purged(apply_purge(catalog, KeepConfig(latest=3))) == [10, 20]
+    assert {s for s, state in states(catalog).items() if state is TRASHED} == {10, 20}
+
+
 def test_a_step_that_was_brought_back_can_be_purged_again(root: str) -> None:
     make_root(root, (10, 20, 30))
     catalog = open_catalog(root)
