@@ -65,9 +65,9 @@ def _passed_over(wanted: Wanted, newest: Mapping[_Lane, Action]) -> Iterator[tup
             skipped[export.action.key] = by
             if export.state in _NOT_BEGUN:
                 yield export.action, by
-    for publish in wanted.publishes:
+    for publish in wanted.publishes:  # whoever asks for a copy asks for its export
         by = skipped.get(export_of(publish.action).key) or _newer(publish, newest)
-        if by is not None and publish.is_skippable and publish.state in _NOT_BEGUN:
+        if by is not None and publish.state in _NOT_BEGUN:
             yield publish.action, by
 
 

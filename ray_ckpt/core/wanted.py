@@ -116,8 +116,7 @@ def _publishes(
                 reason=_line(policy),
                 is_required=policy.required,
                 is_due=True,
-                is_skippable=export.is_periodic
-                and "newest" in (export.when_behind, policy.when_behind),
+                is_skippable=export.is_periodic and policy.when_behind == "newest",
             )
     for request in asked:
         if request.destination is not None:

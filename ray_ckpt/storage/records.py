@@ -7,6 +7,7 @@ import getpass
 import hashlib
 import json
 import logging
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -134,7 +135,11 @@ class Records:
 
 def who_asks() -> str:
     """The person at this process, `user@host`: how a command names them."""
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def _parse_or_tell(parse: Callable[[bytes], T], text: bytes, where: str) -> T | None:

@@ -103,6 +103,17 @@ def test_the_copies_of_an_export_that_is_passed_over_go_with_it() -> None:
     }
 
 
+def test_what_was_exported_in_time_is_copied_where_all_are_to_be() -> None:
+    policy = replace(EXPORTS, publish=(COPY,))
+    observed = exported(view(1), view(2), policy=policy)
+    assert passed_over(observed) == {}
+    behind = with_export(observe(view(1), view(2), view(3), policy=policy), view(1), "hf")
+    assert passed_over(behind) == {
+        "export step-2 hf": "by export step-3 hf",
+        "publish step-2 hf to /copies": "by export step-3 hf",
+    }
+
+
 def test_a_copy_that_was_passed_over_holds_its_step_no_longer() -> None:
     """Scenario 44: a required destination that is behind does not fill the disk."""
     observed = exported(view(1), view(2), view(3), policy=replace(COPIES, keep=KEEP_TWO))
