@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from ray_ckpt.core.actions import Action
+from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.asked import asked_purges
 from ray_ckpt.core.coalescing import coalesced
 from ray_ckpt.core.copies import retire_action, retirements
@@ -36,7 +36,6 @@ from ray_ckpt.core.wanted import (
     verify_action,
 )
 
-_ASKED = "asked for"
 _ORDER = (
     ActionKind.VERIFY,
     ActionKind.PUBLISH,
@@ -189,16 +188,16 @@ def _purges(
     asked, views = asked_purges(observed), {view.step: view for view in observed.readable()}
     grace_s = observed.policy.keep.trash_grace_s
     purges: dict[int, PlannedAction] = {}
-    for step, verdict in ((verdict.step, verdict) for verdict in verdicts):
-        if step in asked:
-            purges[step] = PlannedAction(
-                action=asked[step].action,
-                reason=f"{_ASKED} by {asked[step].asked_by}",
-                not_now="; ".join(guards[step]) or None,
-            )
-        elif not verdict.keep:
-            purge = purge_action(views[step], grace_s=grace_s)
-            purges[step] = PlannedAction(action=purge, reason=verdict.why_not)
+    for step, record in asked.items():
+        purges[step] = PlannedAction(
+            action=record.action,
+            reason=f"asked for by {record.asked_by}",
+            not_now="; ".join(guards[step]) or None,
+        )
+    for verdict in verdicts:
+        if not verdict.keep and verdict.step not in asked:
+            purge = purge_action(views[verdict.step], grace_s=grace_s)
+            purges[verdict.step] = PlannedAction(action=purge, reason=verdict.why_not)
     return purges
 
 
@@ -239,18 +238,18 @@ def _before_publish(publish: WantedAction, observed: Observation) -> str | None:
 
 
 def _after_its_record(planned: PlannedAction, observed: Observation, now: float) -> PlannedAction:
-    by_record = _not_yet(planned.action, observed, now)
-    is_over = observed.state_of(planned.action) in GIVEN_UP
+    record = observed.records.get(planned.action.key)
+    by_record = _not_yet(record, now)
+    is_over = record is not None and record.state in GIVEN_UP
     not_now = by_record if is_over else planned.not_now or by_record
     return PlannedAction(action=planned.action, reason=planned.reason, not_now=not_now)
 
 
-def _not_yet(action: Action, observed: Observation, now: float) -> str | None:
-    """Why the action's record does not let it run now; None if it may.
+def _not_yet(record: ActionRecord | None, now: float) -> str | None:
+    """Why an action's record does not let it run now; None if it may.
 
     Success recorded before does not count: what is planned is what storage shows to be undone.
     """
-    record = observed.records.get(action.key)
     if record is None or record.state in (ActionState.PENDING, ActionState.SUCCEEDED):
         return None
     if record.is_refusal:
@@ -276,12 +275,13 @@ def _next_scrub(
 ) -> Iterator[PlannedAction]:
     """One scrub at most: the one that runs, else the first that may, after all other work."""
     running = [s for s in scrubs if observed.state_of(s[0]) is ActionState.RUNNING]
-    ready = [s for s in scrubs if _not_yet(s[0], observed, now) is None]
+    ready = [s for s in scrubs if _not_yet(observed.records.get(s[0].key), now) is None]
     is_busy = any(p.not_now is None for p in planned) or any(
         record.state is ActionState.RUNNING for record in observed.records.values()
     )
     for action, reason in (running or ready)[:1]:
-        not_now = _not_yet(action, observed, now) or ("after all other work" if is_busy else None)
+        by_record = _not_yet(observed.records.get(action.key), now)
+        not_now = by_record or ("after all other work" if is_busy else None)
         yield PlannedAction(action=action, reason=reason, not_now=not_now)
 
 
