@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 from ray_ckpt.core.config import Dtype
+from ray_ckpt.core.draft import Node
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.failures import (
     BLOCKED_FOR_S,
@@ -53,18 +54,24 @@ class Action:
     kind: ActionKind
     step: int
     source_id: str
-    """Content id of the checkpoint; another save of the same step is another source."""
+    """Content id of the checkpoint; another save of the same step is another source. Of a save
+    that is no checkpoint yet its save id."""
     export: ExportSpec | None = None
     """For export, publish and retire: which export."""
     destination: str | None = None
     """For publish: where to. For retire: where from."""
     grace_s: float | None = None
     """For purge: seconds the step stays in the trash."""
+    node: Node | None = None
+    """For gather and free: the one node that can do it."""
 
     @property
     def key(self) -> str:
         """Idempotency key: 16 hex digits over everything that makes the action what it is."""
-        text = json.dumps(self.to_document(), sort_keys=True)
+        document = self.to_document()
+        if self.node is None:  # so that keys from before there were nodes stay what they are
+            del document["node"]
+        text = json.dumps(document, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -76,6 +83,9 @@ class Action:
         if self.destination is not None:
             place = "at" if self.kind is ActionKind.RETIRE else "to"
             words.append(f"{place} {self.destination}")
+        if self.node is not None:
+            place = "from" if self.kind is ActionKind.GATHER else "on"
+            words.append(f"{place} {self.node.title}")
         return " ".join(words)
 
     def to_document(self) -> dict[str, Any]:
@@ -85,7 +95,7 @@ class Action:
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Action":
         """What :meth:`to_document` wrote."""
-        export = document["export"]
+        export, node = document["export"], document.get("node")
         return cls(
             kind=ActionKind(document["kind"]),
             step=int(document["step"]),
@@ -93,6 +103,7 @@ class Action:
             export=ExportSpec(**export) if export else None,
             destination=document["destination"],
             grace_s=document["grace_s"],
+            node=Node(**node) if node else None,
         )
 
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import retire_action, retirements
 from ray_ckpt.core.due import unreported_metrics
+from ray_ckpt.core.gathering import draft_actions
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.retention import Candidate, Verdict, decide, quota_problem
@@ -33,11 +34,14 @@ from ray_ckpt.core.wanted import (
 )
 
 _ORDER = (
+    ActionKind.COMMIT,
+    ActionKind.GATHER,
     ActionKind.VERIFY,
     ActionKind.PUBLISH,
     ActionKind.EXPORT,
     ActionKind.PURGE,
     ActionKind.RETIRE,
+    ActionKind.FREE,
     ActionKind.SCRUB,
 )
 """What goes first: what makes a checkpoint safe, then what frees room, then what merely looks."""
@@ -84,6 +88,10 @@ def plan(observed: Observation, *, now: float) -> Plan:
         (
             *(p for c in observed.readable() for p in _steps(c, wanted[c.step], doomed, observed)),
             *(PlannedAction(action=a, reason=why) for a, why in retirements(observed)),
+            *(
+                PlannedAction(action=action, reason=why, not_now=not_now)
+                for action, why, not_now in draft_actions(observed)
+            ),
         ),
         key=lambda p: (_ORDER.index(p.action.kind), p.action.step),
     )

@@ -1,6 +1,9 @@
 """What records are to say, once people or the course of things have overtaken them. Pure."""
 
+from collections.abc import Collection
+
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.gathering import is_done, is_moot
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation
 from ray_ckpt.core.reconcile import plan
@@ -8,6 +11,7 @@ from ray_ckpt.core.wanted import is_result
 
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
 _WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
+_OF_DRAFTS = ActionKind.GATHER, ActionKind.COMMIT, ActionKind.FREE
 
 
 def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
@@ -42,6 +46,9 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
         source = (action.step, action.source_id)
         if record.state not in _WAITING or action.kind is ActionKind.RETIRE:
             continue
+        if action.kind in _OF_DRAFTS:
+            found.extend(_of_draft(record, observed, now))
+            continue
         is_purged = action.kind is ActionKind.PURGE and source in trashed
         if is_purged or _is_exported(action, observed):
             found.append(record.started(now).succeeded({}, now))
@@ -50,28 +57,40 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     return found
 
 
+def _of_draft(record: ActionRecord, observed: Observation, now: float) -> list[ActionRecord]:
+    """The waiting record of an action about a staged save, if there is nothing to wait for."""
+    if is_done(record.action, observed):
+        return [record.started(now).succeeded({}, now)]
+    reason = is_moot(record.action, observed)
+    return [] if reason is None else [record.cancelled(reason, now)]
+
+
 def _is_exported(action: Action, observed: Observation) -> bool:
     if action.kind is not ActionKind.EXPORT:
         return False
     return any(is_result(export.manifest, action) for export in observed.exports)
 
 
-def unfinished(observed: Observation, *, now: float) -> list[str]:
+def unfinished(
+    observed: Observation, *, now: float, elsewhere: Collection[Action] = ()
+) -> list[str]:
     """A sentence for everything that has begun, waits, or could begin now; empty when idle.
 
-    Scrubs never end: nobody waits for them.
+    Scrubs never end, and what only others can do is theirs: nobody waits for it here.
     """
+    not_here = {action.key for action in elsewhere}
     begun = {
         key: f"{record.action.title} is {record.state}"
         for key, record in observed.records.items()
         if record.state is not ActionState.SUCCEEDED
         and record.state not in GIVEN_UP
         and record.action.kind is not ActionKind.SCRUB
+        and key not in not_here
     }
     may_start = {
         action.key: f"{action.title} may start"
         for action in plan(observed, now=now).actions
-        if action.kind is not ActionKind.SCRUB
+        if action.kind is not ActionKind.SCRUB and action.key not in not_here
     }
     return list({**may_start, **begun}.values())
 

@@ -41,7 +41,7 @@ class MarkerCommit:
         if self._store.stat(note) is None:
             return
         if self._store.stat(names.manifest_key(folder)) is None:
-            known = self._saves_aside(folder)
+            known = self._other_saves(folder)
             remains = [
                 f"{folder}/{name}"
                 for name in sizes_in(self._store, folder)
@@ -70,6 +70,21 @@ class MarkerCommit:
         self._store.create(names.manifest_key(folder), manifest)
         self._store.delete([names.begun_key(folder)])
         self.discard(staging)
+
+    def waiting_key(self, folder: str, save_id: str, name: str) -> str:
+        """A shard has a name of its own and waits in its place, like one whose save is trashed."""
+        if names.save_of_shard(name) == save_id:
+            return f"{folder}/{name}"
+        return f"{names.staging_dir(names.gather_attempt(save_id))}/{name}"
+
+    def publish_waiting(self, folder: str, manifest: Manifest) -> None:
+        """Copies of the files whose names every save uses, then the manifest."""
+        if self._store.stat(names.manifest_key(folder)) is not None:
+            raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
+        save_id = manifest.save_id
+        for name in _shared_names((entry.path for entry in manifest.files), save_id):
+            self._store.copy(self.waiting_key(folder, save_id, name), f"{folder}/{name}")
+        self._store.create(names.manifest_key(folder), manifest.to_json())
 
     def discard(self, staging: Path) -> None:
         """The local folder is removed; objects that were put already wait for `clear`."""
@@ -133,7 +148,7 @@ class MarkerCommit:
             manifest = Manifest.from_json(marker, f"{self._store.uri}/{folder}")
         except IntegrityError:
             # nobody can tell any more which files are its own: all that no other save needs
-            others = self._saves_aside(folder)
+            others = self._other_saves(folder)
             return [name for name in present if names.save_of_shard(name) not in others]
         own = [entry.path for entry in manifest.files if entry.path in present]
         return [*_shared_names(own, manifest.save_id), *pins]
@@ -170,14 +185,16 @@ class MarkerCommit:
         self._store.delete([f"{aside}/{name}" for name in ordered])
         return sum(sizes.values())
 
-    def _saves_aside(self, folder: str) -> set[str]:
-        """Save ids of the saves of this folder's step that lie in the trash or in quarantine."""
+    def _other_saves(self, folder: str) -> set[str]:
+        """Save ids of saves whose shards may lie in the folder: drafts, and what was set aside."""
         found = (
             names.parse_set_aside(name)
             for parent in (names.TRASH, names.QUARANTINE)
             for name in self._store.list_folders(parent)
         )
-        return {save[1] for save in found if save and names.step_dir(save[0]) == folder}
+        aside = {save[1] for save in found if save and names.step_dir(save[0]) == folder}
+        drafts = (names.parse_draft(info.key) for info in self._store.list_objects(names.DRAFTS))
+        return aside | {save_id for save_id in drafts if save_id is not None}
 
     def _changed_at(self, note: ObjectInfo, folder: str) -> float:
         """Time of the newest change of an attempt, by the store's clock."""

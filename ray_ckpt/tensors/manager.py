@@ -89,7 +89,7 @@ class CheckpointManager:
             parts=self._parts,
             assets=assets,
         )
-        self._writer = RootWriter(self._catalog, run, self._ranks)
+        self._writer = RootWriter(self._catalog, run, self._ranks, local_dir=self.config.local_dir)
         self._saver = Saver(self.config.mode, timeout_s=self.config.timeout_s)
         self._outcomes = Outcomes(
             self._catalog.store,
@@ -287,7 +287,7 @@ class CheckpointManager:
         """In the thread that wrote."""
         self._outcomes.ended(pending, reason)
         if pending.error() is None:
-            self._writer.has_committed()
+            self._writer.has_saved()
         elif pending.is_in_background and self.config.on_failure == "stop":
             self._listener.failed()
 
@@ -329,6 +329,7 @@ class CheckpointManager:
             reserved=frozenset(self._parts),
             check_lease=self._writer.check_lease,
             supersedes=self._writer.branch,
+            target=self._writer.target,
         )
 
 
