@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
+
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import COPIED_AT
@@ -142,7 +144,8 @@ def _free(catalog: Catalog, action: Action, _: Guard) -> Result:
 
 def _here() -> Result:
     """Where this runs, for who wonders whether it was the right node."""
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+    return {"host": socket.gethostname(), "node": node}
 
 
 def _scrub(catalog: Catalog, action: Action, guard: Guard) -> Result:

@@ -1,106 +1,28 @@
-"""Saves to each node's own disk: ranks leave them there, and what brings them to the root.
+"""Saves to each node's own disk: ranks leave them there, and what brings them to the root."""
 
-The hosts are folders and names: two ranks of one machine that say they run on two.
-"""
-
-import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from ray_ckpt.cluster.drain import drain
-from ray_ckpt.cluster.executors import Running, Threads
-from ray_ckpt.cluster.reconciler import Reconciler
-from ray_ckpt.cluster.tasks import Attempt
-from ray_ckpt.core.draft import Node
+from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.core.errors import StepExistsError
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.names import run_name
 from ray_ckpt.core.observation import CheckpointView
 from ray_ckpt.core.resume import plan_resume
-from ray_ckpt.core.saving import Mode, SaveConfig
+from ray_ckpt.core.saving import Mode
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.history import EventReader
 from tests.roots import flip_byte
+from tests.staged import HERE, config, rounds, stage
 from tests.tensors.plain import EVERY_STEP_SYNC, Layer, loaded, plain_manager, saved_steps
-from tests.tensors.ranks import run
 from tests.tensors.tiny import error_of, record_log
-from tests.waiting import wait_for
-
-HERE = socket.gethostname()
-
-
-def config(disk: Path, mode: Mode = "sync") -> SaveConfig:
-    return SaveConfig(every_steps=1, mode=mode, when_busy="wait", local_dir=str(disk))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """What every rank does, on a host and a disk of its own."""
-
-    root: str
-    disks: Path
-    steps: tuple[int, ...]
-    hosts: tuple[str, ...] = (HERE, HERE)
-    mode: Mode = "sync"
-    resume: int = -1
-    value: float | None = None
-    """What every tensor is filled with; None for the number of the step."""
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-
-
-def train(training: Training) -> list[str]:
-    """On each rank; returns the events that it was told of."""
-    os.environ.update(training.environment)
-    rank = dist.get_rank()
-    told: list[str] = []
-    model = Layer()
-    manager = plain_manager(
-        training.root,
-        model,
-        config(training.disks / str(rank), training.mode),
-        node=Node(host=training.hosts[rank], id=f"id-{rank}"),
-        on_event=lambda event: told.append(f"{event.kind} {event.step}"),
-    )
-    manager.load(training.resume)
-    for step in training.steps:
-        model.fill(step if training.value is None else training.value)
-        manager.save(step)
-    manager.close()
-    assert manager.stats.num_staged == len(training.steps)
-    return told
-
-
-def stage(root: str, disks: Path, *steps: int, **changes: Any) -> list[list[str]]:
-    """Two ranks on two disks have staged these steps."""
-    return run(train, Training(root=root, disks=disks, steps=steps, **changes))
-
-
-class Patient(Threads):
-    """An action has ended when its start returns."""
-
-    def start(self, root: str, attempt: Attempt) -> Running:
-        running = super().start(root, attempt)
-        wait_for(running.done)
-        return running
-
-
-def rounds(catalog: Catalog, *, count: int = 5) -> None:
-    """A manager of this host looks so many times, ten minutes apart."""
-    reconciler = Reconciler(catalog, Patient(), owner="test")
-    for number in range(count):
-        reconciler.round(time.time() + number * 600.0)
-    reconciler.close()
 
 
 def view_of(catalog: Catalog, step: int) -> CheckpointView:
