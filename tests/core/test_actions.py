@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ray_ckpt.core.actions import MAX_INTERRUPTIONS, Action, ActionRecord, ExportSpec
+from ray_ckpt.core.draft import Node
 from ray_ckpt.core.errors import (
     AuthorizationError,
     ConfigError,
@@ -37,6 +38,8 @@ OTHERS = [
     replace(ACTION, destination="hf://org/other"),
     replace(ACTION, grace_s=None),
     replace(ACTION, grace_s=61.0),
+    replace(ACTION, node=Node(host="a")),
+    replace(ACTION, node=Node(host="a", id="1")),
 ]
 
 
@@ -67,6 +70,8 @@ def test_an_action_is_read_back_as_it_was_written(action: Action) -> None:
 def test_the_title_says_what_is_done_to_what() -> None:
     assert ACTION.title == "publish step-500 hf-bf16 to hf://org/repo"
     assert Action(kind=ActionKind.VERIFY, step=7, source_id="a").title == "verify step-7"
+    gather = Action(kind=ActionKind.GATHER, step=7, source_id="a", node=Node(host="n1", id="1f0c8"))
+    assert gather.title == "gather step-7 from n1 (node 1f0c8)"
 
 
 @pytest.mark.parametrize(
