@@ -161,9 +161,13 @@ def _refuse_ended(catalog: Catalog, draft: Draft) -> None:
 
 
 def _drop_copies(catalog: Catalog, draft: Draft) -> None:
-    """Nothing waits in the private place of the attempt; a rename has taken all of it along."""
+    """Nothing waits any more in the attempt's private place, and no note says that it does.
+
+    A rename has taken all of it along; an object store keeps copies.
+    """
     private = names.staging_dir(names.gather_attempt(draft.save_id))
-    catalog.store.delete([info.key for info in catalog.store.list_objects(private)])
+    waiting = [info.key for info in catalog.store.list_objects(private)]
+    catalog.store.delete([*waiting, names.begun_key(names.step_dir(draft.step))])
 
 
 def _gone(draft: Draft, node: Node, paths: list[str]) -> NodeLostError:

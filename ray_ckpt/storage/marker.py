@@ -17,6 +17,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import ObjectInfo, Store
+from ray_ckpt.storage.drafts import drafts_at
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 
 
@@ -78,13 +79,18 @@ class MarkerCommit:
         return f"{names.staging_dir(names.gather_attempt(save_id))}/{name}"
 
     def publish_waiting(self, folder: str, manifest: Manifest) -> None:
-        """Copies of the files whose names every save uses, then the manifest."""
+        """Copies of the files whose names every save uses, then the manifest.
+
+        The note comes first, as in `contribute`: what the trash erases meanwhile is not ours.
+        """
         if self._store.stat(names.manifest_key(folder)) is not None:
             raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
         save_id = manifest.save_id
+        self._store.write(names.begun_key(folder), b"")
         for name in _shared_names((entry.path for entry in manifest.files), save_id):
             self._store.copy(self.waiting_key(folder, save_id, name), f"{folder}/{name}")
         self._store.create(names.manifest_key(folder), manifest.to_json())
+        self._store.delete([names.begun_key(folder)])
 
     def discard(self, staging: Path) -> None:
         """The local folder is removed; objects that were put already wait for `clear`."""
@@ -96,6 +102,8 @@ class MarkerCommit:
         for note in list(self._store.list_objects(names.STAGING)):
             folder = names.parse_begun(note.key)
             if folder is None or not names.attempt_of(folder).startswith(prefix):
+                continue
+            if self._may_be_committed_now(folder):
                 continue
             if now - self._changed_at(note, folder) >= idle_s:
                 if self._store.stat(names.manifest_key(folder)) is None:
@@ -195,6 +203,11 @@ class MarkerCommit:
         aside = {save[1] for save in found if save and names.step_dir(save[0]) == folder}
         drafts = (names.parse_draft(info.key) for info in self._store.list_objects(names.DRAFTS))
         return aside | {save_id for save_id in drafts if save_id is not None}
+
+    def _may_be_committed_now(self, folder: str) -> bool:
+        """Whether a draft of the step is there, whose note is its manager's."""
+        step = names.parse_step(folder)
+        return step is not None and bool(drafts_at(self._store, step))
 
     def _changed_at(self, note: ObjectInfo, folder: str) -> float:
         """Time of the newest change of an attempt, by the store's clock."""

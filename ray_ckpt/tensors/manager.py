@@ -117,8 +117,9 @@ class CheckpointManager:
         """The save of `step` has begun, if one is due; None if not. Call it after every step.
 
         Unless the mode is `sync` this returns once the state is copied to host memory; the step is
-        a checkpoint only when `PendingSave.wait` returns. A save that failed in the background is
-        logged, counted in `stats` and told to `Run.on_event`.
+        a checkpoint only when `PendingSave.wait` returns, and with `local_dir` once its manager has
+        brought it to the root. A save that failed in the background is logged, counted in `stats`
+        and told to `Run.on_event`.
 
         Raises:
             SaveError: a save failed in the background, and `on_failure` is `stop`.
