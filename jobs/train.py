@@ -38,7 +38,7 @@ from ray_ckpt import (
     TrainingState,
 )
 from ray_ckpt.cluster.connect import start_manager_job
-from ray_ckpt.cluster.train import NodeWatch, Reporter, run_owner
+from ray_ckpt.cluster.train import NodeWatch, Reporter, run_owner, this_node
 from ray_ckpt.core.config import at_least, build
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.names import run_name
@@ -131,7 +131,12 @@ def train_worker(values: dict[str, Any]) -> None:
         ),
         config=config.save,
         assets=make_assets(config.model),
-        run=Run(owner=run_owner(), policy=config.lifecycle, on_event=reporter.saved),
+        run=Run(
+            owner=run_owner(),
+            policy=config.lifecycle,
+            on_event=reporter.saved,
+            node=this_node(),
+        ),
     )
     loaded = checkpoints.load(config=config.load)
     nodes = NodeWatch()

@@ -20,9 +20,10 @@ from ray_ckpt.core.observation import CheckpointView
 from ray_ckpt.core.reconcile import verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.observer import CLOSE_EVERY_S, Observer
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.marker import MarkerCommit
+from ray_ckpt.storage.observer import CLOSE_EVERY_S
 from ray_ckpt.storage.read_once import at_once
-from ray_ckpt.storage.records import Records
 
 NUM_FILES = 4
 NUM_PARAMETERS = 4096
@@ -57,7 +58,7 @@ def measure_looks(root: str, steps: Sequence[int], *, num_tensors: int) -> list[
 def _looks(store: Store, num_steps: int, num_tensors: int) -> list[Looked]:
     counting = CountingStore(store)
     counted = cast(Store, counting)
-    observer = Observer(counted, Records(counted))
+    observer = Catalog(counted, MarkerCommit(counted)).observer()
     manifest_kb = len(_manifest(1, num_tensors).to_json()) / 1e3
 
     def look(what: str, now: float) -> Looked:

@@ -9,6 +9,7 @@ import click
 from ray_ckpt.cli.output import emit, json_option, open_root, root_argument
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import UsageError
+from ray_ckpt.core.gathering import hosts_needed
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState
 from ray_ckpt.core.observation import Command, Observation
 from ray_ckpt.core.reconcile import plan
@@ -48,13 +49,18 @@ def _document(observed: Observation) -> dict[str, Any]:
             for record in records
             if record.state is ActionState.DEAD
         ],
+        "elsewhere": {str(step): hosts for step, hosts in hosts_needed(observed).items()},
     }
 
 
 def _print(document: dict[str, Any], uri: str) -> None:
     for dead in document["dead"]:
         click.echo(f"{dead['title']} failed for good: {dead['error']}", err=True)
-    click.echo(f"nothing is left to do: ray-ckpt ls {uri}")
+    for step, hosts in document["elsewhere"].items():
+        where = ", ".join(hosts)
+        click.echo(f"step-{step} is on {where}: type this there too: ray-ckpt drain {uri}")
+    here = " here" if document["elsewhere"] else ""
+    click.echo(f"nothing is left to do{here}: ray-ckpt ls {uri}")
 
 
 _KIND = click.option(

@@ -26,7 +26,9 @@ def drain(
     timeout_s: float | None = None,
     told: Told = lambda _: None,
 ) -> Observation:
-    """What storage shows once nothing is left to do; dead actions are done for.
+    """What storage shows once nothing is left to do here; dead actions are done for.
+
+    What only other hosts can do is left to them: `core.gathering.hosts_needed` tells which.
 
     Raises:
         TransientError: time is over; the message says what is left, and all of it is still asked
@@ -35,7 +37,7 @@ def drain(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     reconciler = Reconciler(catalog, executor, owner=uuid.uuid4().hex)
     last = work(reconciler, until=_is_empty, deadline=deadline, told=told)
-    left = unfinished(last.observed, now=time.time())
+    left = unfinished(last.observed, now=time.time(), elsewhere=last.elsewhere)
     if left:
         raise TransientError(
             f"{len(left)} actions are left after {timeout_s:.0f} s, first: {left[0]}",
@@ -73,7 +75,8 @@ def work(
 
 
 def _is_empty(done: Round) -> bool:
-    return not done.running and not unfinished(done.observed, now=time.time())
+    left = unfinished(done.observed, now=time.time(), elsewhere=done.elsewhere)
+    return not done.running and not left
 
 
 def _sentence(done: Round) -> str:

@@ -1,19 +1,23 @@
 """Where an action is carried out while the loop that planned it goes on.
 
-RayTasks    one Ray task an action, on any node with room
+RayTasks    one Ray task an action: on any node with room, or on the only one that can do it
 Threads     this process, for a root that no cluster is at hand for
 """
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import OutOfMemoryError as OutOfMemory
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ray_ckpt.cluster.tasks import Attempt, run_action
-from ray_ckpt.core.errors import OutOfMemoryError, TransientError
+from ray_ckpt.core.actions import Action
+from ray_ckpt.core.draft import Node
+from ray_ckpt.core.errors import NodeLostError, OutOfMemoryError, TransientError
 
 IO_RESOURCE = "ckpt_io"
 """Custom resource of the nodes that run tasks after a save. They ask for no CPU, so that a trainer
@@ -43,6 +47,10 @@ class Executor(Protocol):
         """The attempt has begun; returns at once."""
         ...
 
+    def takes(self, action: Action) -> bool:
+        """Whether it can be carried out from here at all."""
+        ...
+
     def close(self) -> None:
         """Nothing is held any more."""
         ...
@@ -53,13 +61,20 @@ class RayTasks:
 
     def start(self, root: str, attempt: Attempt) -> Running:
         """A task that the dashboard shows under the action's title."""
+        try:
+            place = _place(attempt.action.node)
+        except NodeLostError as error:
+            lost: Future[Mapping[str, Any]] = Future()
+            lost.set_exception(error)
+            return lost
         task = ray.remote(run_action).options(
-            name=attempt.action.title,
-            num_cpus=0,
-            max_retries=0,
-            resources=io_resources(ray.cluster_resources),
+            name=attempt.action.title, num_cpus=0, max_retries=0, **place
         )
         return _RayTask(task.remote(root, attempt))
+
+    def takes(self, action: Action) -> bool:
+        """Every one: a node that is not of the cluster is a lost one."""
+        return True
 
     def close(self) -> None:
         """Nothing is."""
@@ -101,9 +116,41 @@ class Threads:
         """Begins when those before it have ended."""
         return self._pool.submit(run_action, root, attempt)
 
+    def takes(self, action: Action) -> bool:
+        """Whether it is not for another host alone."""
+        return action.node is None or action.node.host == socket.gethostname()
+
     def close(self) -> None:
         """Waits for what has begun; the rest never begins."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def _place(node: Node | None) -> dict[str, Any]:
+    """What a task asks for: that very node, or a slot of `ckpt_io` on any.
+
+    On a node that it must run on it waits for nothing.
+    """
+    if node is None:
+        return {"resources": io_resources(ray.cluster_resources)}
+    found = find_node(node, ray.nodes())
+    if found is None:
+        raise NodeLostError(
+            f"{node.title} is not there",
+            safe="steps that were committed are untouched",
+            do="start Ray on that host again within two minutes, or leave it",
+        )
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=found, soft=False)}
+
+
+def find_node(node: Node, nodes: Iterable[Mapping[str, Any]]) -> str | None:
+    """Ray's id, among its `nodes`, of this one or of one that has joined on the same host since.
+
+    None if neither is alive.
+    """
+    alive = [n for n in nodes if n["Alive"]]
+    same = [n for n in alive if n["NodeID"] == node.id]
+    host = [n for n in alive if n["NodeManagerHostname"] == node.host]
+    return next((n["NodeID"] for n in (*same, *host)), None)
 
 
 def io_resources(cluster_resources: Callable[[], Mapping[str, float]]) -> dict[str, float]:

@@ -14,7 +14,9 @@ from ray_ckpt.cluster.executors import Executor, Running
 from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.coalescing import superseded
+from ray_ckpt.core.draft import Ended
 from ray_ckpt.core.errors import LeaseHeldError
+from ray_ckpt.core.gathering import abandonments, forgettable, leftovers
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
@@ -42,6 +44,8 @@ class Round:
     """Actions that may start and have found no room yet."""
     standing_by: str | None = None
     """Who else holds the lease; None where the round has acted."""
+    elsewhere: tuple[Action, ...] = ()
+    """Actions that must be carried out where this process has no hand: on other hosts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +128,11 @@ class Reconciler:
     def _act(self, now: float) -> Round:
         self._collect(now)
         observed = self._settle_records(self._observer.observe(now=now).at(now), now)
+        observed = self._give_up_drafts(observed, now)
         self._tell(observed, now)
         planned = plan(observed, now=now)
-        wanted = [action for action in planned.actions if self._wants(action)]
+        elsewhere = [p.action for p in planned.planned if not self._executor.takes(p.action)]
+        wanted = [a for a in planned.actions if self._wants(a) and a not in elsewhere]
         for action in wanted:
             if len(self._in_flight) < MAX_RUNNING and action.key not in self._in_flight:
                 self._start(action, observed.records.get(action.key), now)
@@ -139,13 +145,28 @@ class Reconciler:
             planned=planned,
             running=tuple(flight.record.action for flight in self._in_flight.values()),
             waiting=tuple(action for action in wanted if action.key not in self._in_flight),
+            elsewhere=tuple(elsewhere),
         )
+
+    def _give_up_drafts(self, observed: Observation, now: float) -> Observation:
+        """Staged saves of which something is lost for good say so, and wait for nothing more."""
+        given_up: dict[str, Ended] = {}
+        for draft, reason in abandonments(observed):
+            self._held().check()
+            ended = self._catalog.drafts.end(draft.save_id, "abandoned", why=reason, at=now)
+            given_up[draft.save_id] = ended
+        drafts = (replace(d, ended=given_up.get(d.save_id, d.ended)) for d in observed.drafts)
+        return replace(observed, drafts=tuple(drafts))
 
     def _tidy(self, observed: Observation, now: float) -> None:
         """What nobody waits for: the trash whose time is over, attempts that died."""
         self._held().check()  # the one thing here that nobody can undo
         self._catalog.empty_trash(older_than_s=observed.policy.keep.trash_grace_s, now=now)
         self._catalog.commit.sweep(prefix="", idle_s=ABANDONED_AFTER_S, now=now)
+        for draft in leftovers(observed):
+            self._catalog.drafts.discard_parts(draft)
+        for draft in forgettable(observed, now=now):
+            self._catalog.drafts.forget(draft)
 
     def _tell(self, observed: Observation, now: float) -> None:
         """Whatever has changed since somebody told last is an event on storage, and a log line."""

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
+
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import COPIED_AT
@@ -21,6 +23,7 @@ from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.gathering import Guard, commit_draft, free, gather
 from ray_ckpt.storage.lease import MANAGER, LeaseGuard
 from ray_ckpt.storage.promote import promote_copy
 from ray_ckpt.storage.publish import publish_export
@@ -29,8 +32,6 @@ from ray_ckpt.storage.retire import retire_copy
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
-Guard = Callable[[], None]
-"""Raises LeaseHeldError once another manager has taken over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +137,30 @@ def _retire(catalog: Catalog, action: Action, guard: Guard) -> Result:
     }
 
 
+def _gather(catalog: Catalog, action: Action, _: Guard) -> Result:
+    """Sends what has not arrived yet, to a private place."""
+    assert action.node is not None, "a gather names its node"
+    return {"bytes": gather(catalog, action.source_id, action.node), **_here()}
+
+
+def _commit(catalog: Catalog, action: Action, guard: Guard) -> Result:
+    """Makes the step visible; a repeated run finds it committed and says so."""
+    manifest = commit_draft(catalog, action.source_id, guard, now=time.time())
+    return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
+
+
+def _free(catalog: Catalog, action: Action, _: Guard) -> Result:
+    """Removes the save's folder on its node; a repeated run finds it gone and says 0 bytes."""
+    assert action.node is not None, "and so does what is freed"
+    return {"bytes": free(catalog, action.source_id, action.node), **_here()}
+
+
+def _here() -> Result:
+    """Where this runs, for who wonders whether it was the right node."""
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+    return {"host": socket.gethostname(), "node": node}
+
+
 def _scrub(catalog: Catalog, action: Action, guard: Guard) -> Result:
     """Reads every byte once more. Of a damaged step nothing says any longer that it is verified."""
     try:
@@ -155,4 +180,7 @@ _RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard], Result]] = {
     ActionKind.PURGE: _purge,
     ActionKind.RETIRE: _retire,
     ActionKind.SCRUB: _scrub,
+    ActionKind.GATHER: _gather,
+    ActionKind.COMMIT: _commit,
+    ActionKind.FREE: _free,
 }

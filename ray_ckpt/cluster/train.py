@@ -8,11 +8,14 @@ must never stop or slow training. Nothing is lost by it, since the manager looks
 """
 
 import logging
+import socket
 from typing import Any
 
+import ray
 import ray.train
 
 from ray_ckpt.cluster.connect import find_manager
+from ray_ckpt.core.draft import Node
 from ray_ckpt.core.events import SaveEvent
 
 log = logging.getLogger("ray_ckpt")
@@ -30,10 +33,11 @@ class Reporter:
             log.warning("the manager of %s cannot be reached", root, exc_info=True)
 
     def saved(self, event: SaveEvent) -> None:
-        """After a commit the manager looks at storage now instead of in a moment."""
-        if event.kind == "committed":
+        """The manager looks at storage now instead of in a moment: something is there."""
+        if event.kind in ("committed", "staged"):
             self._tell("wake")
-            self._tell("report", {"last_committed_step": event.step, "save_s": event.seconds})
+            report = {f"last_{event.kind}_step": event.step, "save_s": event.seconds}
+            self._tell("report", report)
         else:
             self._tell("report", {f"last_{event.kind}_save": f"step-{event.step}: {event.reason}"})
 
@@ -70,6 +74,11 @@ class NodeWatch:
         if new:
             log.warning("nodes are about to be taken away: %s", ", ".join(sorted(new)))
         return bool(new)
+
+
+def this_node() -> Node:
+    """Where this worker runs, so that a task can be sent there: for `Run(node=...)`."""
+    return Node(host=socket.gethostname(), id=ray.get_runtime_context().get_node_id())
 
 
 def run_owner() -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, cast
 
 from ray_ckpt.core.config import Dtype
+from ray_ckpt.core.draft import Node
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.failures import (
     BLOCKED_FOR_S,
@@ -53,7 +54,8 @@ class Action:
     kind: ActionKind
     step: int
     source_id: str
-    """Content id of the checkpoint; another save of the same step is another source."""
+    """Content id of the checkpoint; another save of the same step is another source. Of a save
+    that is no checkpoint yet its save id."""
     export: ExportSpec | None = None
     """For export, publish, promote and retire: which export."""
     destination: str | None = None
@@ -62,6 +64,8 @@ class Action:
     """For purge: seconds the step stays in the trash."""
     pointer: str | None = None
     """For promote: the name that leads to the copy, for example `latest`."""
+    node: Node | None = None
+    """For gather and free: the one node that can do it."""
 
     @property
     def key(self) -> str:
@@ -80,21 +84,28 @@ class Action:
         if self.destination is not None:
             place = "to" if self.kind is ActionKind.PUBLISH else "at"
             words.append(f"{place} {self.destination}")
+        if self.node is not None:
+            place = "from" if self.kind is ActionKind.GATHER else "on"
+            words.append(f"{place} {self.node.title}")
         return " ".join(words)
 
     def to_document(self) -> dict[str, Any]:
-        """A plain mapping for JSON; a pointer only where there is one, so that keys stay."""
+        """A plain mapping for JSON; pointer and node only where there are any: keys stay."""
         document = _fields_of(self)
         if self.export is not None:
             document["export"] = _fields_of(self.export)
         if self.pointer is None:
             del document["pointer"]
+        if self.node is None:
+            del document["node"]
+        else:
+            document["node"] = _fields_of(self.node)
         return document
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> "Action":
         """What :meth:`to_document` wrote."""
-        export = document["export"]
+        export, node = document["export"], document.get("node")
         return cls(
             kind=ActionKind(document["kind"]),
             step=int(document["step"]),
@@ -103,6 +114,7 @@ class Action:
             destination=document["destination"],
             grace_s=document["grace_s"],
             pointer=document.get("pointer"),
+            node=Node(**node) if node else None,
         )
 
 
@@ -253,7 +265,7 @@ class ActionRecord:
         return cls(**document)
 
 
-def _fields_of(data: Action | ExportSpec) -> dict[str, Any]:
+def _fields_of(data: Action | ExportSpec | Node) -> dict[str, Any]:
     """Name to value; `asdict` copies every value, which costs a plan most of its time."""
     return {field.name: getattr(data, field.name) for field in fields(data)}
 

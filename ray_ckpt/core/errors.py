@@ -12,6 +12,7 @@ RayCkptError
 │   └── TransitionError                  a state that may not follow the present one
 ├── IntegrityError              exit 1   bytes differ from what the manifest says
 ├── SaveError                   exit 1   a save failed; nothing of it is visible
+├── NodeLostError               exit 1   a node is gone, and with it what lay on it alone
 ├── OutOfMemoryError            exit 3   a node's memory did not suffice
 └── StorageError                exit 3   a store refused or failed
     ├── ObjectNotFoundError     exit 2
@@ -92,6 +93,10 @@ class IntegrityError(RayCkptError):
 
 class SaveError(RayCkptError):
     """A save failed; nothing of it is visible and older steps are untouched."""
+
+
+class NodeLostError(RayCkptError):
+    """A node is gone, or what lay on it alone; committed steps never lie on one node alone."""
 
 
 class OutOfMemoryError(RayCkptError):

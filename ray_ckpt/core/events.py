@@ -50,11 +50,16 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
+Becomes = Literal["committed", "staged"]
+"""What a save is that has ended well. Staged: it lies on the nodes' own disks, and is a checkpoint
+once it was brought to the root."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveEvent:
     """One save has ended, or was not begun."""
 
-    kind: Literal["committed", "failed", "skipped"]
+    kind: Becomes | Literal["failed", "skipped"]
     step: int
     reason: str
     """Why it was due; for a failure what failed, for a skip what was in the way."""
@@ -67,15 +72,19 @@ class SaveStats:
     """Counts of one process's saves since it started."""
 
     num_committed: int = 0
+    num_staged: int = 0
     num_failed: int = 0
     num_skipped: int = 0
     last_save_s: float | None = None
-    """Seconds the last committed save took; None before the first."""
+    """Seconds the last save took that was committed or staged; None before the first."""
 
     def count(self, event: SaveEvent) -> None:
         """One more of its kind."""
         if event.kind == "committed":
             self.num_committed += 1
+            self.last_save_s = event.seconds
+        elif event.kind == "staged":
+            self.num_staged += 1
             self.last_save_s = event.seconds
         elif event.kind == "failed":
             self.num_failed += 1

@@ -7,6 +7,7 @@ conflict     the branch moved meanwhile          5 quick tries
 resource     no space, no memory                 one retry, then blocked: looked at now and then
 auth         401, 403, no such repository        dead at once: a person must act
 integrity    digests differ                      dead at once: another try reads the same bytes
+lost         a node that is gone                 2 minutes for it to come back
 invalid      no rule for a tensor, a bad name    dead at once
 unknown      anything else                       3 tries
 """
@@ -19,6 +20,7 @@ from ray_ckpt.core.errors import (
     AuthorizationError,
     ConflictError,
     IntegrityError,
+    NodeLostError,
     ObjectNotFoundError,
     OutOfMemoryError,
     PurgeRefusedError,
@@ -39,6 +41,7 @@ class ErrorClass(StrEnum):
     HELD = "held"
     AUTH = "auth"
     INTEGRITY = "integrity"
+    LOST = "lost"
     INVALID = "invalid"
     UNKNOWN = "unknown"
 
@@ -62,6 +65,7 @@ RETRIES: Mapping[ErrorClass, Retries] = {
     ErrorClass.TRANSIENT: Retries(max_failures=10, window_s=6 * _HOURS_S, base_s=2, cap_s=300),
     ErrorClass.CONFLICT: Retries(max_failures=5, window_s=6 * _HOURS_S, base_s=1, cap_s=30),
     ErrorClass.RESOURCE: Retries(max_failures=2, window_s=6 * _HOURS_S, base_s=10, cap_s=10),
+    ErrorClass.LOST: Retries(max_failures=None, window_s=120, base_s=5, cap_s=30),
     ErrorClass.UNKNOWN: Retries(max_failures=3, window_s=6 * _HOURS_S, base_s=2, cap_s=300),
 }
 """A class that is not here gets no other try."""
@@ -80,6 +84,7 @@ _CLASS_OF: tuple[tuple[type[BaseException], ErrorClass], ...] = (
     (ObjectNotFoundError, ErrorClass.AUTH),
     (IntegrityError, ErrorClass.INTEGRITY),
     (PurgeRefusedError, ErrorClass.HELD),
+    (NodeLostError, ErrorClass.LOST),
     (RayCkptError, ErrorClass.INVALID),
     (OSError, ErrorClass.TRANSIENT),
 )

@@ -208,12 +208,14 @@ def _of_checkpoint(change: _Change) -> tuple[str, str]:
     if old is None:
         return f"checkpoint.{change.fact.state}", f"{name} is {change.fact.state}{change.why}"
     before = CheckpointState(old.state)
-    is_purged = before is CheckpointState.TRASHED
+    is_purged = before in (CheckpointState.TRASHED, CheckpointState.ABANDONED)
     absent = CheckpointState.PURGED if is_purged else CheckpointState.MISSING
     after = CheckpointState(new.state) if new else absent
     if after is not before:
         text = f"{name}: {before} -> {after}{change.why}"
         return f"checkpoint.{after}", text + _by_whom(before, after)
+    if after not in READABLE:
+        return f"checkpoint.{after}", f"{name} is {after}{change.why}"
     if change.why:
         return "checkpoint.damaged", f"{name} is {after}, but damaged{change.why}"
     return f"checkpoint.{after}", f"{name} is {after}, and whole again"

@@ -42,7 +42,7 @@ class CheckpointState(StrEnum):
 
 
 class ActionKind(StrEnum):
-    """What can be done to a checkpoint after its save."""
+    """What can be done to a checkpoint, or to a save that is to become one."""
 
     VERIFY = "verify"
     EXPORT = "export"
@@ -54,6 +54,12 @@ class ActionKind(StrEnum):
     """Remove a copy at its destination."""
     SCRUB = "scrub"
     """Verify once more what was verified long ago."""
+    GATHER = "gather"
+    """Bring to the root what one node holds of a staged save."""
+    COMMIT = "commit"
+    """Make a checkpoint of a staged save, all of which was brought."""
+    FREE = "free"
+    """Remove from one node what it holds of a staged save that has ended."""
 
 
 class ActionState(StrEnum):

@@ -21,6 +21,10 @@
         trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over;
                                        on an object store its shards stay in step-500/
         staging/exports/<name>/step-500.retired   a copy there is being removed
+        drafts/<save id>.json          a save that lies on its nodes: its manifest, what is where
+        drafts/<save id>.ended.json    what became of it
+        staging/gather-<save id>/      what was brought of it; on an object store its shards wait
+                                       in step-500/
         events/<time>-<who>-<id>.jsonl what happened, in batches that are never rewritten
         snapshot.json                  what the manager has told of last
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
@@ -43,6 +47,7 @@ READERS = f"{PRIVATE}/readers"
 REQUESTS = f"{PRIVATE}/requests"
 ACTIONS = f"{PRIVATE}/actions"
 COMMANDS = f"{PRIVATE}/commands"
+DRAFTS = f"{PRIVATE}/drafts"
 EVENTS = f"{PRIVATE}/events"
 SNAPSHOT = f"{PRIVATE}/snapshot.json"
 SAVE_NOW = f"{PRIVATE}/save-now.json"
@@ -56,6 +61,9 @@ _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]*)\.([0-9a-zA-Z]+)")
 _SHARD = re.compile(r"__[0-9]+_([0-9a-zA-Z]+)_[0-9]+\.distcp")
 _READER = re.compile(r"(0|[1-9][0-9]*)\.([0-9a-f]+)\.json")
+_DRAFT = re.compile(r"([0-9a-zA-Z]+)\.json")
+_TOKEN = 12
+"""Characters of a save id that name its trainer; the number of its save follows."""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PIN = re.compile(rf"ray_ckpt\.pin\.({_WORD.pattern})\.json")
 
@@ -127,6 +135,47 @@ def parse_set_aside(name: str) -> tuple[int, str] | None:
 def is_save_id(text: str) -> bool:
     """Whether `text` may name a save: what else it could be would leave its folder."""
     return re.fullmatch(r"[0-9a-zA-Z]+", text) is not None
+
+
+def save_id(token: str, number: int) -> str:
+    """Names save number `number` of the trainer that `token` names.
+
+    >>> save_id("0123456789ab", 7)
+    '0123456789ab0007'
+    """
+    assert len(token) == _TOKEN, "so that a trainer knows its own saves"
+    return f"{token}{number:04d}"
+
+
+def are_of_one_trainer(one: str, other: str) -> bool:
+    """Whether two save ids were made by the very same process of training."""
+    return one[:_TOKEN] == other[:_TOKEN]
+
+
+def save_attempt(save_id: str) -> str:
+    """What an attempt to save is called, at the root and on every node."""
+    return f"save-{save_id}"
+
+
+def gather_attempt(save_id: str) -> str:
+    """What the attempt to bring a staged save is called: no trainer sweeps it."""
+    return f"gather-{save_id}"
+
+
+def draft_key(save_id: str) -> str:
+    """Key of a save that lies on its nodes."""
+    return f"{DRAFTS}/{save_id}.json"
+
+
+def ended_key(save_id: str) -> str:
+    """Key of what became of it."""
+    return f"{DRAFTS}/{save_id}.ended.json"
+
+
+def parse_draft(key: str) -> str | None:
+    """Save id of the draft under `key`, or None if that is none."""
+    match = _DRAFT.fullmatch(key.removeprefix(f"{DRAFTS}/"))
+    return match[1] if match else None
 
 
 def shard_prefix(rank: int, save_id: str) -> str:

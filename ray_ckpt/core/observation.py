@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.draft import Draft
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.pins import Pin
@@ -21,7 +22,7 @@ class CheckpointView:
     step: int
     state: CheckpointState
     manifest: Manifest | None = None
-    """None for a foreign folder, or where the manifest cannot be read."""
+    """None for a foreign folder, or where it cannot be read; of a staged save as it will be."""
     pins: tuple[Pin, ...] = ()
     """Expired ones too, until `Observation.at` leaves them out."""
     problem: str | None = None
@@ -91,6 +92,8 @@ class Observation:
     """Every action's record under its key."""
     requests: tuple[Request, ...] = ()
     commands: tuple[Command, ...] = ()
+    drafts: tuple[Draft, ...] = ()
+    """Saves that ranks have left on their nodes, until nothing of them is left there."""
 
     def at(self, now: float) -> "Observation":
         """The same without the pins that have expired by `now`."""

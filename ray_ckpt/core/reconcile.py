@@ -17,6 +17,7 @@ from ray_ckpt.core.asked import asked_purges
 from ray_ckpt.core.coalescing import coalesced
 from ray_ckpt.core.copies import retire_action, retirements
 from ray_ckpt.core.due import unreported_metrics
+from ray_ckpt.core.gathering import draft_actions
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.promoting import promotions
@@ -37,12 +38,15 @@ from ray_ckpt.core.wanted import (
 )
 
 _ORDER = (
+    ActionKind.COMMIT,
+    ActionKind.GATHER,
     ActionKind.VERIFY,
     ActionKind.PUBLISH,
     ActionKind.PROMOTE,
     ActionKind.EXPORT,
     ActionKind.PURGE,
     ActionKind.RETIRE,
+    ActionKind.FREE,
     ActionKind.SCRUB,
 )
 """What goes first: what makes a checkpoint safe, then what frees room, then what merely looks."""
@@ -96,6 +100,10 @@ def plan(observed: Observation, *, now: float) -> Plan:
                 for p in _steps(c, wanted[c.step], purges.get(c.step), observed)
             ),
             *(PlannedAction(action=a, reason=why) for a, why in at_destinations),
+            *(
+                PlannedAction(action=action, reason=why, not_now=not_now)
+                for action, why, not_now in draft_actions(observed)
+            ),
         ),
         key=lambda p: (_ORDER.index(p.action.kind), p.action.step),
     )

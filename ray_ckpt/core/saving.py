@@ -1,6 +1,7 @@
 """When a training loop saves, what the last save holds, and how a save is made."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Literal
 
 from ray_ckpt.core.config import Dtype, a_word, at_least
@@ -63,11 +64,19 @@ class SaveConfig:
     """What becomes of a save that is due while the one before is still being written."""
     on_failure: Literal["continue", "stop"] = "continue"
     """Whether a save that failed in the background stops training at the next step."""
+    local_dir: str | None = None
+    """Folder on each node's own disk that checkpoints are saved to first, the same path on every
+    node: the root's manager brings them to the root and commits them there. None saves to the root
+    itself. A last save in Hugging Face format always goes there."""
     timeout_s: float = 600.0
     """Seconds the ranks wait for each other during one save before it fails."""
 
     def __post_init__(self) -> None:
         at_least(1, every_steps=self.every_steps)
+        if self.local_dir is not None and not PurePosixPath(self.local_dir).is_absolute():
+            raise ConfigError(
+                f"local_dir must be an absolute path, got {self.local_dir!r}", "local_dir"
+            )
         for name in ("every_s", "sigterm_notice_s", "timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

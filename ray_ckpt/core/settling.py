@@ -1,11 +1,12 @@
 """What records are to say, once people or the course of things have overtaken them. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.asked import WAITING, asked_purge, asked_purges
 from ray_ckpt.core.errors import PurgeRefusedError
 from ray_ckpt.core.failures import ErrorClass
+from ray_ckpt.core.gathering import is_done, is_moot
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Command, Observation
 from ray_ckpt.core.reconcile import plan, purge_guards
@@ -14,6 +15,7 @@ from ray_ckpt.core.wanted import export_of, is_result
 _READS = ActionKind.VERIFY, ActionKind.SCRUB
 _ABOUT_COPIES = ActionKind.PROMOTE, ActionKind.RETIRE
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
+_OF_DRAFTS = ActionKind.GATHER, ActionKind.COMMIT, ActionKind.FREE
 
 
 def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
@@ -61,12 +63,23 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
         source = (action.step, action.source_id)
         if record.state not in WAITING or action.kind in _ABOUT_COPIES:
             continue
+        if action.kind in _OF_DRAFTS:
+            found.extend(_of_draft(record, observed, now))
+            continue
         is_purged = action.kind is ActionKind.PURGE and source in trashed
         if is_purged or _is_exported(action, observed):
             found.append(record.started(now).succeeded({}, now))
         elif source not in present:
             found.append(record.cancelled("its checkpoint is not in place any more", now))
     return found
+
+
+def _of_draft(record: ActionRecord, observed: Observation, now: float) -> list[ActionRecord]:
+    """The waiting record of an action about a staged save, if there is nothing to wait for."""
+    if is_done(record.action, observed):
+        return [record.started(now).succeeded({}, now)]
+    reason = is_moot(record.action, observed)
+    return [] if reason is None else [record.cancelled(reason, now)]
 
 
 def _is_exported(action: Action, observed: Observation) -> bool:
@@ -105,11 +118,15 @@ def _refusal(step: int, guards: Sequence[str]) -> PurgeRefusedError:
     )
 
 
-def unfinished(observed: Observation, *, now: float) -> list[str]:
+def unfinished(
+    observed: Observation, *, now: float, elsewhere: Collection[Action] = ()
+) -> list[str]:
     """A sentence for everything that runs, waits, or could begin now; empty when idle.
 
-    Scrubs never end: nobody waits for them. Nor for what was begun and nothing asks for any more.
+    Scrubs never end, and what only others can do is theirs: nobody waits for it here. Nor for what
+    was begun and nothing asks for any more.
     """
+    not_here = {action.key for action in elsewhere}
     planned = plan(observed, now=now)
     asked = {each.action.key for each in planned.planned}
     begun = {
@@ -117,11 +134,12 @@ def unfinished(observed: Observation, *, now: float) -> list[str]:
         for key, record in observed.records.items()
         if (record.state is ActionState.RUNNING or (record.state in WAITING and key in asked))
         and record.action.kind is not ActionKind.SCRUB
+        and key not in not_here
     }
     may_start = {
         action.key: f"{action.title} may start"
         for action in planned.actions
-        if action.kind is not ActionKind.SCRUB
+        if action.kind is not ActionKind.SCRUB and action.key not in not_here
     }
     return list({**may_start, **begun}.values())
 

@@ -24,6 +24,7 @@ from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
 from ray_ckpt.storage.digests import find_damage
+from ray_ckpt.storage.drafts import Drafts
 from ray_ckpt.storage.listing import look_at_step, manifest_in, sizes_in
 from ray_ckpt.storage.observer import Observer, with_verdict
 from ray_ckpt.storage.pins import read_pins, write_pin
@@ -38,6 +39,7 @@ class Catalog:
         self.store = store
         self.commit = commit
         self.records = Records(store)
+        self.drafts = Drafts(store, commit)
 
     @property
     def uri(self) -> str:
@@ -48,7 +50,7 @@ class Catalog:
 
     def observer(self) -> Observer:
         """For who looks again and again: it remembers what it has read."""
-        return Observer(self.store, self.records)
+        return Observer(self.store, self.records, self.drafts)
 
     def observe(self) -> Observation:
         """All that storage shows of the run, manifests without the index of their tensors."""
@@ -118,6 +120,17 @@ class Catalog:
         """
         try:
             self.commit.publish(staging, names.step_dir(manifest.step), manifest.to_json())
+        except ObjectExistsError as error:
+            raise step_errors.exists(self.uri, manifest.step) from error
+
+    def commit_waiting(self, manifest: Manifest) -> None:
+        """The step is committed, made of what was brought from its nodes.
+
+        Raises:
+            StepExistsError: it was committed before; that one is untouched.
+        """
+        try:
+            self.commit.publish_waiting(names.step_dir(manifest.step), manifest)
         except ObjectExistsError as error:
             raise step_errors.exists(self.uri, manifest.step) from error
 

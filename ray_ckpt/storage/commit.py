@@ -22,6 +22,7 @@ from typing import Protocol
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.local import LocalStore, sync_folder, translated, write_synced
 
 
@@ -50,6 +51,18 @@ class Commit(Protocol):
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
         """`folder` is there, whole, with `manifest`; called once, after every contribution.
+
+        Raises:
+            ObjectExistsError: a committed folder is there already; it is untouched.
+        """
+        ...
+
+    def waiting_key(self, folder: str, save_id: str, name: str) -> str:
+        """Where a file that was brought from a node waits until `folder` is published."""
+        ...
+
+    def publish_waiting(self, folder: str, manifest: Manifest) -> None:
+        """`folder` is there, whole, made of all that waits for it.
 
         Raises:
             ObjectExistsError: a committed folder is there already; it is untouched.
@@ -114,6 +127,15 @@ class RenameCommit:
             for parent, _, _ in os.walk(staging):
                 sync_folder(Path(parent))
             self._rename(staging, target)
+
+    def waiting_key(self, folder: str, save_id: str, name: str) -> str:
+        """In a folder of its own in the staging area, which one rename takes to its place."""
+        return f"{names.staging_dir(names.gather_attempt(save_id))}/{name}"
+
+    def publish_waiting(self, folder: str, manifest: Manifest) -> None:
+        """Like `publish`: all files are synced."""
+        staging = names.staging_dir(names.gather_attempt(manifest.save_id))
+        self.publish(self._store.path(staging), folder, manifest.to_json())
 
     def discard(self, staging: Path) -> None:
         """The folder and what is in it are removed."""

@@ -11,6 +11,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import size_damage
+from ray_ckpt.storage.drafts import drafts_at
 from ray_ckpt.storage.pins import read_pins
 
 ASIDE = {
@@ -50,6 +51,7 @@ def look_at_step(store: Store, step: int) -> CheckpointView | None:
         for found, folder in aside_folders(store, parent)
         if found == step
     ]
+    aside += [draft_view(manifest) for manifest in drafts_at(store, step)]
     folder = names.step_dir(step)
     sizes = sizes_in(store, folder)
     view = view_in_place(
@@ -75,7 +77,7 @@ def view_in_place(
     """A step in its own folder, from its manifest and the sizes of its files; pins are left out.
 
     `has_begun` says whether there is a note that a save has begun, `aside` what lies of the same
-    step in the trash and the quarantine.
+    step in the trash and the quarantine, and drafts of it.
     """
     if isinstance(told, IntegrityError):
         return CheckpointView(step=step, state=CheckpointState.QUARANTINED, problem=told.what)
@@ -89,6 +91,11 @@ def view_in_place(
         manifest=told,
         problem="; ".join(damage) or None,
     )
+
+
+def draft_view(manifest: Manifest) -> CheckpointView:
+    """A save that lies on its nodes, some of it here."""
+    return CheckpointView(step=manifest.step, state=CheckpointState.SAVING, manifest=manifest)
 
 
 def view_aside(store: Store, step: int, folder: str) -> CheckpointView:
@@ -128,7 +135,8 @@ def _are_remains(sizes: Mapping[str, int], step: int, aside: Iterable[Checkpoint
     """Whether nothing in place is anybody's.
 
     A folder without files (object stores list prefixes that are
-    just gone), or the objects and pins of a trashed step, which stay in place on an object store.
+    just gone), or the objects and pins of a trashed step, which stay in place on an object store,
+    or what was brought there of a draft.
     """
     known = {
         e.path for view in aside if view.step == step and view.manifest for e in view.manifest.files

@@ -17,6 +17,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import ObjectInfo, Store
+from ray_ckpt.storage.drafts import drafts_at
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 
 
@@ -41,7 +42,7 @@ class MarkerCommit:
         if self._store.stat(note) is None:
             return
         if self._store.stat(names.manifest_key(folder)) is None:
-            known = self._saves_aside(folder)
+            known = self._other_saves(folder)
             remains = [
                 f"{folder}/{name}"
                 for name in sizes_in(self._store, folder)
@@ -71,6 +72,26 @@ class MarkerCommit:
         self._store.delete([names.begun_key(folder)])
         self.discard(staging)
 
+    def waiting_key(self, folder: str, save_id: str, name: str) -> str:
+        """A shard has a name of its own and waits in its place, like one whose save is trashed."""
+        if names.save_of_shard(name) == save_id:
+            return f"{folder}/{name}"
+        return f"{names.staging_dir(names.gather_attempt(save_id))}/{name}"
+
+    def publish_waiting(self, folder: str, manifest: Manifest) -> None:
+        """Copies of the files whose names every save uses, then the manifest.
+
+        The note comes first, as in `contribute`: what the trash erases meanwhile is not ours.
+        """
+        if self._store.stat(names.manifest_key(folder)) is not None:
+            raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
+        save_id = manifest.save_id
+        self._store.write(names.begun_key(folder), b"")
+        for name in _shared_names((entry.path for entry in manifest.files), save_id):
+            self._store.copy(self.waiting_key(folder, save_id, name), f"{folder}/{name}")
+        self._store.create(names.manifest_key(folder), manifest.to_json())
+        self._store.delete([names.begun_key(folder)])
+
     def discard(self, staging: Path) -> None:
         """The local folder is removed; objects that were put already wait for `clear`."""
         shutil.rmtree(staging, ignore_errors=True)
@@ -81,6 +102,8 @@ class MarkerCommit:
         for note in list(self._store.list_objects(names.STAGING)):
             folder = names.parse_begun(note.key)
             if folder is None or not names.attempt_of(folder).startswith(prefix):
+                continue
+            if self._may_be_committed_now(folder):
                 continue
             if now - self._changed_at(note, folder) >= idle_s:
                 if self._store.stat(names.manifest_key(folder)) is None:
@@ -133,7 +156,7 @@ class MarkerCommit:
             manifest = Manifest.from_json(marker, f"{self._store.uri}/{folder}")
         except IntegrityError:
             # nobody can tell any more which files are its own: all that no other save needs
-            others = self._saves_aside(folder)
+            others = self._other_saves(folder)
             return [name for name in present if names.save_of_shard(name) not in others]
         own = [entry.path for entry in manifest.files if entry.path in present]
         return [*_shared_names(own, manifest.save_id), *pins]
@@ -170,14 +193,21 @@ class MarkerCommit:
         self._store.delete([f"{aside}/{name}" for name in ordered])
         return sum(sizes.values())
 
-    def _saves_aside(self, folder: str) -> set[str]:
-        """Save ids of the saves of this folder's step that lie in the trash or in quarantine."""
+    def _other_saves(self, folder: str) -> set[str]:
+        """Save ids of saves whose shards may lie in the folder: drafts, and what was set aside."""
         found = (
             names.parse_set_aside(name)
             for parent in (names.TRASH, names.QUARANTINE)
             for name in self._store.list_folders(parent)
         )
-        return {save[1] for save in found if save and names.step_dir(save[0]) == folder}
+        aside = {save[1] for save in found if save and names.step_dir(save[0]) == folder}
+        drafts = (names.parse_draft(info.key) for info in self._store.list_objects(names.DRAFTS))
+        return aside | {save_id for save_id in drafts if save_id is not None}
+
+    def _may_be_committed_now(self, folder: str) -> bool:
+        """Whether a draft of the step is there, whose note is its manager's."""
+        step = names.parse_step(folder)
+        return step is not None and bool(drafts_at(self._store, step))
 
     def _changed_at(self, note: ObjectInfo, folder: str) -> float:
         """Time of the newest change of an attempt, by the store's clock."""

@@ -2,14 +2,15 @@
 
                        the mark of a folder is made of
     a folder of files  what the file system says of the folder and of its manifest
-    an object store    the note that a save has begun, and what of the same step was set aside: its
-                       writers always leave one of the two. A manifest that is set aside is listed
+    an object store    the note that a save has begun, what of the same step was set aside, and
+                       drafts of it: its writers always leave one of the three. A manifest that is
+                       set aside is listed
 
 Nothing is read, and no file of a step is listed.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_ckpt.core import names
 from ray_ckpt.storage.base import Store
@@ -27,10 +28,15 @@ class Mark:
     """Version of the note that a save has begun; nothing without one."""
     aside: frozenset[str] = frozenset()
     """Folders in the trash and the quarantine that hold saves of the same step."""
+    drafts: frozenset[str] = frozenset()
+    """Saves of the same step that are being brought from their nodes."""
 
 
-def marks_of(store: Store) -> dict[str, Mark]:
-    """The mark of every folder that may hold a manifest; what is set aside comes first."""
+def marks_of(store: Store, drafts: Mapping[str, frozenset[str]]) -> dict[str, Mark]:
+    """The mark of every folder that may hold a manifest; what is set aside comes first.
+
+    `drafts` are save ids by the folder that each is to become.
+    """
     has_marks = store.mark("") is not None
     versions = {} if has_marks else _versions(store)
     aside = _folders_aside(store) if has_marks else _parents(versions)
@@ -40,7 +46,9 @@ def marks_of(store: Store) -> dict[str, Mark]:
         if found is not None:
             saves.setdefault(found[0], set()).add(folder)
     folders = (*(folder for of_step in saves.values() for folder in of_step), *_in_place(store))
-    return {folder: _mark(store, folder, versions, saves) for folder in folders}
+    marks = {folder: _mark(store, folder, versions, saves) for folder in folders}
+    found = {f: replace(marks[f], drafts=saves) for f, saves in drafts.items() if f in marks}
+    return {**marks, **found}
 
 
 def _mark(

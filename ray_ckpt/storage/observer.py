@@ -11,19 +11,22 @@ All that is remembered can be dropped at any time.
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.draft import Draft
 from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.gathering import draft_views
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.wanted import verify_action
 from ray_ckpt.storage.base import ObjectInfo, Store
-from ray_ckpt.storage.listing import ASIDE, Told, told_aside, view_in_place
+from ray_ckpt.storage.drafts import Drafts
+from ray_ckpt.storage.listing import ASIDE, Told, draft_view, told_aside, view_in_place
 from ray_ckpt.storage.marks import Mark, marks_of
 from ray_ckpt.storage.pins import read_pins
 from ray_ckpt.storage.read_once import ReadOnce, at_once
@@ -59,9 +62,10 @@ class _Seen:
 class Observer:
     """Owns what was read before; one caller, one thread."""
 
-    def __init__(self, store: Store, records: Records) -> None:
+    def __init__(self, store: Store, records: Records, drafts: Drafts) -> None:
         self._store = store
         self._records = records
+        self._drafts = drafts
         self._manifests = ReadOnce(store, _light_manifest)
         self._seen: dict[str, _Seen] = {}
         self._close_at: float | None = None
@@ -74,7 +78,8 @@ class Observer:
         requests, commands = self._records.requests(), self._records.commands()
         run = self._records.run() or Run(run_id=names.run_name(self._store.uri))
         records = self._records.actions()
-        self._look(now)
+        drafts = self._drafts.all()
+        self._look(now, drafts)
         checkpoints = [
             with_verdict(seen.view, records.get(seen.verify_key or ""))
             for seen in self._seen.values()
@@ -84,11 +89,12 @@ class Observer:
         return Observation(
             run_id=run.run_id,
             policy=run.policy,
-            checkpoints=tuple(sorted(checkpoints, key=lambda view: view.step)),
+            checkpoints=tuple(sorted(draft_views(drafts, checkpoints), key=lambda v: v.step)),
             exports=tuple(exports),
             records=records,
             requests=requests,
             commands=commands,
+            drafts=drafts,
         )
 
     def look_closely(self) -> None:
@@ -97,9 +103,9 @@ class Observer:
 
     # ---- which folders, and which of them anew ----
 
-    def _look(self, now: float) -> None:
+    def _look(self, now: float, drafts: Sequence[Draft]) -> None:
         is_close = self._close_at is None or not 0 <= now - self._close_at < CLOSE_EVERY_S
-        marks = marks_of(self._store)
+        marks = marks_of(self._store, _under_way(drafts))
         changed = {f for f, mark in marks.items() if is_close or not self._is_as_seen(f, mark)}
         listed = self._list_all(changed) if is_close else self._list_each(changed)
         infos = {
@@ -114,7 +120,13 @@ class Observer:
                 seen[folder] = self._seen[folder]
                 continue
             info = infos[folder]
-            view = _view(folder, told.get(info.key) if info else None, listed[folder], mark, seen)
+            view = _view(
+                folder,
+                told.get(info.key) if info else None,
+                listed[folder],
+                has_begun=bool(mark.begun),
+                aside=_elsewhere(folder, mark, seen, drafts),
+            )
             if isinstance(view, CheckpointView) and view.state is CheckpointState.COMMITTED:
                 view = replace(view, pins=pins.get(folder, ()))
             seen[folder] = _seen(mark, info, view)
@@ -161,8 +173,32 @@ def _listed(folder: str, infos: Iterable[ObjectInfo]) -> _Listed:
     )
 
 
+def _under_way(drafts: Sequence[Draft]) -> dict[str, frozenset[str]]:
+    """Save ids of what may be committed any moment, by its folder."""
+    found: dict[str, frozenset[str]] = {}
+    for draft in drafts:
+        if draft.ended is None:
+            folder = names.step_dir(draft.step)
+            found[folder] = found.get(folder, frozenset()) | {draft.save_id}
+    return found
+
+
+def _elsewhere(
+    folder: str, mark: Mark, seen: Mapping[str, _Seen], drafts: Sequence[Draft]
+) -> list[CheckpointView]:
+    """What else there is of the step that the folder belongs to: set aside, or a draft."""
+    aside = [seen[other].view for other in mark.aside]
+    own = [draft_view(d.manifest) for d in drafts if names.step_dir(d.step) == folder]
+    return [*(view for view in aside if isinstance(view, CheckpointView)), *own]
+
+
 def _view(
-    folder: str, told: Told, listed: _Listed, mark: Mark, seen: Mapping[str, _Seen]
+    folder: str,
+    told: Told,
+    listed: _Listed,
+    *,
+    has_begun: bool,
+    aside: Sequence[CheckpointView],
 ) -> CheckpointView | ExportView | None:
     """What the folder is; None if it is nothing of ours."""
     parent, _, name = folder.rpartition("/")
@@ -173,14 +209,7 @@ def _view(
     assert step is not None, "only folders of steps are looked at"
     if parent:
         return _export_view(parent.rpartition("/")[2], step, told)
-    aside = [seen[other].view for other in mark.aside]
-    return view_in_place(
-        step,
-        told,
-        listed.sizes,
-        has_begun=bool(mark.begun),
-        aside=[view for view in aside if isinstance(view, CheckpointView)],
-    )
+    return view_in_place(step, told, listed.sizes, has_begun=has_begun, aside=aside)
 
 
 def _export_view(name: str, step: int, told: Told) -> ExportView | None:
@@ -202,7 +231,7 @@ def _seen(mark: Mark, info: ObjectInfo | None, view: CheckpointView | ExportView
         view=view,
         verify_key=verify_key,
         # the same save in two places, or a note: somebody is half-way on a store without renames
-        is_settled=not mark.begun and not twice,
+        is_settled=not mark.begun and not mark.drafts and not twice,
     )
 
 

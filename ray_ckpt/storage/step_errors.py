@@ -14,6 +14,7 @@ from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import Observation
 
 UNCHANGED = "nothing was changed"
+_NOT_COMMITTED = CheckpointState.SAVING, CheckpointState.ABANDONED
 
 
 def exists(uri: str, step: int) -> StepExistsError:
@@ -23,6 +24,16 @@ def exists(uri: str, step: int) -> StepExistsError:
         f"{uri}/{names.step_dir(step)}",
         "the committed one is untouched",
         f"ray-ckpt show {uri} {step}    or give this run a root of its own",
+    )
+
+
+def staged(uri: str, step: int) -> StepExistsError:
+    """The same run has saved it to its nodes, and it is no checkpoint yet."""
+    return StepExistsError(
+        f"step-{step} was saved before, and is on its way to the root",
+        uri,
+        "that save is untouched",
+        f"ray-ckpt ls {uri}    (shows how far it has come)",
     )
 
 
@@ -58,7 +69,8 @@ def not_readable(
         return corrupt(uri, step, [view.problem or "it is in quarantine" for view in views])
     there = ", ".join(str(view.step) for view in observed.readable()) or "none"
     trashed = CheckpointState.TRASHED in states
-    place = "in the trash" if trashed else "not there"
+    unfinished = [f"{v.state}: {v.problem}" for v in views if v.state in _NOT_COMMITTED]
+    place = "in the trash" if trashed else next(iter(unfinished), "not there")
     return StepNotFoundError(
         f"step-{step} is {place}; committed steps: {there}",
         uri,

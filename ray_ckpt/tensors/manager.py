@@ -89,7 +89,7 @@ class CheckpointManager:
             parts=self._parts,
             assets=assets,
         )
-        self._writer = RootWriter(self._catalog, run, self._ranks)
+        self._writer = RootWriter(self._catalog, run, self._ranks, local_dir=self.config.local_dir)
         self._saver = Saver(self.config.mode, timeout_s=self.config.timeout_s)
         self._outcomes = Outcomes(
             self._catalog.store,
@@ -117,8 +117,9 @@ class CheckpointManager:
         """The save of `step` has begun, if one is due; None if not. Call it after every step.
 
         Unless the mode is `sync` this returns once the state is copied to host memory; the step is
-        a checkpoint only when `PendingSave.wait` returns. A save that failed in the background is
-        logged, counted in `stats` and told to `Run.on_event`.
+        a checkpoint only when `PendingSave.wait` returns, and with `local_dir` once its manager has
+        brought it to the root. A save that failed in the background is logged, counted in `stats`
+        and told to `Run.on_event`.
 
         Raises:
             SaveError: a save failed in the background, and `on_failure` is `stop`.
@@ -287,7 +288,7 @@ class CheckpointManager:
         """In the thread that wrote."""
         self._outcomes.ended(pending, reason)
         if pending.error() is None:
-            self._writer.has_committed()
+            self._writer.has_saved()
         elif pending.is_in_background and self.config.on_failure == "stop":
             self._listener.failed()
 
@@ -329,6 +330,7 @@ class CheckpointManager:
             reserved=frozenset(self._parts),
             check_lease=self._writer.check_lease,
             supersedes=self._writer.branch,
+            target=self._writer.target,
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import RayCkptError
-from ray_ckpt.core.events import Event, SaveEvent, SaveStats, event_id, utc
+from ray_ckpt.core.events import Becomes, Event, SaveEvent, SaveStats, event_id, utc
 from ray_ckpt.core.manifest import StartSource
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.history import BackgroundTeller
@@ -19,6 +19,12 @@ from ray_ckpt.tensors.choosing import Choice
 from ray_ckpt.tensors.pending import PendingSave
 
 log = logging.getLogger("ray_ckpt")
+
+
+_WELL: dict[Becomes, str] = {
+    "committed": "step-%d is committed at %s",
+    "staged": "step-%d lies on its nodes; the manager of %s brings it there and commits it",
+}
 
 
 class Outcomes:
@@ -50,8 +56,8 @@ class Outcomes:
             if pending.is_in_background:
                 log.error("the save of step-%d failed in the background\n%s", pending.step, error)
         elif self._is_coordinator:
-            log.info("step-%d is committed at %s", pending.step, self._store.uri)
-        kind = "committed" if error is None else "failed"
+            log.info(_WELL[pending.becomes], pending.step, self._store.uri)
+        kind = pending.becomes if error is None else "failed"
         event = SaveEvent(kind=kind, step=pending.step, reason=reason, seconds=pending.seconds)
         self._tell(event, error_kind=type(error).__name__ if error else None)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.core.errors import RayCkptError, SaveError, StorageError
+from ray_ckpt.core.events import Becomes
 from ray_ckpt.tensors.ranks import causes, ours, sentence
 
 
@@ -20,8 +21,11 @@ class PendingSave:
         *,
         missing: Callable[[], str],
         ended: Callable[["PendingSave"], None],
+        becomes: Becomes = "committed",
     ) -> None:
         self.step = step
+        self.becomes: Becomes = becomes
+        """What it is once it has ended well."""
         self.seconds = 0.0
         """From the beginning to the end, once it has ended."""
         self._write = write
@@ -31,7 +35,7 @@ class PendingSave:
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
-        """Saves now; returns when the step is committed.
+        """Saves now; returns when the step is what it becomes.
 
         Raises:
             RayCkptError: the save failed; nothing of it is visible.
@@ -56,7 +60,7 @@ class PendingSave:
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Returns when the step is committed.
+        """Returns when the step is what it becomes: committed, or staged on its nodes.
 
         Raises:
             RayCkptError: the save failed; nothing of it is visible.
@@ -66,7 +70,7 @@ class PendingSave:
             raise error
 
     def error(self) -> RayCkptError | None:
-        """How the save ended: None for committed. Waits for the end."""
+        """How the save ended: None if well. Waits for the end."""
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         return self._error

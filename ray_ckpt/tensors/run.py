@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ray_ckpt.core.draft import Node
 from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.policy import LifecyclePolicy
 
@@ -47,3 +48,6 @@ class Run:
     """What is to happen after a save; None leaves the root's policy as it is."""
     on_event: Callable[[SaveEvent], None] | None = None
     """Called on rank 0 for every save that ended or was skipped; must not block."""
+    node: Node | None = None
+    """Where this process runs, if it saves to its node's own disk; None for the host's name. On Ray
+    `cluster.train.this_node()`, so that a task can be sent there."""

@@ -122,10 +122,10 @@ class SaveProcess:
             if not self._ranks.is_coordinator:
                 raise
             # the child has answered or is dead: nobody can commit any more
-            if not job.is_committed():
+            if not job.is_done():
                 _discard(job)
                 raise
-            log.warning("step-%d is committed, although %r", job.draft.step, error)
+            log.warning("step-%d is saved, although %r", job.draft.step, error)
 
 
 def _error_of(function: Callable[[], None]) -> BaseException | None:
@@ -146,7 +146,7 @@ def _meant(errors: list[BaseException | None]) -> BaseException:
 def _discard(job: SaveJob) -> None:
     """Nothing of the attempt is left where all ranks write; a killed child could not see to it."""
     with contextlib.suppress(RayCkptError):
-        job.catalog.commit.discard(job.catalog.commit.staging(job.attempt))
+        job.goes_to.discard(job.goes_to.staging(job.attempt))
 
 
 def _own_address() -> str:

@@ -64,6 +64,7 @@ class Saver:
             lambda: self._write(noted, staged),
             missing=lambda: self._ranks.who_is_missing(job.attempt),
             ended=ended,
+            becomes=job.goes_to.becomes,
         )
         if self._mode == "sync":
             pending.run()
@@ -86,9 +87,9 @@ class Saver:
             raise  # every rank has heard of it
         except BaseException as error:
             self._is_broken = True
-            if not (self._ranks.is_coordinator and job.is_committed()):
+            if not (self._ranks.is_coordinator and job.is_done()):
                 raise
-            log.warning("step-%d is committed, but some rank has not heard: %r", job.step, error)
+            log.warning("step-%d is saved, but some rank has not heard: %r", job.step, error)
 
     def _save(self, job: SaveJob, state_dict: dict[str, Any]) -> None:
         if self._process is not None:

@@ -2,7 +2,8 @@
 
     every rank     writes its shards into the staging folder, digests computed as the bytes go by
     coordinator    gathers sizes and digests (DCP gathers the write results anyway), writes
-                   `.metadata`, assets and the manifest, and commits
+                   `.metadata`, assets and the manifest, and commits (or, for a save that lies on
+                   the nodes, says where all of it is: `save_target`)
 
 An error on any rank reaches all of them through DCP, and nothing becomes visible.
 """
@@ -11,7 +12,6 @@ import contextlib
 import io
 import logging
 import os
-import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,7 +27,8 @@ from torch.futures import Future
 from typing_extensions import Buffer
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import RayCkptError, StorageError
+from ray_ckpt.core.draft import Draft, Place, merged
+from ray_ckpt.core.errors import StorageError
 from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
@@ -35,6 +36,7 @@ from ray_ckpt.storage.local import translated, write_synced
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.index import model_keys, tensor_index
 from ray_ckpt.tensors.ranks import Phase
+from ray_ckpt.tensors.save_target import IntoRoot, SaveTarget, Superseded
 
 log = logging.getLogger("ray_ckpt")
 
@@ -57,7 +59,9 @@ class SaveJob:
     check_lease: Callable[[], None]
     """Raises if another writer has taken over; called right before the commit."""
     supersedes: int | None = None
-    """Committed steps newer than this one are another branch of training: they are set aside."""
+    """What is newer than this step, of another trainer, is another branch: it is set aside."""
+    target: SaveTarget | None = None
+    """Where the files go; None for the root itself."""
     note: Callable[[str, Phase], None] = no_note
     """Told how far this rank has come, for those who wait."""
 
@@ -69,13 +73,16 @@ class SaveJob:
     @property
     def attempt(self) -> str:
         """Name of the staging folder, the same on every rank."""
-        return f"save-{self.draft.save_id}"
+        return names.save_attempt(self.draft.save_id)
 
-    def is_committed(self) -> bool:
+    @property
+    def goes_to(self) -> SaveTarget:
+        """Where the files go."""
+        return self.target or IntoRoot(catalog=self.catalog)
+
+    def is_done(self) -> bool:
         """Whether storage shows this very save; one read."""
-        with contextlib.suppress(RayCkptError):
-            return self.catalog.manifest(self.step).save_id == self.draft.save_id
-        return False
+        return self.goes_to.holds(self.draft)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class _DescribedResult(WriteResult):
     file: FileEntry | None = None
     is_finite: bool = True
     """False for a weight with NaN or Inf in it."""
+    place: Place | None = None
+    """Where alone the file lies; None for the root."""
 
 
 class CommittingWriter(FileSystemWriter):
@@ -93,14 +102,16 @@ class CommittingWriter(FileSystemWriter):
     def __init__(self, job: SaveJob) -> None:
         super().__init__(job.attempt, single_file_per_rank=True, sync_files=True)
         self._job = job
+        self._target = job.goes_to
         self._staging: Path | None = None
+        self._superseded: Superseded = ()
         self._tied: dict[str, str] = {}
         """Of all ranks: in a pipeline each knows its own part of the model."""
         self.fs = _DigestingFileSystem()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Makes the staging folder; here, where DCP carries a rank's error to all of them."""
-        self._staging = self._job.catalog.commit.staging(self._job.attempt)
+        self._staging = self._target.staging(self._job.attempt)
         self.path = self._staging
         with translated(self._staging):
             prepared = super().prepare_local_plan(plan)
@@ -109,10 +120,7 @@ class CommittingWriter(FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Refuses a step that is there already, before a byte is written."""
-        if self._job.supersedes is not None:
-            self._job.catalog.roll_back(self._job.supersedes, now=time.time())
-        self._job.catalog.refuse_existing(self._job.draft.step)
-        self._job.catalog.commit.clear(self._folder)
+        self._superseded = self._target.make_way(self._job.draft, self._job.supersedes)
         self._tied = {name: to for plan in plans for name, to in plan.storage_data.items()}
         named = [replace(p, storage_data=self._prefix(rank)) for rank, p in enumerate(plans)]
         return super().prepare_global_plan(named)
@@ -128,7 +136,7 @@ class CommittingWriter(FileSystemWriter):
         with translated(self._folder_of_attempt):
             results = super().write_data(plan, planner).value()
         files = cast(_DigestingFileSystem, self.fs).described
-        self._job.catalog.commit.contribute(self._folder_of_attempt, self._folder)
+        self._target.contribute(self._folder_of_attempt, self._folder)
         broken = {
             item.index
             for item in plan.items
@@ -136,7 +144,7 @@ class CommittingWriter(FileSystemWriter):
         }
         described: Future[list[WriteResult]] = Future()
         described.set_result(
-            [_describe(r, files, is_finite=r.index not in broken) for r in results]
+            [self._described(r, files, is_finite=r.index not in broken) for r in results]
         )
         self._job.note(self._job.attempt, Phase.WRITTEN)
         return described
@@ -163,11 +171,13 @@ class CommittingWriter(FileSystemWriter):
             model=self._model_entry(metadata),
             non_finite=tuple(sorted({r.index.fqn for r in described if not r.is_finite})),
         )
+        places = [*(r.place for r in described), *(self._place(entry.path) for entry in extra)]
+        draft = Draft(manifest=manifest, places=merged(places), supersedes=self._superseded)
         self._job.check_lease()
         try:
-            self._job.catalog.commit_step(self._folder_of_attempt, manifest)
+            self._target.end(self._folder_of_attempt, draft)
         except StorageError as error:
-            if not self._job.is_committed():
+            if not self._job.is_done():
                 raise
             log.warning("step-%d is there, but may not survive a power cut\n%s", self._step, error)
 
@@ -178,7 +188,7 @@ class CommittingWriter(FileSystemWriter):
     def discard(self) -> None:
         """Nothing of this attempt is left."""
         if self._staging is not None:
-            self._job.catalog.commit.discard(self._staging)
+            self._target.discard(self._staging)
 
     @property
     def _folder_of_attempt(self) -> Path:
@@ -196,6 +206,24 @@ class CommittingWriter(FileSystemWriter):
     @property
     def _folder(self) -> str:
         return names.step_dir(self._step)
+
+    def _place(self, name: str) -> Place | None:
+        node = self._target.node
+        folder = str(self._folder_of_attempt)
+        return None if node is None else Place(node=node, folder=folder, files=(name,))
+
+    def _described(
+        self, result: WriteResult, files: Mapping[str, FileEntry], *, is_finite: bool
+    ) -> _DescribedResult:
+        name = result.storage_data.relative_path
+        return _DescribedResult(
+            index=result.index,
+            size_in_bytes=result.size_in_bytes,
+            storage_data=result.storage_data,
+            file=files[name],
+            is_finite=is_finite,
+            place=self._place(name),
+        )
 
     def _describe_metadata(self) -> FileEntry:
         return describe_file(
@@ -272,18 +300,6 @@ class _DigestingStream(io.RawIOBase):
         """The wrapped stream stays open: whoever opened it closes it."""
         self.flush()
         super().close()
-
-
-def _describe(
-    result: WriteResult, files: Mapping[str, FileEntry], *, is_finite: bool
-) -> _DescribedResult:
-    return _DescribedResult(
-        index=result.index,
-        size_in_bytes=result.size_in_bytes,
-        storage_data=result.storage_data,
-        file=files[result.storage_data.relative_path],
-        is_finite=is_finite,
-    )
 
 
 def _plain(result: _DescribedResult) -> WriteResult:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ray_ckpt.core.actions import MAX_INTERRUPTIONS, Action, ActionRecord, ExportSpec
+from ray_ckpt.core.draft import Node
 from ray_ckpt.core.errors import (
     AuthorizationError,
     ConfigError,
@@ -38,6 +39,8 @@ OTHERS = [
     replace(ACTION, grace_s=None),
     replace(ACTION, grace_s=61.0),
     replace(ACTION, pointer="latest"),
+    replace(ACTION, node=Node(host="a")),
+    replace(ACTION, node=Node(host="a", id="1")),
 ]
 
 
@@ -70,6 +73,8 @@ def test_the_title_says_what_is_done_to_what() -> None:
     assert Action(kind=ActionKind.VERIFY, step=7, source_id="a").title == "verify step-7"
     promote = replace(ACTION, kind=ActionKind.PROMOTE, pointer="latest")
     assert promote.title == "promote step-500 hf-bf16 to latest at hf://org/repo"
+    gather = Action(kind=ActionKind.GATHER, step=7, source_id="a", node=Node(host="n1", id="1f0c8"))
+    assert gather.title == "gather step-7 from n1 (node 1f0c8)"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ EXIT_CODES = {
     "TransitionError": 2,
     "IntegrityError": 1,
     "SaveError": 1,
+    "NodeLostError": 1,
     "OutOfMemoryError": 3,
     "ThrottledError": 3,
     "ConflictError": 3,

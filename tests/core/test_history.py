@@ -17,13 +17,14 @@ from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.reconcile import verify_action
 
 AT = utc(0.0)
-COMMITTED, VERIFIED, TRASHED, FOREIGN, SAVING, QUARANTINED = (
+COMMITTED, VERIFIED, TRASHED, FOREIGN, SAVING, QUARANTINED, ABANDONED = (
     CheckpointState.COMMITTED,
     CheckpointState.VERIFIED,
     CheckpointState.TRASHED,
     CheckpointState.FOREIGN,
     CheckpointState.SAVING,
     CheckpointState.QUARANTINED,
+    CheckpointState.ABANDONED,
 )
 
 
@@ -139,6 +140,19 @@ def test_damage_is_told_and_so_is_its_end() -> None:
     assert told(look(damaged), look(view(VERIFIED))) == [
         ("checkpoint.verified", "step-5 is verified, and whole again")
     ]
+
+
+def test_how_far_a_staged_save_has_come_is_no_damage() -> None:
+    staged = replace(view(SAVING), problem="staged on 2 nodes, 0 of 2 brought here")
+    brought = replace(staged, problem="staged on 2 nodes, 1 of 2 brought here")
+    lost = replace(view(ABANDONED), problem="node lost")
+    assert told(look(staged), look(brought)) == [
+        ("checkpoint.saving", "step-5 is saving: staged on 2 nodes, 1 of 2 brought here")
+    ]
+    assert told(look(brought), look(lost)) == [
+        ("checkpoint.abandoned", "step-5: saving -> abandoned: node lost")
+    ]
+    assert told(look(lost), look()) == [("checkpoint.purged", "step-5: abandoned -> purged")]
 
 
 def test_every_move_of_an_action_is_told_with_attempts_and_error() -> None:

@@ -38,6 +38,7 @@ def test_a_config_survives_being_written_as_plain_values(last: ModelOnly | Huggi
         ({"every_s": float("nan")}, "every_s must be more than 0 seconds, got nan"),
         ({"sigterm_notice_s": -1}, "sigterm_notice_s must be more than 0 seconds"),
         ({"timeout_s": 0}, "timeout_s must be more than 0 seconds"),
+        ({"local_dir": "disk"}, "local_dir must be an absolute path, got 'disk'"),
         ({"last": {"kind": "huggingface"}}, "'everything', 'model', 'hf'"),
         ({"last": {"dtype": "float32"}}, "kind is None, none of"),
         ({"last": {"kind": "everything", "dtype": "float32"}}, "unknown key 'dtype'"),

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from ray_ckpt.core.draft import Node
 from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.storage.backends import open_catalog
@@ -79,6 +80,7 @@ def plain_manager(
     owner: str | None = None,
     on_event: Callable[[SaveEvent], None] | None = None,
     assets: Mapping[str, bytes] | None = None,
+    node: Node | None = None,
 ) -> CheckpointManager:
     """A manager of a model and of how far training has come."""
     state = TrainingState(model=ModelWrapper(model), extra={"train_state": TrainState(step=5)})
@@ -87,7 +89,7 @@ def plain_manager(
         state,
         config=config,
         assets=HfAssets(family="llama", files=assets) if assets else None,
-        run=Run(owner=owner, on_event=on_event),
+        run=Run(owner=owner, on_event=on_event, node=node),
     )
 
 

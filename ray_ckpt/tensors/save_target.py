@@ -1,0 +1,211 @@
+"""Where the files of a save go, and what makes a save of them.
+
+    IntoRoot     every rank writes to the root (or uploads there); the commit makes it a checkpoint
+    OntoNodes    every rank writes to its node's own disk; one record at the root says where all of
+                 it lies. Whoever manages the root brings it there and commits it: `core.gathering`
+
+Knows nothing of DCP.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ray_ckpt.core import names
+from ray_ckpt.core.draft import Draft, Node
+from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.events import Becomes
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.observation import Observation
+from ray_ckpt.storage import step_errors
+from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.local import sync_folder, translated
+
+Superseded = tuple[tuple[int, str], ...]
+"""Step and save id of what another branch of training has saved."""
+
+
+class SaveTarget(Protocol):
+    """One of the two."""
+
+    @property
+    def becomes(self) -> Becomes:
+        """What a save is that has ended well."""
+        ...
+
+    @property
+    def node(self) -> Node | None:
+        """Where alone the files lie that this rank writes; None for the root."""
+        ...
+
+    def staging(self, attempt: str) -> Path:
+        """The folder that this rank writes to."""
+        ...
+
+    def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
+        """Nothing is in the way of the save; on the coordinator, before a byte is written.
+
+        `branch` is the step that the run goes on from: what is newer and of another trainer is set
+        aside now, or returned to be set aside at the commit.
+
+        Raises:
+            StepExistsError, ForeignFolderError: the step is there already.
+            UsageError: something newer is pinned.
+        """
+        ...
+
+    def contribute(self, staging: Path, folder: str) -> None:
+        """What this rank has written will be part of the save, whatever dies now."""
+        ...
+
+    def end(self, staging: Path, draft: Draft) -> None:
+        """The save is what it becomes; on the coordinator, after every rank has written."""
+        ...
+
+    def holds(self, draft: Manifest) -> bool:
+        """Whether storage shows this very save."""
+        ...
+
+    def discard(self, staging: Path) -> None:
+        """Nothing of the attempt is left in this rank's folder."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntoRoot:
+    """A save is a checkpoint when it ends."""
+
+    catalog: Catalog
+    becomes: Becomes = "committed"
+    node: None = None
+
+    def staging(self, attempt: str) -> Path:
+        """The root's staging area; on an object store a folder of this process."""
+        return self.catalog.commit.staging(attempt)
+
+    def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
+        """Newer steps are in the trash, and drafts that would become such are given up."""
+        now = time.time()
+        for other in self.catalog.drafts.all():
+            if other.ended is None and _is_in_the_way(other, draft, branch):
+                why = f"step-{draft.step} is saved by a run that does not know of it"
+                self.catalog.drafts.end(other.save_id, "abandoned", why=why, at=now)
+        if branch is not None:
+            self.catalog.roll_back(branch, now=now)
+        self.catalog.refuse_existing(draft.step)
+        self.catalog.commit.clear(names.step_dir(draft.step))
+        return ()
+
+    def contribute(self, staging: Path, folder: str) -> None:
+        """See `Commit`."""
+        self.catalog.commit.contribute(staging, folder)
+
+    def end(self, staging: Path, draft: Draft) -> None:
+        """The commit."""
+        self.catalog.commit_step(staging, draft.manifest)
+
+    def holds(self, draft: Manifest) -> bool:
+        """One read."""
+        with contextlib.suppress(RayCkptError):
+            return self.catalog.manifest(draft.step).save_id == draft.save_id
+        return False
+
+    def discard(self, staging: Path) -> None:
+        """See `Commit`."""
+        self.catalog.commit.discard(staging)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OntoNodes:
+    """A save is staged when it ends, and a checkpoint once all of it was brought to the root."""
+
+    catalog: Catalog
+    node: Node
+    """This rank's."""
+    folder: Path
+    """The run's own on the node's disk; each save has one in it."""
+    becomes: Becomes = "staged"
+
+    def staging(self, attempt: str) -> Path:
+        """Shared by the ranks of one node."""
+        path = self.folder / attempt
+        with translated(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
+        """Nothing is changed: steps that were committed stay until this one is."""
+        now = time.time()
+        observed = self.catalog.observe().at(now)
+        others = tuple(_other_branch(observed, draft, branch))
+        superseded = {step for step, _ in others}
+        newer = [view for view in observed.readable() if view.step in superseded]
+        pinned = [view.step for view in newer if view.pins]
+        if pinned and branch is not None:
+            steps = [view.step for view in newer]
+            raise step_errors.cannot_roll_back(self.catalog.uri, branch, steps, pinned[0])
+        if any(d.step == draft.step and _is_own(d, draft) for d in observed.drafts):
+            raise step_errors.staged(self.catalog.uri, draft.step)
+        if draft.step not in {view.step for view in newer}:
+            self.catalog.refuse_existing(draft.step)
+        return others
+
+    def contribute(self, staging: Path, folder: str) -> None:
+        """The files are synced as they are written; now their names are, too."""
+        with translated(staging):
+            for path in (staging, self.folder, self.folder.parent):
+                sync_folder(path)
+
+    def end(self, staging: Path, draft: Draft) -> None:
+        """The record that says where all of it lies."""
+        self.contribute(staging, "")
+        self.catalog.drafts.add(draft)
+
+    def holds(self, draft: Manifest) -> bool:
+        """One look."""
+        with contextlib.suppress(RayCkptError):
+            return self.catalog.drafts.is_there(draft.save_id)
+        return False
+
+    def discard(self, staging: Path) -> None:
+        """The part on this node is gone."""
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def sweep(self, *, live: Collection[str], own: str) -> None:
+        """Nothing of this run is left on the node but `live` saves, by their ids.
+
+        Those of the trainer that saves with ids like `own` may have just begun: they stay as well.
+        """
+        prefix = names.save_attempt("")
+        for folder in self.folder.glob(f"{prefix}*"):
+            save_id = folder.name.removeprefix(prefix)
+            if save_id not in live and not names.are_of_one_trainer(save_id, own):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _other_branch(
+    observed: Observation, draft: Manifest, branch: int | None
+) -> Iterator[tuple[int, str]]:
+    """What trainers before this one have saved after the step that it goes on from."""
+    for view in observed.readable():
+        manifest = view.manifest
+        is_newer = branch is not None and view.step > branch
+        if manifest and is_newer and not names.are_of_one_trainer(manifest.save_id, draft.save_id):
+            yield view.step, manifest.save_id
+    for other in observed.drafts:
+        if other.ended is None and _is_in_the_way(other, draft, branch):
+            yield other.step, other.save_id
+
+
+def _is_in_the_way(other: Draft, draft: Manifest, branch: int | None) -> bool:
+    """Whether another trainer's draft is of the same step, or of another branch of training."""
+    is_newer = branch is not None and other.step > branch
+    return not _is_own(other, draft) and (is_newer or other.step == draft.step)
+
+
+def _is_own(other: Draft, draft: Manifest) -> bool:
+    return names.are_of_one_trainer(other.save_id, draft.save_id)
