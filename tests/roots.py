@@ -18,17 +18,23 @@ from ray_ckpt.tensors.states import TrainingState
 TINY = DecoderConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=64)
 
 
-def make_root(root: str, steps: Sequence[int], policy: LifecyclePolicy | None = None) -> Decoder:
+def make_root(
+    root: str,
+    steps: Sequence[int],
+    policy: LifecyclePolicy | None = None,
+    *,
+    sizes: DecoderConfig = TINY,
+) -> Decoder:
     """Commits `steps` under `root`, the last one as the run's last; returns the model."""
     torch.manual_seed(0)
-    model = Decoder(TINY, VOCAB_SIZE)
+    model = Decoder(sizes, VOCAB_SIZE)
     init_weights(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     manager = CheckpointManager(
         root,
         TrainingState(model=ModelWrapper(model), optimizer=optimizer),
         config=SaveConfig(every_steps=1, mode="sync"),
-        assets=make_assets(TINY),
+        assets=make_assets(sizes),
         run=Run(policy=policy),
     )
     for step in steps:

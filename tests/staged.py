@@ -6,8 +6,8 @@ The hosts are folders and names: two ranks of one machine that say they run on t
 import os
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ray_ckpt.cluster.executors import Executor, Running, Threads
 from ray_ckpt.cluster.reconciler import Reconciler
 from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.admission import LiveNode, Placement
+from ray_ckpt.core.beats import Beat
 from ray_ckpt.core.draft import Node
 from ray_ckpt.core.saving import Mode, SaveConfig
 from ray_ckpt.storage.catalog import Catalog
@@ -81,13 +83,22 @@ class Patient:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
 
-    def start(self, root: str, attempt: Attempt) -> Running:
-        running = self._executor.start(root, attempt)
+    def nodes(self) -> Sequence[LiveNode]:
+        return [replace(node, num_slots=None) for node in self._executor.nodes()]
+
+    def start(self, root: str, attempt: Attempt, placement: Placement | None) -> Running:
+        running = self._executor.start(root, attempt, placement)
         wait_for(running.done)
         return running
 
     def takes(self, action: Action) -> bool:
         return self._executor.takes(action)
+
+    def why_waiting(self) -> str:
+        return self._executor.why_waiting()
+
+    def end_process(self, beat: Beat) -> None:
+        self._executor.end_process(beat)
 
     def close(self) -> None:
         self._executor.close()

@@ -9,6 +9,7 @@ import click
 
 from ray_ckpt.cli.output import (
     emit,
+    how_far,
     human_bytes,
     json_option,
     open_root,
@@ -31,10 +32,13 @@ from ray_ckpt.storage.digests import find_damage
 @json_option
 def ls(root: str, as_json: bool) -> None:
     """List every checkpoint: its state, size, pins, exports and copies."""
-    observed = open_root(root).observe()
+    catalog = open_root(root)
+    observed = catalog.observe()
 
     def render() -> None:
         print_steps(observed)
+        for key, text in how_far(catalog, observed).items():
+            click.echo(f"running: {observed.records[key].action.title}: {text}")
         steps = {view.step for view in observed.checkpoints}
         for export in observed.exports:
             if export.step not in steps:

@@ -13,9 +13,11 @@ from rich.table import Table
 
 from ray_ckpt.core.copies import copies
 from ray_ckpt.core.errors import UsageError
+from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.resume import why_unusable
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.beats import all_beats
 from ray_ckpt.storage.catalog import Catalog
 
 root_argument = click.argument("root")
@@ -96,6 +98,19 @@ def print_steps(observed: Observation) -> None:
         for row in step_rows(observed)
     ]
     print_table(columns, rows)
+
+
+def how_far(catalog: Catalog, observed: Observation) -> dict[str, str]:
+    """By action's key, what runs and how far it is: `reads step-30 63 %`; one look at its beats."""
+    records = [r for r in observed.records.values() if r.state is ActionState.RUNNING]
+    beats = all_beats(catalog.store) if records else {}
+    found: dict[str, str] = {}
+    for record in records:
+        beat = beats.get((record.action.key, record.attempts))
+        if beat is not None and beat.attempt_started_at == record.changed_at:
+            share = "" if beat.percent is None else f" {beat.percent} %"
+            found[record.action.key] = f"{beat.doing}{share}"
+    return found
 
 
 def human_bytes(count: float) -> str:

@@ -1,14 +1,16 @@
 """What the manager would do now, and why: `ray-ckpt plan ROOT`. Changes nothing."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import emit, json_option, open_root, print_table, root_argument
+from ray_ckpt.cli.output import emit, how_far, json_option, open_root, print_table, root_argument
 from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.admission import Occupant, admit
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.policy import policy_of_toml
@@ -30,16 +32,41 @@ def plan(root: str, policy_file: Path | None, as_json: bool) -> None:
 
     Exit 1 if an action of a step that is here is dead, or something cannot be as it was wished.
     """
-    observed = open_root(root).observe()
+    catalog = open_root(root)
+    observed = catalog.observe()
     if policy_file is not None:
         text = policy_file.read_text(encoding="utf-8")
         observed = replace(observed, policy=policy_of_toml(text, where=str(policy_file)))
     planned = plan_round(observed, now=time.time())
+    planned = _with_progress(_with_limits(planned, observed), how_far(catalog, observed))
     dead = _dead(observed, planned)
     document = _document(planned, dead, policy="run" if policy_file is None else str(policy_file))
     emit(document, as_json=as_json, render=lambda: _print(planned, dead))
     if dead or planned.problems:
         raise click.exceptions.Exit(1)
+
+
+def _with_limits(planned: Plan, observed: Observation) -> Plan:
+    """What could start but finds no room says which limit keeps it waiting."""
+    running = [
+        Occupant(action=record.action)
+        for record in observed.records.values()
+        if record.state is ActionState.RUNNING
+    ]
+    limits = observed.policy.limits
+    waits = admit(planned.actions, running, limits=limits, nodes=None, near={}).waits
+    told = (replace(p, not_now=p.not_now or waits.get(p.action.key)) for p in planned.planned)
+    return replace(planned, planned=tuple(told))
+
+
+def _with_progress(planned: Plan, running: Mapping[str, str]) -> Plan:
+    told = (
+        replace(p, not_now=f"{p.not_now}, {running[p.action.key]}")
+        if p.action.key in running
+        else p
+        for p in planned.planned
+    )
+    return replace(planned, planned=tuple(told))
 
 
 def _dead(observed: Observation, planned: Plan) -> list[ActionRecord]:

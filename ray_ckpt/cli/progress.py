@@ -59,7 +59,7 @@ class Screen:
             if self._last.get(number) != state:
                 self.say(f"step-{number} is {state}")
             self._last[number] = state
-        for title in status.get("running", []):
+        for title in (running["title"] for running in status.get("running", [])):
             if title not in self._last:
                 self.say(f"running: {title}")
             self._last[title] = "running"
@@ -74,5 +74,12 @@ def _panel(status: dict[str, Any], num_steps: int) -> Group:
     states = Text("checkpoints ")
     for number, state in status.get("checkpoints", {}).items():
         states.append(f" {number} {state} ", style=_STYLES.get(state, "red"))
-    running = Text("running     " + (", ".join(status.get("running", [])) or "nothing"))
+    titles = ", ".join(map(_how_far, status.get("running", [])))
+    running = Text("running     " + (titles or "nothing"))
     return Group(head, states, running)
+
+
+def _how_far(running: dict[str, Any]) -> str:
+    """`export step-30 hf-bf16 63 %`."""
+    percent = running["percent"]
+    return running["title"] if percent is None else f"{running['title']} {percent} %"

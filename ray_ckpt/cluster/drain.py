@@ -82,4 +82,4 @@ def _is_empty(done: Round) -> bool:
 def _sentence(done: Round) -> str:
     if done.standing_by is not None:
         return f"waiting: {done.standing_by}"
-    return "; ".join(f"running: {action.title}" for action in done.running)
+    return "; ".join(f"running: {flight.attempt.title}" for flight in done.running)

@@ -5,23 +5,20 @@ Threads     this process, for a root that no cluster is at hand for
 """
 
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import OutOfMemoryError as OutOfMemory
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ray_ckpt.cluster.tasks import Attempt, run_action
+from ray_ckpt.cluster import nodes, priority
+from ray_ckpt.cluster.tasks import Attempt, Result, run_action
 from ray_ckpt.core.actions import Action
-from ray_ckpt.core.draft import Node
+from ray_ckpt.core.admission import LiveNode, Placement
+from ray_ckpt.core.beats import Beat
 from ray_ckpt.core.errors import NodeLostError, OutOfMemoryError, TransientError
-
-IO_RESOURCE = "ckpt_io"
-"""Custom resource of the nodes that run tasks after a save. They ask for no CPU, so that a trainer
-which holds every CPU never starves them."""
 
 
 class Running(Protocol):
@@ -32,7 +29,7 @@ class Running(Protocol):
         ...
 
     def result(self) -> Mapping[str, Any]:
-        """What the record says of it; raises what the action raised, or what became of its node."""
+        """What the record says of it; raises what the action raised, or DiedError."""
         ...
 
     def cancel(self) -> object:
@@ -40,11 +37,35 @@ class Running(Protocol):
         ...
 
 
+class DiedError(Exception):
+    """An attempt has ended without a word of its own."""
+
+    def __init__(self, why: str, kind: type[TransientError] | type[OutOfMemoryError]) -> None:
+        super().__init__(why, kind)
+        self.why = why
+        self.kind = kind
+
+
 class Executor(Protocol):
     """Carries out actions of one root."""
 
-    def start(self, root: str, attempt: Attempt) -> Running:
-        """The attempt has begun; returns at once."""
+    def nodes(self) -> Sequence[LiveNode]:
+        """Where an action may run."""
+        ...
+
+    def start(self, root: str, attempt: Attempt, placement: Placement | None) -> Running:
+        """The attempt has begun, or waits for its turn; returns at once.
+
+        Without a placement the one node that can do it is not there.
+        """
+        ...
+
+    def why_waiting(self) -> str:
+        """What an attempt that has not begun waits for."""
+        ...
+
+    def end_process(self, beat: Beat) -> None:
+        """The process that spoke last in `beat` will be gone, if it is one of the executor's."""
         ...
 
     def takes(self, action: Action) -> bool:
@@ -59,16 +80,19 @@ class Executor(Protocol):
 class RayTasks:
     """Ray never retries one: our records own the attempts. It dies with the process that asked."""
 
-    def start(self, root: str, attempt: Attempt) -> Running:
+    def nodes(self) -> Sequence[LiveNode]:
+        """The cluster's."""
+        return nodes.living_nodes()
+
+    def start(self, root: str, attempt: Attempt, placement: Placement | None) -> Running:
         """A task that the dashboard shows under the action's title."""
-        try:
-            place = _place(attempt.action.node)
-        except NodeLostError as error:
-            lost: Future[Mapping[str, Any]] = Future()
-            lost.set_exception(error)
-            return lost
-        task = ray.remote(run_action).options(
-            name=attempt.action.title, num_cpus=0, max_retries=0, **place
+        if placement is None:
+            return _lost(attempt)
+        task = ray.remote(run_on_ray).options(
+            name=attempt.title,
+            max_retries=0,
+            runtime_env={"env_vars": dict(priority.ENVIRONMENT)},
+            **nodes.options_of(placement),
         )
         return _RayTask(task.remote(root, attempt))
 
@@ -76,8 +100,23 @@ class RayTasks:
         """Every one: a node that is not of the cluster is a lost one."""
         return True
 
+    def why_waiting(self) -> str:
+        """A slot, most likely."""
+        return nodes.why_waiting()
+
+    def end_process(self, beat: Beat) -> None:
+        """By a task on its node."""
+        if beat.node is not None:
+            nodes.end_process(beat)
+
     def close(self) -> None:
         """Nothing is."""
+
+
+def run_on_ray(root: str, attempt: Attempt) -> Result:
+    """The action's effect is there; the task gives way to training while it works."""
+    priority.give_way()
+    return run_action(root, attempt, node=ray.get_runtime_context().get_node_id())
 
 
 class _RayTask:
@@ -94,13 +133,11 @@ class _RayTask:
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except OutOfMemory as error:
-            raise OutOfMemoryError(
-                "the task was killed: its node ran out of memory",
-                safe="nothing of the attempt is visible",
-                do="give tasks a node with more memory (custom resource ckpt_io)",
-            ) from error
+            why = "the task was killed: its node ran out of memory"
+            raise DiedError(why, OutOfMemoryError) from error
         except RayError as error:
-            raise TransientError(f"the task's worker or node died: {error}") from error
+            why = f"the task's worker or node died: {error}"
+            raise DiedError(why, TransientError) from error
 
     def cancel(self) -> None:
         ray.cancel(self._task, force=True)
@@ -112,7 +149,11 @@ class Threads:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt action")
 
-    def start(self, root: str, attempt: Attempt) -> Running:
+    def nodes(self) -> Sequence[LiveNode]:
+        """The host of this process, which takes one at a time."""
+        return [LiveNode(id="", name=socket.gethostname(), num_slots=1)]
+
+    def start(self, root: str, attempt: Attempt, placement: Placement | None) -> Running:
         """Begins when those before it have ended."""
         return self._pool.submit(run_action, root, attempt)
 
@@ -120,42 +161,26 @@ class Threads:
         """Whether it is not for another host alone."""
         return action.node is None or action.node.host == socket.gethostname()
 
+    def why_waiting(self) -> str:
+        """Its one thread, which a hanging attempt never gives back."""
+        return "waits for the one before it, which was given up, to let its thread go"
+
+    def end_process(self, beat: Beat) -> None:
+        """Nothing: it is this one."""
+
     def close(self) -> None:
         """Waits for what has begun; the rest never begins."""
         self._pool.shutdown(cancel_futures=True)
 
 
-def _place(node: Node | None) -> dict[str, Any]:
-    """What a task asks for: that very node, or a slot of `ckpt_io` on any.
-
-    On a node that it must run on it waits for nothing.
-    """
-    if node is None:
-        return {"resources": io_resources(ray.cluster_resources)}
-    found = find_node(node, ray.nodes())
-    if found is None:
-        raise NodeLostError(
-            f"{node.title} is not there",
-            safe="steps that were committed are untouched",
-            do="start Ray on that host again within two minutes, or leave it",
-        )
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=found, soft=False)}
-
-
-def find_node(node: Node, nodes: Iterable[Mapping[str, Any]]) -> str | None:
-    """Ray's id, among its `nodes`, of this one or of one that has joined on the same host since.
-
-    None if neither is alive.
-    """
-    alive = [n for n in nodes if n["Alive"]]
-    same = [n for n in alive if n["NodeID"] == node.id]
-    host = [n for n in alive if n["NodeManagerHostname"] == node.host]
-    return next((n["NodeID"] for n in (*same, *host)), None)
-
-
-def io_resources(cluster_resources: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """What a task asks for: a slot of `ckpt_io` where the cluster has any, else nothing at all.
-
-    Without the resource a task still never waits behind a trainer, but may land on any node.
-    """
-    return {IO_RESOURCE: 1.0} if IO_RESOURCE in cluster_resources() else {}
+def _lost(attempt: Attempt) -> Running:
+    """An attempt that has ended already: where its files lie nothing can be started."""
+    assert attempt.action.node is not None, "only what names its node may lack one"
+    error = NodeLostError(
+        f"{attempt.action.node.title} is not there",
+        safe="steps that were committed are untouched",
+        do="start Ray on that host again within two minutes, or leave it",
+    )
+    lost: Future[Mapping[str, Any]] = Future()
+    lost.set_exception(error)
+    return lost

@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.job_config import JobConfig
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from ray_ckpt.cluster.executors import IO_RESOURCE
+from ray_ckpt.cluster.nodes import IO_RESOURCE
 from ray_ckpt.cluster.submit import submit_job
 from ray_ckpt.core.errors import RayCkptError
 

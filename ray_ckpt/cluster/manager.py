@@ -91,15 +91,17 @@ def describe(root: str, done: Round) -> dict[str, Any]:
         "root": root,
         "run_id": done.observed.run_id,
         "checkpoints": {str(c.step): str(c.state) for c in done.observed.checkpoints},
-        "running": [action.title for action in done.running],
-        "waiting": [action.title for action in done.waiting],
+        "running": [flight.describe() for flight in done.running],
+        "waiting": [
+            {"title": action.title, "why": done.waits.get(action.key)} for action in done.waiting
+        ],
         "dead": [
             {"title": record.action.title, "error": record.error}
             for record in records
             if record.state is ActionState.DEAD
         ],
         "retrying": [r.action.title for r in records if r.state is ActionState.RETRY_WAIT],
-        "problems": [*standing_by, *done.planned.problems],
+        "problems": [*standing_by, *done.problems, *done.planned.problems],
         "is_idle": not (done.running or done.waiting),
     }
 

@@ -7,17 +7,20 @@ any line, the next one goes on. Whoever does not hold the lease changes nothing.
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from ray_ckpt.cluster.executors import Executor, Running
+from ray_ckpt.cluster.executors import Executor
+from ray_ckpt.cluster.in_flight import Flight, InFlight
 from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.admission import Start, admit, nodes_of_bytes
 from ray_ckpt.core.coalescing import superseded
 from ray_ckpt.core.draft import Ended
 from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.core.gathering import abandonments, forgettable, leftovers
 from ray_ckpt.core.lifecycle import ActionState
+from ray_ckpt.core.limits import Limits
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
 from ray_ckpt.core.settling import obeyed, overtaken, refused
@@ -27,7 +30,6 @@ from ray_ckpt.storage.lease import MANAGER, Lease
 
 log = logging.getLogger("ray_ckpt")
 
-MAX_RUNNING = 2
 ABANDONED_AFTER_S = 6 * 3600.0
 """A save or an export whose files have not changed for so long is given up and swept."""
 
@@ -38,20 +40,18 @@ class Round:
 
     observed: Observation
     planned: Plan
-    running: tuple[Action, ...]
-    """Actions in flight after the round."""
+    running: tuple[Flight, ...]
+    """Attempts in flight after the round."""
     waiting: tuple[Action, ...]
     """Actions that may start and have found no room yet."""
+    waits: Mapping[str, str]
+    """Why each of these waits, by its key."""
+    problems: tuple[str, ...]
+    """What keeps actions from beginning, as sentences."""
     standing_by: str | None = None
     """Who else holds the lease; None where the round has acted."""
     elsewhere: tuple[Action, ...] = ()
     """Actions that must be carried out where this process has no hand: on other hosts."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _InFlight:
-    record: ActionRecord
-    running: Running
 
 
 def every_action(action: Action) -> bool:
@@ -79,7 +79,7 @@ class Reconciler:
         self._owner = owner
         self._wants = wants
         self._lease: Lease | None = None
-        self._in_flight: dict[str, _InFlight] = {}
+        self._in_flight = InFlight(catalog.store, executor)
         self._observer = catalog.observer()
         self._teller: Teller | None = None
 
@@ -114,7 +114,7 @@ class Reconciler:
             log.warning("this process does not manage %s any more: %s", self._catalog.uri, error)
             self._lease.release()
             self._lease = None
-        self._in_flight.clear()
+        self._in_flight.forget()
         observed = self._observer.observe(now=now).at(now)
         planned = plan(observed, now=now)
         return Round(
@@ -122,20 +122,22 @@ class Reconciler:
             planned=planned,
             running=(),
             waiting=planned.actions,
+            waits={},
+            problems=(),
             standing_by=error.what,
         )
 
     def _act(self, now: float) -> Round:
         self._collect(now)
         observed = self._settle_records(self._observer.observe(now=now).at(now), now)
+        observed = self._rewrite(observed, self._given_up(observed.policy.limits, now))
         observed = self._give_up_drafts(observed, now)
         self._tell(observed, now)
         planned = plan(observed, now=now)
         elsewhere = [p.action for p in planned.planned if not self._executor.takes(p.action)]
+        # must come before the limits: an unwanted action would hold the room of a wanted one
         wanted = [a for a in planned.actions if self._wants(a) and a not in elsewhere]
-        for action in wanted:
-            if len(self._in_flight) < MAX_RUNNING and action.key not in self._in_flight:
-                self._start(action, observed.records.get(action.key), now)
+        waits = self._start_all(wanted, observed, now)
         for request in planned.settled:
             self._catalog.records.settle_request(request)
         self._tidy(observed, now)
@@ -143,10 +145,30 @@ class Reconciler:
         return Round(
             observed=replace(observed, requests=open_requests),
             planned=planned,
-            running=tuple(flight.record.action for flight in self._in_flight.values()),
+            running=self._in_flight.all(),
             waiting=tuple(action for action in wanted if action.key not in self._in_flight),
+            waits=waits,
+            problems=tuple(self._in_flight.problems()),
             elsewhere=tuple(elsewhere),
         )
+
+    def _start_all(
+        self, wanted: list[Action], observed: Observation, now: float
+    ) -> Mapping[str, str]:
+        """Whatever finds room has begun; why the others wait, by their keys."""
+        ready = [action for action in wanted if action.key not in self._in_flight]
+        if not ready:
+            return {}  # and nobody is asked for the nodes
+        admission = admit(
+            ready,
+            self._in_flight.occupants(),
+            limits=observed.policy.limits,
+            nodes=self._executor.nodes(),
+            near=nodes_of_bytes(ready, observed.records),
+        )
+        for start in admission.starts:
+            self._start(start, observed, now)
+        return admission.waits
 
     def _give_up_drafts(self, observed: Observation, now: float) -> Observation:
         """Staged saves of which something is lost for good say so, and wait for nothing more."""
@@ -167,6 +189,7 @@ class Reconciler:
             self._catalog.drafts.discard_parts(draft)
         for draft in forgettable(observed, now=now):
             self._catalog.drafts.forget(draft)
+        self._in_flight.sweep()
 
     def _tell(self, observed: Observation, now: float) -> None:
         """Whatever has changed since somebody told last is an event on storage, and a log line."""
@@ -194,9 +217,7 @@ class Reconciler:
         """What people want to become of actions; a task that is cancelled is stopped first."""
         changed = obeyed(observed, now=now)
         for record in changed:
-            flight = self._in_flight.pop(record.action.key, None)
-            if flight is not None:
-                flight.running.cancel()
+            self._in_flight.stop(record.action.key)
             log.info(
                 "%s is %s: %s", record.action.title, record.state, record.error or record.asked_by
             )
@@ -211,24 +232,46 @@ class Reconciler:
         changed = {record.action.key: record for record in records}
         return replace(observed, records={**observed.records, **changed})
 
-    def _start(self, action: Action, record: ActionRecord | None, now: float) -> None:
+    def _start(self, start: Start, observed: Observation, now: float) -> None:
         """The record says RUNNING before the task exists, so that no crash hides an attempt."""
+        action = start.action
+        record = observed.records.get(action.key)
         if record is None or record.state.is_terminal:
             record = ActionRecord(action=action)
         started = record.started(now)
         self._write(started)
-        epoch = self._held().epoch
-        attempt = Attempt(action=action, number=started.attempts, epoch=epoch)
-        running = self._executor.start(self._catalog.uri, attempt)
-        self._in_flight[action.key] = _InFlight(record=started, running=running)
-        log.info("started %s attempt=%d", action.title, started.attempts)
+        attempt = Attempt(
+            action=action,
+            number=started.attempts,
+            started_at=started.changed_at,
+            epoch=self._held().epoch,
+            beat_s=observed.policy.limits.beat_s,
+        )
+        self._in_flight.start(started, attempt, start.placement)
+        log.info("started %s node=%s", attempt.title, start.placement and start.placement.node.name)
 
     def _collect(self, now: float) -> None:
         """Records of the actions that have ended since the last round."""
-        for key, flight in list(self._in_flight.items()):
-            if flight.running.done():
-                self._write(_outcome(flight, now, jitter=random.random()))
-                del self._in_flight[key]
+        for flight in self._in_flight.take_ended():
+            self._write(self._outcome(flight, now))
+
+    def _outcome(self, flight: Flight, now: float) -> ActionRecord:
+        title = flight.attempt.title
+        try:
+            result = self._in_flight.result_of(flight)
+        except Exception as error:  # noqa: BLE001  what failed is in the record; the loop goes on
+            log.warning("failed %s: %s", title, error)
+            return flight.record.failed(error, now, jitter=random.random())
+        log.info("finished %s", title)
+        return flight.record.succeeded(result, now)
+
+    def _given_up(self, limits: Limits, now: float) -> list[ActionRecord]:
+        """Records of attempts of which nothing was heard for too long; these are stopped."""
+        records: list[ActionRecord] = []
+        for flight, error in self._in_flight.listen(limits):
+            log.warning("gave up %s: %s", flight.attempt.title, error)
+            records.append(flight.record.failed(error, now, jitter=random.random()))
+        return records
 
     def _write(self, record: ActionRecord) -> None:
         """Records have one writer: whoever holds the lease."""
@@ -238,14 +281,3 @@ class Reconciler:
     def _held(self) -> Lease:
         assert self._lease is not None, "taken at the beginning of the round"
         return self._lease
-
-
-def _outcome(flight: _InFlight, now: float, *, jitter: float) -> ActionRecord:
-    title = flight.record.action.title
-    try:
-        result = flight.running.result()
-    except Exception as error:  # noqa: BLE001  what failed is in the record; the loop goes on
-        log.warning("failed %s: %s", title, error)
-        return flight.record.failed(error, now, jitter=jitter)
-    log.info("finished %s", title)
-    return flight.record.succeeded(result, now)

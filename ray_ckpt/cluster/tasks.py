@@ -13,18 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
-
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.admission import NODE
 from ray_ckpt.core.copies import COPIED_AT
-from ray_ckpt.core.errors import IntegrityError, StorageError
-from ray_ckpt.core.lifecycle import ActionKind
+from ray_ckpt.core.errors import IntegrityError, LeaseHeldError, OutOfMemoryError, StorageError
+from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.beats import beating, first_beat, peak_rss_bytes
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.gathering import Guard, commit_draft, free, gather
-from ray_ckpt.storage.lease import MANAGER, LeaseGuard
+from ray_ckpt.storage.gathering import commit_draft, free, gather
+from ray_ckpt.storage.lease import MANAGER, Guard, LeaseGuard
+from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.promote import promote_copy
 from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.purging import purge_step
@@ -40,25 +41,95 @@ class Attempt:
 
     action: Action
     number: int
+    started_at: float
+    """As the action's record says: with the number it tells this attempt from every other one."""
     epoch: int
     """The manager's that planned it: what moves a checkpoint is refused under a later one."""
+    beat_s: float
+    """Seconds between two signs of life."""
+
+    @property
+    def title(self) -> str:
+        """What the dashboard calls it."""
+        again = f", attempt {self.number}" if self.number > 1 else ""
+        return f"{self.action.title}{again}"
+
+    @property
+    def beat_key(self) -> str:
+        """Where its signs of life are."""
+        return names.running_key(self.action.key, self.number)
 
 
-def run_action(root: str, attempt: Attempt) -> Result:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptGuard:
+    """Whether an attempt still counts: its manager holds the lease and waits for this very one."""
+
+    catalog: Catalog
+    attempt: Attempt
+
+    def __call__(self) -> None:
+        """Nothing, as long as it does.
+
+        Raises:
+            LeaseHeldError: another manager has taken over, or the attempt was given up.
+        """
+        attempt = self.attempt
+        LeaseGuard(store=self.catalog.store, role=MANAGER, epoch=attempt.epoch)()
+        record = self.catalog.records.action(attempt.action)
+        current = record.state, record.attempts, record.changed_at
+        if current != (ActionState.RUNNING, attempt.number, attempt.started_at):
+            raise LeaseHeldError(
+                f"attempt {attempt.number} of {attempt.action.title} was given up: the record says "
+                f"{record.state}, attempt {record.attempts}",
+                self.catalog.uri,
+                "nothing was changed by this attempt",
+            )
+
+
+def run_action(root: str, attempt: Attempt, *, node: str | None = None) -> Result:
     """The action's effect is there; returns what its record says about it.
 
-    What an attempt that failed said lies under `.ray_ckpt/logs/` then.
+    Tells that it lives and how far it is meanwhile; `node` is Ray's id of where that is. What an
+    attempt that failed said lies under `.ray_ckpt/logs/` then.
+
+    Raises:
+        OutOfMemoryError: this process may not take as much memory as it needs.
     """
-    action = attempt.action
     started = time.perf_counter()
     catalog = open_catalog(root)
-    guard = LeaseGuard(store=catalog.store, role=MANAGER, epoch=attempt.epoch)
-    try:
-        result = _RUNNERS[action.kind](catalog, action, guard)
-    except Exception:
-        _keep_log(catalog, attempt, traceback.format_exc())
-        raise
-    return {**result, "seconds": round(time.perf_counter() - started, 3), EPOCH: attempt.epoch}
+    guard = AttemptGuard(catalog=catalog, attempt=attempt)
+    first = first_beat(attempt_started_at=attempt.started_at, node=node)
+    with beating(catalog.store, attempt.beat_key, first=first, every_s=attempt.beat_s) as progress:
+        try:
+            result = _RUNNERS[attempt.action.kind](catalog, attempt.action, guard, progress)
+        except Exception as error:
+            _keep_log(catalog, attempt, traceback.format_exc())
+            if _is_lack_of_memory(error):
+                raise _out_of_memory(error) from error
+            raise
+    return {
+        **result,
+        "seconds": round(time.perf_counter() - started, 3),
+        EPOCH: attempt.epoch,
+        "host": socket.gethostname(),
+        NODE: node,
+    }
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Torch's allocator says it with a RuntimeError."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def _out_of_memory(error: Exception) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{socket.gethostname()} gave no more memory, after {peak_rss_bytes() / 1e9:.2f} GB: "
+        f"{str(error) or type(error).__name__}",
+        safe="nothing of the attempt is visible",
+        do="give tasks a node with more memory (custom resource ckpt_io)",
+    )
 
 
 def _keep_log(catalog: Catalog, attempt: Attempt, text: str) -> None:
@@ -70,36 +141,37 @@ def _keep_log(catalog: Catalog, attempt: Attempt, text: str) -> None:
         )
 
 
-def _verify(catalog: Catalog, action: Action, guard: Guard) -> Result:
+def _verify(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:
     """Reads every byte. Damage moves the step out of every reader's way."""
     try:
-        return _read(catalog, action)
+        return _read(catalog, action, progress)
     except IntegrityError:
         guard()
         catalog.quarantine(action.step)
         raise
 
 
-def _read(catalog: Catalog, action: Action) -> Result:
-    manifest = catalog.verify(action.step)
+def _read(catalog: Catalog, action: Action, progress: Progress) -> Result:
+    manifest = catalog.verify(action.step, progress=progress)
     return {"bytes": manifest.total_bytes, "files": len(manifest.files)}
 
 
-def _export(catalog: Catalog, action: Action, _: Guard) -> Result:
+def _export(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
     """The engine returns an export that is there already as it is."""
     from ray_ckpt.tensors.export import export_step  # torch, which the manager never needs
 
     assert action.export is not None, "an export action names its export"
-    manifest = export_step(catalog, catalog.manifest(action.step), action.export)
+    source = catalog.manifest(action.step)
+    manifest = export_step(catalog, source, action.export, progress=progress)
     return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
 
 
-def _publish(catalog: Catalog, action: Action, _: Guard) -> Result:
+def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
     """Looks at the destination first; the same content there means nothing is sent."""
     assert action.export is not None, "a publish action names its export"
     assert action.destination is not None, "and where it goes"
     export = catalog.export(action.export.name, action.step)
-    published = publish_export(catalog, export, action.destination)
+    published = publish_export(catalog, export, action.destination, progress=progress)
     return {
         "location": published.location,
         "bytes": published.bytes_sent,
@@ -109,26 +181,29 @@ def _publish(catalog: Catalog, action: Action, _: Guard) -> Result:
     }
 
 
-def _promote(catalog: Catalog, action: Action, guard: Guard) -> Result:
+def _promote(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:
     """Lets a name lead to a copy; a repeated run finds that it does."""
     assert action.pointer is not None, "a promote action says which name"
     publish = publish_of(action)
     content_id = str(catalog.records.action(publish).result.get("content_id"))
+    progress.begin(f"lets {action.pointer} lead to it")
     location = promote_copy(publish, action.pointer, content_id=content_id, guard=guard)
     return {"location": location, "step": action.step}
 
 
-def _purge(catalog: Catalog, action: Action, guard: Guard) -> Result:
+def _purge(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:
     """Looks once more whether the step may go; a repeated run finds it gone and says 0 bytes."""
     guard()
-    return {"bytes": purge_step(catalog, action, now=time.time())}
+    progress.begin("moves it to the trash")
+    return {"bytes": purge_step(catalog, action, now=time.time(), guard=guard)}
 
 
-def _retire(catalog: Catalog, action: Action, guard: Guard) -> Result:
+def _retire(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:
     """Removes one copy at its destination; a repeated run finds it gone."""
     publish = replace(action, kind=ActionKind.PUBLISH)
     made = catalog.records.action(publish)  # must be read first: a copy made anew is another one
     guard()
+    progress.begin("removes the copy")
     retired = retire_copy(catalog.uri, publish, content_id=made.result.get("content_id"))
     return {
         "place": retired.place,
@@ -137,34 +212,30 @@ def _retire(catalog: Catalog, action: Action, guard: Guard) -> Result:
     }
 
 
-def _gather(catalog: Catalog, action: Action, _: Guard) -> Result:
+def _gather(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
     """Sends what has not arrived yet, to a private place."""
     assert action.node is not None, "a gather names its node"
-    return {"bytes": gather(catalog, action.source_id, action.node), **_here()}
+    return {"bytes": gather(catalog, action.source_id, action.node, progress=progress)}
 
 
-def _commit(catalog: Catalog, action: Action, guard: Guard) -> Result:
+def _commit(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:
     """Makes the step visible; a repeated run finds it committed and says so."""
+    progress.begin("commits it")
     manifest = commit_draft(catalog, action.source_id, guard, now=time.time())
     return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
 
 
-def _free(catalog: Catalog, action: Action, _: Guard) -> Result:
+def _free(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
     """Removes the save's folder on its node; a repeated run finds it gone and says 0 bytes."""
     assert action.node is not None, "and so does what is freed"
-    return {"bytes": free(catalog, action.source_id, action.node), **_here()}
+    progress.begin("frees the disk")
+    return {"bytes": free(catalog, action.source_id, action.node)}
 
 
-def _here() -> Result:
-    """Where this runs, for who wonders whether it was the right node."""
-    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
-    return {"host": socket.gethostname(), "node": node}
-
-
-def _scrub(catalog: Catalog, action: Action, guard: Guard) -> Result:
+def _scrub(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:
     """Reads every byte once more. Of a damaged step nothing says any longer that it is verified."""
     try:
-        return _read(catalog, action)
+        return _read(catalog, action, progress)
     except IntegrityError:
         guard()
         catalog.records.forget_action(replace(action, kind=ActionKind.VERIFY))
@@ -172,7 +243,7 @@ def _scrub(catalog: Catalog, action: Action, guard: Guard) -> Result:
         raise
 
 
-_RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard], Result]] = {
+_RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard, Progress], Result]] = {
     ActionKind.VERIFY: _verify,
     ActionKind.EXPORT: _export,
     ActionKind.PUBLISH: _publish,

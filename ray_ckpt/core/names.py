@@ -16,6 +16,7 @@
         save-now.json                  the trainer is asked to save at its next step
         readers/500.<token>.json       somebody reads step 500: a heartbeat
         actions/<key>.json             what became of it
+        running/<key>-a<attempt>.json  an attempt that runs: a heartbeat, and how far it is
         staging/<attempt>/             unfinished work, private to one attempt
         staging/step-500.begun         object stores: what lies in step-500/ is ours and unfinished
         trash/step-500.<save id>/      purged, and back with `undo` until the grace time is over;
@@ -46,6 +47,7 @@ LEASES = f"{PRIVATE}/lease"
 READERS = f"{PRIVATE}/readers"
 REQUESTS = f"{PRIVATE}/requests"
 ACTIONS = f"{PRIVATE}/actions"
+RUNNING = f"{PRIVATE}/running"
 COMMANDS = f"{PRIVATE}/commands"
 DRAFTS = f"{PRIVATE}/drafts"
 EVENTS = f"{PRIVATE}/events"
@@ -64,6 +66,7 @@ _READER = re.compile(r"(0|[1-9][0-9]*)\.([0-9a-f]+)\.json")
 _DRAFT = re.compile(r"([0-9a-zA-Z]+)\.json")
 _TOKEN = 12
 """Characters of a save id that name its trainer; the number of its save follows."""
+_ATTEMPT = re.compile(r"([0-9a-f]+)-a([1-9][0-9]*)\.json")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PIN = re.compile(rf"ray_ckpt\.pin\.({_WORD.pattern})\.json")
 
@@ -240,6 +243,17 @@ def retired_key(folder: str) -> str:
 def action_key(key: str) -> str:
     """Key of the record of one action."""
     return f"{ACTIONS}/{key}.json"
+
+
+def running_key(key: str, attempt: int) -> str:
+    """Key of the heartbeat of attempt number `attempt` of an action."""
+    return f"{RUNNING}/{key}-a{attempt}.json"
+
+
+def parse_running(key: str) -> tuple[str, int] | None:
+    """The action's key and the attempt whose heartbeat lies under `key`, or None."""
+    match = _ATTEMPT.fullmatch(key.removeprefix(f"{RUNNING}/"))
+    return (match[1], int(match[2])) if match else None
 
 
 def request_key(key: str) -> str:

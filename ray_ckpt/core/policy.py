@@ -4,6 +4,7 @@
     [lifecycle.verify]          scrub_every_s = 604800
     [[lifecycle.export]]        name = "hf-bf16"    every_steps = 1000    best = 1
     [[lifecycle.publish]]       export = "hf-bf16"    to = "s3://bucket/models"    keep.latest = 5
+    [lifecycle.limits]          total = 8    per_node = 2    per_kind = { export = 1 }
 
 Knows what each field means and which do not go together; decides nothing about any step.
 """
@@ -15,6 +16,7 @@ from typing import Any, Literal, cast
 
 from ray_ckpt.core.config import Dtype, a_word, at_least, build, parse_toml
 from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.limits import Limits
 from ray_ckpt.core.retention import (
     KeepBest,
     KeepEvery,
@@ -226,6 +228,8 @@ class LifecyclePolicy:
     """What is kept; the default keeps everything."""
     verify: VerifyPolicy = dataclasses.field(default_factory=VerifyPolicy)
     """What is read again."""
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    """How much of all this runs at once."""
 
     def __post_init__(self) -> None:
         names = [export.name for export in self.export]

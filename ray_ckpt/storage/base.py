@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from ray_ckpt.storage.progress import UNTOLD, Progress
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
@@ -55,7 +57,7 @@ class Store(Protocol):
         """
         ...
 
-    def upload(self, source: Path, key: str) -> None:
+    def upload(self, source: Path, key: str, *, progress: Progress = UNTOLD) -> None:
         """Stream a local file of any size to `key`; readers see all of it or none."""
         ...
 
@@ -67,7 +69,7 @@ class Store(Protocol):
         """
         ...
 
-    def download(self, key: str, target: Path) -> None:
+    def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         """Stream the object into a local file, replacing it."""
         ...
 

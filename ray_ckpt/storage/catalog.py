@@ -28,6 +28,7 @@ from ray_ckpt.storage.drafts import Drafts
 from ray_ckpt.storage.listing import look_at_step, manifest_in, sizes_in
 from ray_ckpt.storage.observer import Observer, with_verdict
 from ray_ckpt.storage.pins import read_pins, write_pin
+from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.records import Records
 from ray_ckpt.storage.trash import Trash
 
@@ -151,17 +152,20 @@ class Catalog:
 
     # ---- whether it is still the same ----
 
-    def damage(self, step: int, *, part: slice = slice(None)) -> list[str]:
+    def damage(
+        self, step: int, *, part: slice = slice(None), progress: Progress = UNTOLD
+    ) -> list[str]:
         """Sentences about every file of a committed step that differs; reads every byte."""
-        return find_damage(self.store, names.step_dir(step), self.manifest(step), part=part)
+        folder, manifest = names.step_dir(step), self.manifest(step)
+        return find_damage(self.store, folder, manifest, part=part, progress=progress)
 
-    def verify(self, step: int) -> Manifest:
+    def verify(self, step: int, *, progress: Progress = UNTOLD) -> Manifest:
         """The manifest of a step whose every byte was read and is as the manifest says.
 
         Raises:
             IntegrityError: names each damaged file; storage is not touched.
         """
-        damage = self.damage(step)
+        damage = self.damage(step, progress=progress)
         if damage:
             raise step_errors.corrupt(self.uri, step, damage)
         return self.manifest(step)

@@ -24,6 +24,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.local import LocalStore, sync_folder, translated, write_synced
+from ray_ckpt.storage.progress import UNTOLD, Progress
 
 
 class Commit(Protocol):
@@ -45,7 +46,7 @@ class Commit(Protocol):
         """What a dead save left in `folder` is gone; for the one writer, before it contributes."""
         ...
 
-    def contribute(self, staging: Path, folder: str) -> None:
+    def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """What this process wrote to `staging` will be part of `folder`; still not visible."""
         ...
 
@@ -116,7 +117,7 @@ class RenameCommit:
     def clear(self, folder: str) -> None:
         """Nothing to do: a dead save never came so far."""
 
-    def contribute(self, staging: Path, folder: str) -> None:
+    def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """Nothing to do: the rename takes everything along."""
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:

@@ -21,6 +21,7 @@ from awscrt.checksums import crc64nvme  # pyright: ignore[reportMissingTypeStubs
 from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.progress import UNTOLD, Progress
 
 SHARD_ALGORITHM = "crc64nvme"
 STRONG_ALGORITHM = "sha256"
@@ -95,19 +96,23 @@ def digest_of(data: bytes, algorithm: str = STRONG_ALGORITHM) -> str:
     return digest.text()
 
 
-def describe_file(path: Path, name: str, algorithm: str) -> FileEntry:
+def describe_file(
+    path: Path, name: str, algorithm: str, *, progress: Progress = UNTOLD
+) -> FileEntry:
     """The manifest's line for a local file, read once."""
     with path.open("rb", buffering=0) as stream:
-        return _describe(cast(BinaryIO, stream), name, algorithm)
+        return _describe(cast(BinaryIO, stream), name, algorithm, progress=progress)
 
 
-def describe_object(store: Store, key: str, *, name: str, algorithm: str) -> FileEntry:
+def describe_object(
+    store: Store, key: str, *, name: str, algorithm: str, progress: Progress = UNTOLD
+) -> FileEntry:
     """The manifest's line for a stored object, read once."""
     with store.open_read(key) as stream:
-        return _describe(stream, name, algorithm)
+        return _describe(stream, name, algorithm, progress=progress)
 
 
-def _describe(stream: BinaryIO, name: str, algorithm: str) -> FileEntry:
+def _describe(stream: BinaryIO, name: str, algorithm: str, *, progress: Progress) -> FileEntry:
     digest = new_digest(algorithm)
     buffer = bytearray(_BLOCK_BYTES)
     view = memoryview(buffer)
@@ -115,11 +120,17 @@ def _describe(stream: BinaryIO, name: str, algorithm: str) -> FileEntry:
     while num_bytes := cast(Any, stream).readinto(buffer):
         digest.update(view[:num_bytes])
         size_bytes += num_bytes
+        progress.advance(num_bytes)
     return FileEntry(path=name, size_bytes=size_bytes, digest=digest.text())
 
 
 def find_damage(
-    store: Store, folder: str, manifest: Manifest, *, part: slice = slice(None)
+    store: Store,
+    folder: str,
+    manifest: Manifest,
+    *,
+    part: slice = slice(None),
+    progress: Progress = UNTOLD,
 ) -> list[str]:
     """Sentences about every file that differs from the manifest; empty if all are equal.
 
@@ -131,7 +142,8 @@ def find_damage(
     by_size = [text for entry in entries if (text := size_damage(entry, present))]
     if by_size:
         return by_size
-    compare = functools.partial(_digest_damage, store, folder)
+    progress.begin(f"reads {folder}", sum(entry.size_bytes for entry in entries))
+    compare = functools.partial(_digest_damage, store, folder, progress=progress)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         return [sentence for sentence in pool.map(compare, entries) if sentence]
 
@@ -148,12 +160,12 @@ def size_damage(entry: FileEntry, sizes: Mapping[str, int]) -> str | None:
     return None
 
 
-def _digest_damage(store: Store, folder: str, entry: FileEntry) -> str | None:
-    algorithm = entry.digest.partition(":")[0]
+def _digest_damage(
+    store: Store, folder: str, entry: FileEntry, *, progress: Progress
+) -> str | None:
+    key, algorithm = f"{folder}/{entry.path}", entry.digest.partition(":")[0]
     try:
-        found = describe_object(
-            store, f"{folder}/{entry.path}", name=entry.path, algorithm=algorithm
-        )
+        found = describe_object(store, key, name=entry.path, algorithm=algorithm, progress=progress)
     except ObjectNotFoundError:
         return f"{entry.path} is missing"
     if found.digest != entry.digest:

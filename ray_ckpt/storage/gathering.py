@@ -8,8 +8,8 @@ Each may run twice and be killed anywhere: what a run finds done it leaves as it
 """
 
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from ray_ckpt.core import names
@@ -18,14 +18,14 @@ from ray_ckpt.core.errors import IntegrityError, NodeLostError, UsageError
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.storage.lease import Guard
+from ray_ckpt.storage.progress import UNTOLD, Progress
 
-Guard = Callable[[], None]
-"""Raises LeaseHeldError once another manager has taken over."""
 _NUM_THREADS = 4
 _UNTOUCHED = "steps that were committed are untouched; nothing of this one is visible"
 
 
-def gather(catalog: Catalog, save_id: str, node: Node) -> int:
+def gather(catalog: Catalog, save_id: str, node: Node, *, progress: Progress = UNTOLD) -> int:
     """What the node, this one, holds of the draft has arrived; returns the bytes sent.
 
     Raises:
@@ -37,16 +37,20 @@ def gather(catalog: Catalog, save_id: str, node: Node) -> int:
     gone = [path for path in missing if not Path(path).is_file()]
     if gone:
         raise _gone(draft, node, gone)
+    # each is read twice, to be digested and to be sent
+    progress.begin("brings files", 2 * sum(entry.size_bytes for entry in missing.values()))
+    send = partial(_send, catalog, draft, progress=progress)
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         jobs = [
-            threads.submit(_send, catalog, draft, path=Path(path), entry=entry)
-            for path, entry in missing.items()
+            threads.submit(send, path=Path(path), entry=entry) for path, entry in missing.items()
         ]
     return sum(job.result() for job in jobs)
 
 
-def _send(catalog: Catalog, draft: Draft, *, path: Path, entry: FileEntry) -> int:
-    found = describe_file(path, entry.path, entry.digest.partition(":")[0])
+def _send(
+    catalog: Catalog, draft: Draft, *, path: Path, entry: FileEntry, progress: Progress
+) -> int:
+    found = describe_file(path, entry.path, entry.digest.partition(":")[0], progress=progress)
     if found != entry:
         raise IntegrityError(
             f"{entry.path} of step-{draft.step} is {found.digest}, the rank wrote {entry.digest}",
@@ -55,7 +59,8 @@ def _send(catalog: Catalog, draft: Draft, *, path: Path, entry: FileEntry) -> in
             "look at the node's disk; training goes on, and saves again",
         )
     folder = names.step_dir(draft.step)
-    catalog.store.upload(path, catalog.commit.waiting_key(folder, draft.save_id, entry.path))
+    key = catalog.commit.waiting_key(folder, draft.save_id, entry.path)
+    catalog.store.upload(path, key, progress=progress)
     return entry.size_bytes
 
 

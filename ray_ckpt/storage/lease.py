@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ MANAGER = "manager"
 BEAT_S = 2.0
 PATIENCE_S = 20.0
 """A holder that has not been heard of for so long has lost its lease."""
+Guard = Callable[[], None]
+"""Raises LeaseHeldError once whoever was given it does not count any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

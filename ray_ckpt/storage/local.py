@@ -25,6 +25,7 @@ from ray_ckpt.core.errors import (
     UsageError,
 )
 from ray_ckpt.storage.base import ObjectInfo
+from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _TEMPORARY = ".tmp-"
 _KINDS: dict[int, type[StorageError]] = {
@@ -105,11 +106,12 @@ class LocalStore:
             self.path(key).hardlink_to(temporary)
             sync_folder(self.path(key).parent)
 
-    def upload(self, source: Path, key: str) -> None:
-        """Copied beside, synced, renamed into place."""
+    def upload(self, source: Path, key: str, *, progress: Progress = UNTOLD) -> None:
+        """Copied beside, synced, renamed into place; told of as a whole."""
         with translated(self.path(key)), self._temporary(key) as temporary:
             shutil.copyfile(source, temporary)
             sync_file(temporary)
+            progress.advance(temporary.stat().st_size)
             temporary.replace(self.path(key))
             sync_folder(self.path(key).parent)
 
@@ -117,10 +119,11 @@ class LocalStore:
         """Copied beside, synced, renamed into place."""
         self.upload(self.path(source), target)
 
-    def download(self, key: str, target: Path) -> None:
-        """A plain copy."""
+    def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
+        """A plain copy, told of as a whole."""
         with translated(self.path(key)):
             shutil.copyfile(self.path(key), target)
+            progress.advance(target.stat().st_size)
 
     def point(self, key: str, name: str) -> None:
         """A symbolic link, made beside and renamed over: at every moment it leads somewhere."""

@@ -19,6 +19,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import ObjectInfo, Store
 from ray_ckpt.storage.drafts import drafts_at
 from ray_ckpt.storage.listing import manifest_in, sizes_in
+from ray_ckpt.storage.progress import UNTOLD, Progress
 
 
 class MarkerCommit:
@@ -51,7 +52,7 @@ class MarkerCommit:
             self._store.delete(remains)
         self._store.delete([note])
 
-    def contribute(self, staging: Path, folder: str) -> None:
+    def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """Uploads the files; without a manifest nobody counts them.
 
         The note comes first, so that the remains of a dead save are not taken for foreign files.
@@ -60,7 +61,8 @@ class MarkerCommit:
         if paths:
             self._store.write(names.begun_key(folder), b"")
         for path in paths:
-            self._store.upload(path, f"{folder}/{path.relative_to(staging).as_posix()}")
+            key = f"{folder}/{path.relative_to(staging).as_posix()}"
+            self._store.upload(path, key, progress=progress)
             path.unlink()
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:

@@ -9,18 +9,14 @@ copy is looked at first, and no byte of it is touched. Nothing else here follows
 no step.
 """
 
-from collections.abc import Callable
-
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.hub import promote_on_hub
+from ray_ckpt.storage.lease import Guard
 from ray_ckpt.storage.listing import manifest_in
-
-Guard = Callable[[], None]
-"""Raises once it is not ours any more to change anything."""
 
 
 def promote_copy(publish: Action, pointer: str, *, content_id: str, guard: Guard) -> str:

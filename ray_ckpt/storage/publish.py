@@ -21,6 +21,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file, size_damage
 from ray_ckpt.storage.hub import publish_to_hub
 from ray_ckpt.storage.listing import manifest_in, sizes_in
+from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.retire import finish_retiring
 
 
@@ -34,7 +35,9 @@ class Published:
     """0 if the very same export was there already."""
 
 
-def publish_export(catalog: Catalog, export: ExportView, destination: str) -> Published:
+def publish_export(
+    catalog: Catalog, export: ExportView, destination: str, *, progress: Progress = UNTOLD
+) -> Published:
     """The export is at `destination`, proven equal to what left.
 
     A second run is harmless: the same content found at the destination is left as it is, and
@@ -47,10 +50,12 @@ def publish_export(catalog: Catalog, export: ExportView, destination: str) -> Pu
     """
     scheme = destination.partition("://")[0] if "://" in destination else ""
     publisher = _PUBLISHERS.get(scheme, _publish_to_root)
-    return publisher(catalog, export, destination)
+    return publisher(catalog, export, destination, progress)
 
 
-def _publish_to_root(catalog: Catalog, export: ExportView, destination: str) -> Published:
+def _publish_to_root(
+    catalog: Catalog, export: ExportView, destination: str, progress: Progress
+) -> Published:
     target = open_catalog(destination)
     folder = names.export_dir(export.name, export.step)
     location = f"{target.uri}/{folder}"
@@ -67,8 +72,9 @@ def _publish_to_root(catalog: Catalog, export: ExportView, destination: str) -> 
         )
     staging = target.commit.staging(f"publish-{uuid.uuid4().hex}")
     try:
-        copy_files(catalog.store, folder, export.manifest.files, staging)
-        target.commit.contribute(staging, folder)
+        copy_files(catalog.store, folder, export.manifest.files, staging, progress=progress)
+        progress.begin(f"sends {export.name} to {destination}", export.manifest.total_bytes)
+        target.commit.contribute(staging, folder, progress=progress)
         target.commit_export(staging, export.name, export.manifest)
     except BaseException:
         target.commit.discard(staging)
@@ -77,12 +83,15 @@ def _publish_to_root(catalog: Catalog, export: ExportView, destination: str) -> 
     return Published(location=location, bytes_sent=export.manifest.total_bytes)
 
 
-def _publish_to_hub(catalog: Catalog, export: ExportView, destination: str) -> Published:
+def _publish_to_hub(
+    catalog: Catalog, export: ExportView, destination: str, progress: Progress
+) -> Published:
     staging = catalog.commit.staging(f"publish-{uuid.uuid4().hex}")
 
     def fill() -> Path:
         folder = names.export_dir(export.name, export.step)
-        copy_files(catalog.store, folder, export.manifest.files, staging)
+        copy_files(catalog.store, folder, export.manifest.files, staging, progress=progress)
+        progress.begin(f"sends {export.name} to {destination}")  # its client counts for itself
         (staging / names.MANIFEST).write_bytes(export.manifest.to_json())
         return staging
 
@@ -93,22 +102,31 @@ def _publish_to_hub(catalog: Catalog, export: ExportView, destination: str) -> P
     return Published(location=location, bytes_sent=bytes_sent)
 
 
-_PUBLISHERS: dict[str, Callable[[Catalog, ExportView, str], Published]] = {
+_PUBLISHERS: dict[str, Callable[[Catalog, ExportView, str, Progress], Published]] = {
     "hf": _publish_to_hub,
 }
 
 
-def copy_files(store: Store, folder: str, entries: tuple[FileEntry, ...], target: Path) -> None:
+def copy_files(
+    store: Store,
+    folder: str,
+    entries: tuple[FileEntry, ...],
+    target: Path,
+    *,
+    progress: Progress = UNTOLD,
+) -> None:
     """Local copies of these files below `target`, each proven equal to its entry.
 
     Raises:
         IntegrityError: a file differs from its entry.
     """
+    progress.begin(f"reads {folder}", 2 * sum(entry.size_bytes for entry in entries))
     for entry in entries:
         path = target / entry.path
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.download(f"{folder}/{entry.path}", path)
-        found = describe_file(path, entry.path, entry.digest.partition(":")[0])
+        store.download(f"{folder}/{entry.path}", path, progress=progress)
+        algorithm = entry.digest.partition(":")[0]
+        found = describe_file(path, entry.path, algorithm, progress=progress)
         if found != entry:
             raise IntegrityError(
                 f"{entry.path} is {found.digest}, its manifest says {entry.digest}",

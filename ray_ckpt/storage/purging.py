@@ -7,16 +7,18 @@ from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.purging import Standing, reasons_to_stay
 from ray_ckpt.core.reconcile import holds_of
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.lease import Guard
 from ray_ckpt.storage.readers import living_readers, readers_by_step
 
 
-def purge_step(catalog: Catalog, action: Action, *, now: float) -> int:
+def purge_step(catalog: Catalog, action: Action, *, now: float, guard: Guard = lambda: None) -> int:
     """Bytes of the step, which lies in the trash now; 0 if it was gone already.
 
-    `now` decides which pins hold, in seconds since the epoch. A second run is harmless: it finds
-    nothing in place.
+    `now` decides which pins hold, in seconds since the epoch; `guard`, called last, says whether
+    the caller still counts. A second run is harmless: it finds nothing in place.
 
     Raises:
+        LeaseHeldError: from `guard`; the step is untouched.
         PurgeRefusedError: something speaks for keeping it; it is untouched.
         UsageError: its folder, or the trash, is a symbolic link.
     """
@@ -29,6 +31,7 @@ def purge_step(catalog: Catalog, action: Action, *, now: float) -> int:
         reasons = reasons_to_stay(_standing(catalog, manifest, observed, now), action)
         if reasons:
             raise _refused(catalog, action.step, reasons)
+        guard()  # must come last: the looks before it take as long as a silent reader may
         catalog.trash(action.step)
     except StepNotFoundError:
         return 0  # somebody else took it meanwhile

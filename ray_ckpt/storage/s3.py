@@ -23,6 +23,7 @@ from ray_ckpt.core.errors import (
     UsageError,
 )
 from ray_ckpt.storage.base import ObjectInfo
+from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _BLOCK_BYTES = 8 << 20
 _BATCH_KEYS = 1000
@@ -103,20 +104,20 @@ class S3Store:
             if self.read(key) != data:
                 raise ObjectExistsError("something is there already", self._where(key)) from error
 
-    def upload(self, source: Path, key: str) -> None:
-        """One PUT, or a multipart upload whose completion makes it visible."""
+    def upload(self, source: Path, key: str, *, progress: Progress = UNTOLD) -> None:
+        """One PUT, or a multipart upload whose completion makes it visible; told of by parts."""
         with translated(self._where(key)):
-            self._file_system.put_file(str(source), self._path(key))
+            self._file_system.put_file(str(source), self._path(key), callback=_Told(progress))
 
     def copy(self, source: str, target: str) -> None:
         """Server-side; in parts where the object is larger than 5 GB."""
         with translated(self._where(source)):
             self._file_system.cp_file(self._path(source), self._path(target))
 
-    def download(self, key: str, target: Path) -> None:
+    def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         """One streamed GET."""
         with translated(self._where(key)):
-            self._file_system.get_file(self._path(key), str(target))
+            self._file_system.get_file(self._path(key), str(target), callback=_Told(progress))
 
     def point(self, key: str, name: str) -> None:
         """One PUT."""
@@ -218,6 +219,20 @@ class S3Store:
             modified_at=modified.timestamp() if modified else 0.0,
             version=info.get("ETag", ""),
         )
+
+
+class _Told:
+    """As much of an fsspec callback as s3fs calls."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def set_size(self, size: int | None) -> None:
+        """Known already."""
+
+    def relative_update(self, inc: int = 1) -> None:
+        """So many bytes more have been sent, or have come."""
+        self._progress.advance(inc)
 
 
 @contextlib.contextmanager

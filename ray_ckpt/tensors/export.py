@@ -10,9 +10,13 @@ tensors it is made of.
 
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
@@ -21,17 +25,19 @@ from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.listing import manifest_in
+from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.export_files import write_companions, write_tensors
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_export
 from ray_ckpt.tensors.reader import read_asset, read_tensors
+from ray_ckpt.tensors.recording import TensorSpec
 
-Progress = Callable[[int, int], None]
-"""Called with shards done and shards in all."""
+Read = Callable[[Sequence[str]], dict[str, Tensor]]
+"""The step's own tensors by their names, whole and on the CPU."""
 
 
 def export_step(
-    catalog: Catalog, manifest: Manifest, spec: ExportSpec, *, progress: Progress = lambda *_: None
+    catalog: Catalog, manifest: Manifest, spec: ExportSpec, *, progress: Progress = UNTOLD
 ) -> Manifest:
     """The export is in `exports/<name>/step-<n>`, whole; returns its manifest.
 
@@ -63,18 +69,28 @@ def _export(catalog: Catalog, manifest: Manifest, spec: ExportSpec, progress: Pr
     staging = catalog.commit.staging(f"export-{uuid.uuid4().hex}")
     try:
         _refuse_without_room(staging, plan.total_bytes)
-        for done, shard in enumerate(plan.shards):
-            progress(done, len(plan.shards))
-            write_shard(catalog, manifest, plan, shard, folder=staging)
+        progress.begin(f"exports {spec.name}", _work_bytes(manifest, plan))
+        read = partial(read_tensors, catalog, manifest, progress=progress)
+        for shard in plan.shards:
+            write_shard(plan, shard, read=read, folder=staging)
+            progress.advance(shard.size_bytes)
         write_companions(_assets(catalog, manifest), plan, manifest, staging)
-        export = _manifest(manifest, spec, staging)
+        export = _manifest(manifest, spec, staging, progress=progress)
         _expect_the_same(catalog, manifest)  # a trainer that rolls back asks no reader
         catalog.commit_export(staging, spec.name, export)
     except BaseException:
         catalog.commit.discard(staging)
         raise
-    progress(len(plan.shards), len(plan.shards))
     return export
+
+
+def _work_bytes(manifest: Manifest, plan: ExportPlan) -> int:
+    """Of all that is done: sources are read, outputs written and then digested."""
+    sizes = {
+        entry.name: TensorSpec(shape=entry.shape, dtype=getattr(torch, entry.dtype)).size_bytes
+        for entry in manifest.tensors
+    }
+    return sum(sizes[key] for shard in plan.shards for key in shard.sources) + 2 * plan.total_bytes
 
 
 def _expect_the_same(catalog: Catalog, manifest: Manifest) -> None:
@@ -88,11 +104,9 @@ def _expect_the_same(catalog: Catalog, manifest: Manifest) -> None:
         )
 
 
-def write_shard(
-    catalog: Catalog, manifest: Manifest, plan: ExportPlan, shard: OutputShard, *, folder: Path
-) -> None:
+def write_shard(plan: ExportPlan, shard: OutputShard, *, read: Read, folder: Path) -> None:
     """One output file, written and synced."""
-    sources = read_tensors(catalog, manifest, shard.sources)
+    sources = read(shard.sources)
     made = plan.recording.run(shard.outputs, sources.pop)  # let go once it is used
     write_tensors(made, plan, folder / shard.file)
 
@@ -144,9 +158,11 @@ def _assets(catalog: Catalog, manifest: Manifest) -> dict[str, bytes]:
     return {path.removeprefix(prefix): data for path, data in read.items() if data is not None}
 
 
-def _manifest(source: Manifest, spec: ExportSpec, folder: Path) -> Manifest:
+def _manifest(source: Manifest, spec: ExportSpec, folder: Path, *, progress: Progress) -> Manifest:
     files: list[FileEntry] = [
-        describe_file(path, path.relative_to(folder).as_posix(), STRONG_ALGORITHM)
+        describe_file(
+            path, path.relative_to(folder).as_posix(), STRONG_ALGORITHM, progress=progress
+        )
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]

@@ -24,6 +24,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
+from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.ranks import causes, expect_one_process, ours, sentence
 
@@ -82,10 +83,15 @@ def step_reader(catalog: Catalog, manifest: Manifest) -> DcpReader:
 class _Planner(DefaultLoadPlanner):
     """Torch's planner, but for what is not a tensor: plain values, unless the pickles are ours."""
 
-    def __init__(self, reader: StorageReader) -> None:
+    def __init__(self, reader: StorageReader, progress: Progress) -> None:
         super().__init__()
+        self._progress = progress
         self._where = str(getattr(reader, "uri", ""))
         self._runs_pickles = bool(getattr(reader, "runs_pickles", False))
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Torch calls this once a piece has arrived."""
+        self._progress.advance(tensor.nbytes)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """One value that is no tensor, in its place."""
@@ -102,19 +108,26 @@ class _Planner(DefaultLoadPlanner):
         set_element(self.original_state_dict, self.mappings[name], loaded)
 
 
-def read_tensors(catalog: Catalog, manifest: Manifest, keys: Sequence[str]) -> dict[str, Tensor]:
+def read_tensors(
+    catalog: Catalog, manifest: Manifest, keys: Sequence[str], *, progress: Progress = UNTOLD
+) -> dict[str, Tensor]:
     """These tensors, whole and on the CPU, in this process alone."""
     entries = {entry.name: entry for entry in manifest.tensors}
     state_dict = {
         key: torch.empty(entries[key].shape, dtype=getattr(torch, entries[key].dtype))
         for key in keys
     }
-    load_into(state_dict, step_reader(catalog, manifest), process_group=None)
+    reader = step_reader(catalog, manifest)
+    load_into(state_dict, reader, process_group=None, progress=progress)
     return state_dict
 
 
 def load_into(
-    state_dict: dict[str, Any], reader: StorageReader, *, process_group: dist.ProcessGroup | None
+    state_dict: dict[str, Any],
+    reader: StorageReader,
+    *,
+    process_group: dist.ProcessGroup | None,
+    progress: Progress = UNTOLD,
 ) -> None:
     """Every tensor of `state_dict` filled in place, every other entry replaced.
 
@@ -128,7 +141,7 @@ def load_into(
         dcp.load(
             state_dict,
             storage_reader=reader,
-            planner=_Planner(reader),
+            planner=_Planner(reader, progress),
             process_group=process_group,
             no_dist=process_group is None,
         )

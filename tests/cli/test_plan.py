@@ -4,15 +4,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import AuthorizationError
+from ray_ckpt.core.limits import Limits
+from ray_ckpt.core.names import running_key
 from ray_ckpt.core.policy import ExportPolicy, LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.wanted import verify_action
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.beats import first_beat
 from tests.cli.conftest import Answer
 from tests.roots import make_root, snapshot
 
@@ -135,3 +139,25 @@ def test_planning_imports_neither_torch_nor_ray(run_root: str) -> None:
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, run_root], check=True, timeout=60)
+
+
+def test_what_finds_no_room_says_which_limit_keeps_it_waiting(cli: Cli, root: str) -> None:
+    make_root(root, (10, 20), LifecyclePolicy(limits=Limits(total=1)))
+    actions = cli("plan", root, "--json").json["actions"]
+    assert [a["not_now"] for a in actions] == [None, "1 action runs already, limits.total"]
+
+
+def test_what_runs_says_how_far_it_is(cli: Cli, run_root: str) -> None:
+    catalog = open_catalog(run_root)
+    record = ActionRecord(action=verify_action(catalog.checkpoint(10))).started(0.0)
+    catalog.records.write_action(record)
+    beat = replace(
+        first_beat(attempt_started_at=0.0, node=None), doing="reads step-10", done_bytes=3
+    )
+    key = running_key(record.action.key, 1)
+    catalog.store.write(key, replace(beat, total_bytes=4).to_json())
+    actions = cli("plan", run_root, "--json").json["actions"]
+    assert actions[0]["not_now"].endswith(", attempt 1, reads step-10 75 %")
+    assert "running: verify step-10: reads step-10 75 %" in cli("ls", run_root).out
+    catalog.store.write(key, replace(beat, attempt_started_at=-1.0).to_json())
+    assert "running" not in cli("ls", run_root).out  # an older attempt's

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ray
 
+from ray_ckpt.cluster.nodes import IO_RESOURCE
 from tests.waiting import wait_for
 
 _RAY = str(Path(sys.executable).parent / "ray")
@@ -47,16 +48,25 @@ class Nodes:
         self._address = address
         self._nodes: list[Node] = []
 
-    def add(self) -> Node:
-        """A node that tasks and actors may run on from now on."""
+    def add(self, *, num_gpus: int = 0, num_slots: int = 0, **environment: str) -> Node:
+        """A node that tasks and actors may run on from now on.
+
+        `num_slots` are slots of `ckpt_io`; without any, no task after a save goes there.
+        """
         label = uuid.uuid4().hex
+        slots = {IO_RESOURCE: num_slots} if num_slots else {}
         command = [
             *(_RAY, "start", "--block", "--disable-usage-stats"),
-            *("--address", self._address, "--num-cpus", "1"),
-            *("--resources", json.dumps({TRAINER: 1, label: 1})),
+            *("--address", self._address, "--num-cpus", "1", "--num-gpus", str(num_gpus)),
+            *("--resources", json.dumps({TRAINER: 1, label: 1, **slots})),
         ]
         # a session of its own: what the node starts can be killed with it, and nothing else
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
         node = Node(label=label, process=process)
         self._nodes.append(node)
         wait_for(node.find_id)

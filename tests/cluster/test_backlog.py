@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from ray_ckpt.cluster.executors import Running, Threads
 from ray_ckpt.cluster.reconciler import Reconciler
 from ray_ckpt.cluster.tasks import Attempt, Result, run_action
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.admission import LiveNode, Placement
+from ray_ckpt.core.beats import Beat
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
@@ -36,7 +38,19 @@ class SlowUploads:
         is_busy = self._upload is not None and not self._upload.done()
         return action.kind is not ActionKind.PUBLISH or not is_busy
 
-    def start(self, root: str, attempt: Attempt) -> Running:
+    def nodes(self) -> Sequence[LiveNode]:
+        return [LiveNode(id="", name="here")]
+
+    def takes(self, action: Action) -> bool:
+        return True
+
+    def why_waiting(self) -> str:
+        return "waits for a thread"
+
+    def end_process(self, beat: Beat) -> None:
+        pass
+
+    def start(self, root: str, attempt: Attempt, placement: Placement | None) -> Running:
         running = self._pool.submit(self._run, root, attempt)
         if attempt.action.kind is ActionKind.PUBLISH:
             self._upload = running

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import ray
 
-from ray_ckpt.cluster.executors import RayTasks, find_node
-from ray_ckpt.core.draft import Node
+from ray_ckpt.cluster.executors import RayTasks
 from ray_ckpt.core.lifecycle import ActionKind, CheckpointState
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
@@ -72,16 +71,6 @@ def test_a_node_that_dies_before_it_was_drained_takes_only_what_was_never_commit
     assert f"node lost: {HERE} (node {ids[1][:8]}) held 1 files of step-5" in (lost.problem or "")
     assert [path for path in (tmp_path / "disks").rglob("*") if path.is_file()] == []
     assert loaded(root) == (4, {4.0})
-
-
-def test_a_node_is_found_by_its_id_and_one_that_has_joined_again_by_its_host() -> None:
-    def alive(name: str, host: str, is_alive: bool = True) -> dict[str, Any]:
-        return {"NodeID": name, "NodeManagerHostname": host, "Alive": is_alive}
-
-    node = Node(host="a", id="1")
-    assert find_node(node, [alive("2", "a"), alive("1", "a")]) == "1"
-    assert find_node(node, [alive("1", "a", False), alive("2", "a"), alive("3", "b")]) == "2"
-    assert find_node(node, [alive("1", "a", False), alive("3", "b")]) is None
 
 
 @pytest.mark.ray

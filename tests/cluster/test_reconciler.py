@@ -133,7 +133,7 @@ def test_a_task_that_was_planned_by_an_earlier_manager_moves_no_checkpoint(root:
     second.round(time.time())
     action = purge_action(catalog.checkpoint(10), grace_s=0.0)
     with pytest.raises(LeaseHeldError, match="epoch 2 has taken over from our epoch 1"):
-        run_action(root, Attempt(action=action, number=1, epoch=1))
+        run_action(root, Attempt(action=action, number=1, started_at=1.0, epoch=1, beat_s=1.0))
     assert 10 in states(catalog)
     assert states(catalog)[10] is not CheckpointState.TRASHED
     second.close()

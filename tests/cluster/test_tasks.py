@@ -27,13 +27,24 @@ def carry_out(catalog: Catalog, action: Action) -> Mapping[str, Any]:
     """What the action's task says, asked by a manager that holds the lease; recorded as usual."""
     lease = Lease(catalog.store, MANAGER, owner="test")
     lease.acquire()
+    record = ActionRecord(action=action).started(time.time())
+    catalog.records.write_action(record)
     try:
-        result = run_action(catalog.uri, Attempt(action=action, number=1, epoch=lease.epoch))
+        result = run_action(catalog.uri, attempt_of(record, epoch=lease.epoch))
     finally:
         lease.release()
-    record = ActionRecord(action=action).started(time.time())
     catalog.records.write_action(record.succeeded(result, time.time()))
     return result
+
+
+def attempt_of(record: ActionRecord, *, epoch: int) -> Attempt:
+    return Attempt(
+        action=record.action,
+        number=record.attempts,
+        started_at=record.changed_at,
+        epoch=epoch,
+        beat_s=0.1,
+    )
 
 
 def test_a_scrub_of_a_good_step_leaves_it_verified(root: str) -> None:

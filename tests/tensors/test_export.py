@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
+from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export import export_step, write_shard
 from ray_ckpt.tensors.export_plan import plan_export
@@ -101,8 +103,9 @@ def test_several_shards_hold_every_tensor_once_and_the_plan_says_where(
     plan = plan_export(catalog, manifest, FP32, max_shard_bytes=limit)
     assert len(plan.shards) > 2
     written: dict[str, str] = {}
+    read = partial(read_tensors, catalog, manifest)
     for shard in plan.shards:
-        write_shard(catalog, manifest, plan, shard, folder=tmp_path)
+        write_shard(plan, shard, read=read, folder=tmp_path)
         with safe_open(tmp_path / shard.file, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert set(tensors) == set(shard.outputs)
@@ -255,8 +258,12 @@ def test_the_model_card_opens_with_the_front_matter_the_hub_reads(folder: Path) 
     assert "| loss |" in text
 
 
-def test_progress_is_told_from_none_to_all(saved_root: Path) -> None:
-    catalog = open_catalog(str(saved_root))
-    told: list[tuple[int, int]] = []
-    export_step(catalog, catalog.manifest(9), FP32, progress=lambda *p: told.append(p))
-    assert told == [(0, 1), (1, 1)]
+def test_every_byte_that_is_read_written_and_digested_is_told_of(saved_root: Path) -> None:
+    catalog, progress = open_catalog(str(saved_root)), Progress()
+    manifest = catalog.manifest(9)
+    made = export_step(catalog, manifest, FP32, progress=progress)
+    doing, done, total = progress.seen()
+    assert doing == "exports hf-fp32"
+    companions = sum(e.size_bytes for e in made.files if not e.path.endswith(".safetensors"))
+    assert total is not None
+    assert total < done < total + companions + 10_000  # and the header of a safetensors file
