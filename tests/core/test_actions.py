@@ -36,7 +36,6 @@ OTHERS = [
     replace(ACTION, export=ExportSpec(name="hf-bf16", dtype="float32")),
     replace(ACTION, destination=None),
     replace(ACTION, destination="hf://org/other"),
-    replace(ACTION, node="c0ffee"),
     replace(ACTION, grace_s=None),
     replace(ACTION, grace_s=61.0),
     replace(ACTION, pointer="latest"),
