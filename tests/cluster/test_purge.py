@@ -38,10 +38,10 @@ from ray_ckpt.cluster.reconciler import Reconciler
 from ray_ckpt.storage.backends import open_catalog
 
 class Mortal(Threads):
-    def start(self, root, attempt):
+    def start(self, root, attempt, placement):
         if attempt.action.kind == sys.argv[2]:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().start(root, attempt)
+        return super().start(root, attempt, placement)
 
 manager = Reconciler(open_catalog(sys.argv[1]), Mortal(), owner="manager of another process")
 while True:
