@@ -76,6 +76,7 @@ def test_a_staged_save_is_no_checkpoint_until_all_of_it_was_brought(
     assert [p.key for p in catalog.store.list_objects(".ray_ckpt/drafts")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["async", "process"])
 def test_every_mode_stages_and_saves_go_on_beside_what_is_still_to_be_brought(
     root: str, disks: Path, mode: Mode
@@ -88,6 +89,7 @@ def test_every_mode_stages_and_saves_go_on_beside_what_is_still_to_be_brought(
     assert saved_steps(root) == [5, 6]
 
 
+@pytest.mark.slow
 def test_each_host_brings_its_own_part_and_the_first_says_which_others_are_needed(
     root: str, disks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +111,7 @@ def test_each_host_brings_its_own_part_and_the_first_says_which_others_are_neede
     assert catalog.observe().drafts == ()
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_takes_only_what_was_never_committed_and_says_so(
     durable: str, disks: Path
 ) -> None:
@@ -170,6 +173,7 @@ def test_an_abandoned_save_is_told_of_for_the_grace_time_and_then_forgotten(
     assert ("checkpoint.purged", 5) in whats
 
 
+@pytest.mark.slow
 def test_a_roll_back_happens_when_the_new_branch_is_committed_and_not_before(
     durable: str, disks: Path
 ) -> None:
@@ -184,6 +188,7 @@ def test_a_roll_back_happens_when_the_new_branch_is_committed_and_not_before(
     assert trashed == {5, 6}
 
 
+@pytest.mark.slow
 def test_what_was_staged_by_a_run_that_died_gives_way_to_the_one_that_did_it_again(
     durable: str, disks: Path
 ) -> None:
