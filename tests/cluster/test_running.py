@@ -191,7 +191,7 @@ def test_an_export_whose_node_dies_is_made_once_on_another(
     # Ray takes some time to miss a node that told nobody that it goes
     (record,) = manager.until_all(ActionKind.EXPORT, ActionState.SUCCEEDED, timeout_s=110.0)
     assert record.attempts == 2
-    assert record.result[NODE] in {node.find_id() for node in both} - {home, None}
+    assert record.result[NODE] not in (home, None)
     assert [e.step for e in manager.catalog.observe().exports] == [10]
     manager.catalog.commit.sweep(prefix="", idle_s=0.0, now=1e12)
     assert manager.catalog.store.list_folders(".ray_ckpt/staging") == []
@@ -207,7 +207,8 @@ def test_actions_run_beside_a_trainer_that_holds_every_cpu_and_gpu_close_to_the_
     make_root(root, (10, 20), policy)
     both = [nodes.add(num_gpus=1, num_slots=1), nodes.add(num_gpus=1, num_slots=1)]
     trainer = {"CPU": 1.0, "GPU": 1.0}
-    everything = [trainer, trainer, {"CPU": ray.cluster_resources()["CPU"] - 2}]
+    head = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
+    everything = [trainer, trainer, {"CPU": head}]
     group = ray.util.placement_group(everything)
     assert group.wait(60)
     try:
