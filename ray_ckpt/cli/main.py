@@ -13,6 +13,7 @@ import click
 from ray_ckpt.cli import act, inspect, queue
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.cli.events import events
+from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.plan import plan
 from ray_ckpt.core.errors import RayCkptError
 
@@ -45,6 +46,7 @@ VERBS = (
     act.unpin,
     act.purge,
     act.undo,
+    gc,
     act.save_now,
     queue.drain,
     queue.retry,

@@ -25,13 +25,14 @@ from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
 from ray_ckpt.core.settling import obeyed, overtaken, refused
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.garbage import find_garbage, remove_garbage
 from ray_ckpt.storage.history import Teller
 from ray_ckpt.storage.lease import MANAGER, Lease
 
 log = logging.getLogger("ray_ckpt")
 
-ABANDONED_AFTER_S = 6 * 3600.0
-"""A save or an export whose files have not changed for so long is given up and swept."""
+TIDY_EVERY_S = 300.0
+"""So often a manager looks for what nobody needs any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,7 @@ class Reconciler:
         self._lease: Lease | None = None
         self._in_flight = InFlight(catalog.store, executor)
         self._observer = catalog.observer()
+        self._tidied_at: float | None = None
         self._teller: Teller | None = None
 
     def round(self, now: float) -> Round:
@@ -181,15 +183,23 @@ class Reconciler:
         return replace(observed, drafts=tuple(drafts))
 
     def _tidy(self, observed: Observation, now: float) -> None:
-        """What nobody waits for: the trash whose time is over, attempts that died."""
-        self._held().check()  # the one thing here that nobody can undo
-        self._catalog.empty_trash(older_than_s=observed.policy.keep.trash_grace_s, now=now)
-        self._catalog.commit.sweep(prefix="", idle_s=ABANDONED_AFTER_S, now=now)
+        """What nobody needs any more is gone; looked for now and then, since it takes requests."""
+        self._held().check()  # nobody can undo what follows
         for draft in leftovers(observed):
             self._catalog.drafts.discard_parts(draft)
         for draft in forgettable(observed, now=now):
             self._catalog.drafts.forget(draft)
         self._in_flight.sweep()
+        if self._tidied_at is not None and 0 <= now - self._tidied_at < TIDY_EVERY_S:
+            return
+        self._tidied_at = now
+        found = find_garbage(self._catalog, observed, now=now)
+        failed = remove_garbage(found, guard=self._held().check)
+        if found:
+            size_bytes = sum(garbage.size_bytes for garbage in found)
+            log.info("tidied things=%d bytes=%d failed=%d", len(found), size_bytes, len(failed))
+        for garbage, why in failed:
+            log.warning("%s at %s cannot be removed: %s", garbage.what, garbage.where, why)
 
     def _tell(self, observed: Observation, now: float) -> None:
         """Whatever has changed since somebody told last is an event on storage, and a log line."""

@@ -50,6 +50,7 @@ ACTIONS = f"{PRIVATE}/actions"
 RUNNING = f"{PRIVATE}/running"
 COMMANDS = f"{PRIVATE}/commands"
 DRAFTS = f"{PRIVATE}/drafts"
+LOGS = f"{PRIVATE}/logs"
 EVENTS = f"{PRIVATE}/events"
 SNAPSHOT = f"{PRIVATE}/snapshot.json"
 SAVE_NOW = f"{PRIVATE}/save-now.json"
@@ -67,6 +68,7 @@ _DRAFT = re.compile(r"([0-9a-zA-Z]+)\.json")
 _TOKEN = 12
 """Characters of a save id that name its trainer; the number of its save follows."""
 _ATTEMPT = re.compile(r"([0-9a-f]+)-a([1-9][0-9]*)\.json")
+_LOG = re.compile(r"([0-9a-f]+)-a[0-9]+\.log")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PIN = re.compile(rf"ray_ckpt\.pin\.({_WORD.pattern})\.json")
 
@@ -217,6 +219,16 @@ def attempt_of(folder: str) -> str:
     return f"export-{folder.removeprefix(f'{EXPORTS}/').replace('/', '-')}"
 
 
+def is_save(attempt: str) -> bool:
+    """Whether an attempt of this name is a trainer's."""
+    return attempt.startswith("save-")
+
+
+def is_copy(attempt: str) -> bool:
+    """Whether an attempt of this name is to publish something here."""
+    return attempt.startswith("publish-")
+
+
 def parse_begun(key: str) -> str | None:
     """Folder of the unfinished save or export that the note under `key` tells of, or None."""
     if not (key.startswith(f"{STAGING}/") and key.endswith(".begun")):
@@ -268,7 +280,13 @@ def command_key(verb: str, key: str) -> str:
 
 def log_key(key: str, attempt: int) -> str:
     """Key of what attempt number `attempt` of an action said when it failed."""
-    return f"{PRIVATE}/logs/{key}-a{attempt}.log"
+    return f"{LOGS}/{key}-a{attempt}.log"
+
+
+def parse_log(key: str) -> str | None:
+    """Key of the action whose log lies under `key`, or None."""
+    match = _LOG.fullmatch(key.removeprefix(f"{LOGS}/"))
+    return match[1] if match else None
 
 
 def event_key(at: str, who: str, batch: str) -> str:

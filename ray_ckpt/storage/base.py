@@ -24,6 +24,20 @@ class ObjectInfo:
     """Another one for every object that ever lay under this key, as far as the store can tell."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedWrite:
+    """An object that somebody has begun to write; no reader sees it, and no listing of objects."""
+
+    key: str
+    """Where it is to be seen once it is whole; on a disk, where its bytes are until then."""
+    size_bytes: int
+    """So many of it have arrived."""
+    changed_at: float
+    """When the last of them did, in seconds since the epoch, by the store's clock."""
+    token: str = ""
+    """What the store itself knows it by."""
+
+
 class Store(Protocol):
     """Objects under "/"-separated string keys, relative to one root.
 
@@ -112,6 +126,14 @@ class Store(Protocol):
 
     def list_folders(self, folder: str) -> list[str]:
         """Names directly below `folder` that hold something, sorted. `""` is the root itself."""
+        ...
+
+    def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
+        """Every write below `folder`, at any depth, that has begun and has not ended."""
+        ...
+
+    def abandon(self, writes: Sequence[UnfinishedWrite]) -> None:
+        """They never end, and hold no bytes any more; one that has ended meanwhile is no error."""
         ...
 
     def delete(self, keys: Sequence[str]) -> None:

@@ -15,16 +15,39 @@ A reader who decides by the manifest alone sees all of a folder or none of it, w
 import contextlib
 import os
 import shutil
-import stat
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import ObjectExistsError
+from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.storage.local import LocalStore, sync_folder, translated, write_synced
+from ray_ckpt.storage.local import (
+    LocalStore,
+    changed_at,
+    size_of,
+    sync_folder,
+    translated,
+    write_synced,
+)
 from ray_ckpt.storage.progress import UNTOLD, Progress
+
+_GIVEN_UP = ".dead"
+"""How the name of an attempt's folder ends while it is removed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remains:
+    """What one attempt has written that nobody sees yet; whether it still runs its age must say."""
+
+    attempt: str
+    what: str
+    """What became of it, should it be dead, as a sentence without a subject ends."""
+    folder: str
+    """Where it lies."""
+    size_bytes: int
+    changed_at: float
+    """Time of the newest change, in seconds since the epoch, by the store's clock."""
 
 
 class Commit(Protocol):
@@ -74,12 +97,16 @@ class Commit(Protocol):
         """Nothing of `staging` is left on this machine."""
         ...
 
-    def sweep(self, *, prefix: str, idle_s: float, now: float) -> list[str]:
-        """Attempts of dead processes are gone; returns their names.
+    def leave(self, staging: Path) -> None:
+        """Nothing that this process alone can see of `staging` is left; it writes no more there."""
+        ...
 
-        An attempt whose name starts with `prefix` is dead if nothing in its folder has changed
-        for `idle_s` seconds.
-        """
+    def remains(self) -> list[Remains]:
+        """Of every attempt that has begun and not ended, whether it is dead or at work."""
+        ...
+
+    def give_up(self, remains: Remains) -> None:
+        """Nothing is left of a dead attempt; should it wake up after all, it can show nothing."""
         ...
 
     def set_aside(self, folder: str, aside: str) -> None:
@@ -142,15 +169,37 @@ class RenameCommit:
         """The folder and what is in it are removed."""
         shutil.rmtree(staging, ignore_errors=True)
 
-    def sweep(self, *, prefix: str, idle_s: float, now: float) -> list[str]:
-        """Looks at the newest change anywhere in each attempt's folder."""
-        swept: list[str] = []
+    def leave(self, staging: Path) -> None:
+        """Nothing to do: all ranks see the same folder."""
+
+    def remains(self) -> list[Remains]:
+        """One folder each; what somebody has begun to give up is of no age any more."""
+        found: list[Remains] = []
         for attempt in self._store.list_folders(names.STAGING):
-            folder = self._store.inside(names.staging_dir(attempt))
-            if attempt.startswith(prefix) and now - _changed_at(folder) >= idle_s:
-                self.discard(folder)
-                swept.append(attempt)
-        return swept
+            if attempt == names.EXPORTS:
+                continue  # notes about copies that are removed: see storage.retire
+            key = names.staging_dir(attempt)
+            folder = self._store.inside(key)
+            is_given_up = attempt.endswith(_GIVEN_UP)
+            remains = Remains(
+                attempt=attempt.removesuffix(_GIVEN_UP),
+                what="it was not committed",
+                folder=key,
+                size_bytes=size_of(folder),
+                changed_at=0.0 if is_given_up else changed_at(folder),
+            )
+            found.append(remains)
+        return found
+
+    def give_up(self, remains: Remains) -> None:
+        """Renamed first, so that a writer that is not dead after all cannot publish a part."""
+        folder = self._store.inside(remains.folder)
+        if not folder.name.endswith(_GIVEN_UP):
+            given_up = folder.with_name(folder.name + _GIVEN_UP)
+            with contextlib.suppress(ObjectNotFoundError), translated(folder):
+                folder.rename(given_up)
+            folder = given_up
+        self.discard(folder)
 
     def set_aside(self, folder: str, aside: str) -> None:
         """One rename."""
@@ -166,7 +215,7 @@ class RenameCommit:
         """The manifest first, so that a half-erased folder is never taken for a whole one."""
         path = self._store.inside(aside)
         with translated(path):
-            freed = _size_of(path)
+            freed = size_of(path)
             (path / names.MANIFEST).unlink(missing_ok=True)
             if path.exists():
                 shutil.rmtree(path)
@@ -183,19 +232,3 @@ class RenameCommit:
             raise
         sync_folder(target.parent)
         sync_folder(source.parent)
-
-
-def _changed_at(folder: Path) -> float:
-    """Time of the newest change in the folder, 0 if it is gone; in seconds since the epoch."""
-    return max((status.st_mtime for status in _statuses(folder)), default=0.0)
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of the files that go with the folder; what links point to stays."""
-    return sum(s.st_size for s in _statuses(folder) if stat.S_ISREG(s.st_mode))
-
-
-def _statuses(folder: Path) -> Iterator[os.stat_result]:
-    for path in (folder, *folder.rglob("*")):
-        with contextlib.suppress(FileNotFoundError):  # published or discarded meanwhile
-            yield path.lstat()

@@ -24,7 +24,7 @@ from ray_ckpt.core.errors import (
     TransientError,
     UsageError,
 )
-from ray_ckpt.storage.base import ObjectInfo
+from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _TEMPORARY = ".tmp-"
@@ -177,6 +177,29 @@ class LocalStore:
         """Folders directly below `folder`; symbolic links do not count."""
         return sorted(e.name for e in self._entries(folder) if e.is_dir(follow_symlinks=False))
 
+    def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
+        """Files under temporary names."""
+        found: list[UnfinishedWrite] = []
+        with translated(self.path(folder)):
+            for parent, _, files in os.walk(self.path(folder)):
+                paths = (Path(parent, name) for name in files if name.startswith(_TEMPORARY))
+                found.extend(write for path in paths if (write := self._unfinished(path)))
+        return found
+
+    def _unfinished(self, path: Path) -> UnfinishedWrite | None:
+        with contextlib.suppress(FileNotFoundError):  # it is whole now
+            status = path.lstat()
+            return UnfinishedWrite(
+                key=path.relative_to(self._root).as_posix(),
+                size_bytes=status.st_size,
+                changed_at=status.st_mtime,
+            )
+        return None
+
+    def abandon(self, writes: Sequence[UnfinishedWrite]) -> None:
+        """Unlinks."""
+        self.delete([write.key for write in writes])
+
     def delete(self, keys: Sequence[str]) -> None:
         """Unlinks, then removes the folders that this left empty."""
         for key in keys:
@@ -239,6 +262,22 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
 def _version(status: os.stat_result) -> str:
     # the inode too: what is written beside and renamed within one tick of the clock has another
     return f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}"
+
+
+def changed_at(folder: Path) -> float:
+    """Time of the newest change in the folder, 0 if it is gone; in seconds since the epoch."""
+    return max((status.st_mtime for status in _statuses(folder)), default=0.0)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files that go with the folder; what links point to stays."""
+    return sum(s.st_size for s in _statuses(folder) if stat.S_ISREG(s.st_mode))
+
+
+def _statuses(folder: Path) -> Iterator[os.stat_result]:
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # published or discarded meanwhile
+            yield path.lstat()
 
 
 def sync_file(path: Path) -> None:

@@ -8,8 +8,6 @@ So a step can be saved anew beside the shards of an older save that is in the tr
 somebody else wrote (adopted ones) have no names of their own: all of their files are copied.
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,9 +15,11 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import ObjectInfo, Store
+from ray_ckpt.storage.commit import Remains
 from ray_ckpt.storage.drafts import drafts_at
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.storage.scratch import make_scratch, remove_scratch
 
 
 class MarkerCommit:
@@ -32,24 +32,21 @@ class MarkerCommit:
 
     def staging(self, attempt: str) -> Path:
         """A folder of this process on the local disk."""
-        return Path(tempfile.mkdtemp(prefix=f"ray_ckpt-{attempt}-"))
+        return make_scratch(attempt)
 
     def clear(self, folder: str) -> None:
         """Where a note tells of an unfinished save: all but pins and what the trash still needs.
+
+        Uploads that never ended go first: their writers would bring back what is removed.
 
         Only a note makes files ours, and the note goes last: dying here changes nothing.
         """
         note = names.begun_key(folder)
         if self._store.stat(note) is None:
             return
+        self._store.abandon(self._store.list_unfinished(folder))
         if self._store.stat(names.manifest_key(folder)) is None:
-            known = self._other_saves(folder)
-            remains = [
-                f"{folder}/{name}"
-                for name in sizes_in(self._store, folder)
-                if names.parse_pin(name) is None and names.save_of_shard(name) not in known
-            ]
-            self._store.delete(remains)
+            self._store.delete([f"{folder}/{name}" for name in self._unfinished(folder)])
         self._store.delete([note])
 
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
@@ -71,7 +68,7 @@ class MarkerCommit:
             raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
         self.contribute(staging, folder)
         self._store.create(names.manifest_key(folder), manifest)
-        self._store.delete([names.begun_key(folder)])
+        self._end(folder)
         self.discard(staging)
 
     def waiting_key(self, folder: str, save_id: str, name: str) -> str:
@@ -92,26 +89,58 @@ class MarkerCommit:
         for name in _shared_names((entry.path for entry in manifest.files), save_id):
             self._store.copy(self.waiting_key(folder, save_id, name), f"{folder}/{name}")
         self._store.create(names.manifest_key(folder), manifest.to_json())
+        self._end(folder)
+
+    def _end(self, folder: str) -> None:
+        """Nobody writes to the folder any more, and no note says so."""
+        # must come before the note goes: it alone tells that they are ours
+        self._store.abandon(self._store.list_unfinished(folder))
         self._store.delete([names.begun_key(folder)])
 
     def discard(self, staging: Path) -> None:
         """The local folder is removed; objects that were put already wait for `clear`."""
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_scratch(staging)
 
-    def sweep(self, *, prefix: str, idle_s: float, now: float) -> list[str]:
+    def leave(self, staging: Path) -> None:
+        """The local folder is removed: every process has its own."""
+        self.discard(staging)
+
+    def remains(self) -> list[Remains]:
         """Attempts are named by what they were to become: `save-step-5`, `export-hf-step-5`."""
-        swept: list[str] = []
-        for note in list(self._store.list_objects(names.STAGING)):
-            folder = names.parse_begun(note.key)
-            if folder is None or not names.attempt_of(folder).startswith(prefix):
-                continue
-            if self._may_be_committed_now(folder):
-                continue
-            if now - self._changed_at(note, folder) >= idle_s:
-                if self._store.stat(names.manifest_key(folder)) is None:
-                    swept.append(names.attempt_of(folder))
-                self.clear(folder)
-        return swept
+        notes = list(self._store.list_objects(names.STAGING))
+        begun = ((note, names.parse_begun(note.key)) for note in notes)
+        return [
+            self._remains(note, folder)
+            for note, folder in begun
+            if folder is not None and not self._may_be_committed_now(folder)
+        ]
+
+    def give_up(self, remains: Remains) -> None:
+        """As the one writer would, before it writes the folder anew."""
+        self.clear(remains.folder)
+
+    def _remains(self, note: ObjectInfo, folder: str) -> Remains:
+        present = list(self._store.list_objects(folder))
+        uploads = self._store.list_unfinished(folder)
+        times = [*(i.modified_at for i in present), *(u.changed_at for u in uploads)]
+        is_whole = any(info.key == names.manifest_key(folder) for info in present)
+        sizes = {} if is_whole else self._unfinished(folder)
+        return Remains(
+            attempt=names.attempt_of(folder),
+            what="it is committed, and left a note" if is_whole else "it was not committed",
+            folder=folder,
+            size_bytes=sum(sizes.values()) + sum(upload.size_bytes for upload in uploads),
+            changed_at=max([note.modified_at, *times]),
+        )
+
+    def _unfinished(self, folder: str) -> dict[str, int]:
+        """Size of every object there that no save needs, whole or in the trash, by its name."""
+        known = self._other_saves(folder)
+        return {
+            name: size
+            for name, size in sizes_in(self._store, folder).items()
+            if names.parse_pin(name) is None and names.save_of_shard(name) not in known
+        }
 
     def set_aside(self, folder: str, aside: str) -> None:
         """Copies, then their manifest, then the manifest in place goes first: a rerun ends it."""
@@ -210,11 +239,6 @@ class MarkerCommit:
         """Whether a draft of the step is there, whose note is its manager's."""
         step = names.parse_step(folder)
         return step is not None and bool(drafts_at(self._store, step))
-
-    def _changed_at(self, note: ObjectInfo, folder: str) -> float:
-        """Time of the newest change of an attempt, by the store's clock."""
-        objects = self._store.list_objects(folder)
-        return max([note.modified_at, *(info.modified_at for info in objects)])
 
 
 def _shared_names(files: Iterable[str], save_id: str) -> list[str]:

@@ -22,7 +22,7 @@ from ray_ckpt.core.errors import (
     TransientError,
     UsageError,
 )
-from ray_ckpt.storage.base import ObjectInfo
+from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _BLOCK_BYTES = 8 << 20
@@ -177,6 +177,52 @@ class S3Store:
             if not page.get("IsTruncated"):
                 return
             options["ContinuationToken"] = page["NextContinuationToken"]
+
+    def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
+        """Multipart uploads; one LIST, and one for the parts of each upload."""
+        bucket, _, prefix = f"{self._base}/{folder}/".partition("/")
+        options = {"Bucket": bucket, "Prefix": prefix}
+        found: list[UnfinishedWrite] = []
+        while True:
+            page = self._call("list_multipart_uploads", folder, **options)
+            found.extend(self._unfinished(bucket, entry) for entry in page.get("Uploads", []))
+            if not page.get("IsTruncated"):
+                return found
+            options["KeyMarker"] = page["NextKeyMarker"]
+            options["UploadIdMarker"] = page["NextUploadIdMarker"]
+
+    def _unfinished(self, bucket: str, entry: dict[str, Any]) -> UnfinishedWrite:
+        """One upload as LIST shows it, and how far it has come."""
+        key = self._key(f"{bucket}/{entry['Key']}")
+        options = {"Bucket": bucket, "Key": entry["Key"], "UploadId": entry["UploadId"]}
+        size_bytes, changed_at = 0, entry["Initiated"].timestamp()
+        while True:
+            page = self._call("list_parts", key, **options)
+            for part in page.get("Parts", []):
+                size_bytes += int(part["Size"])
+                changed_at = max(changed_at, part["LastModified"].timestamp())
+            if not page.get("IsTruncated"):
+                break
+            options["PartNumberMarker"] = page["NextPartNumberMarker"]
+        return UnfinishedWrite(
+            key=key, size_bytes=size_bytes, changed_at=changed_at, token=entry["UploadId"]
+        )
+
+    def abandon(self, writes: Sequence[UnfinishedWrite]) -> None:
+        """One ABORT each."""
+        for write in writes:
+            bucket, _, name = self._path(write.key).partition("/")
+            self._call(
+                "abort_multipart_upload", write.key, Bucket=bucket, Key=name, UploadId=write.token
+            )
+
+    def _call(self, verb: str, key: str, **options: Any) -> dict[str, Any]:
+        """S3's own answer; empty where what is asked about is not there."""
+        with translated(self._where(key)):
+            try:
+                return cast(dict[str, Any], self._file_system.call_s3(verb, **options))
+            except FileNotFoundError:
+                return {}
 
     def delete(self, keys: Sequence[str]) -> None:
         """The first object by itself, so that a marker is gone before the rest; then in batches.

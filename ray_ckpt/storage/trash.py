@@ -3,16 +3,30 @@
 How a folder is moved aside and brought back is the commit's knowledge, not this module's.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError, StepNotFoundError, UsageError
+from ray_ckpt.core.garbage import GRACE_S, duration
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
 from ray_ckpt.storage.lease import TRAINER, holder_of
-from ray_ckpt.storage.listing import aside_folders, view_aside
+from ray_ckpt.storage.listing import aside_folders, told_in, view_aside
 from ray_ckpt.storage.records import Records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trashed:
+    """A save in the trash that nothing brings back any more."""
+
+    step: int
+    folder: str
+    size_bytes: int
+    why: str
 
 
 class Trash:
@@ -43,23 +57,49 @@ class Trash:
         self._forget(trashed[newest])
 
     def empty(self, *, older_than_s: float, now: float) -> dict[int, int]:
-        """Bytes freed by step, for everything that was trashed more than `older_than_s` ago.
+        """Bytes freed by step, of all that has `expired`."""
+        expired = self.expired(older_than_s=older_than_s, now=now)
+        return {trashed.step: self.erase(trashed) for trashed in expired}
+
+    def expired(self, *, older_than_s: float, now: float) -> list[Trashed]:
+        """Every save that was trashed more than `older_than_s` ago, and what is half erased.
 
         The time of trashing is the one of the manifest's last purge record; a step without such
         a record was put there by hand and is left alone.
         """
-        freed: dict[int, int] = {}
         trashed_at = {
             (r.action.step, r.action.source_id): r.changed_at
             for r in sorted(self._records.actions().values(), key=lambda r: r.changed_at)
             if r.action.grace_s is not None and r.state is ActionState.SUCCEEDED
         }
+        found: list[Trashed] = []
         for step, aside in aside_folders(self._store, names.TRASH):
-            manifest = view_aside(self._store, step, aside).manifest
-            since = trashed_at.get((step, manifest.content_id)) if manifest else None
-            if since is not None and now - since >= older_than_s:
-                freed[step] = self._commit.erase(aside, names.step_dir(step))
-        return freed
+            told = told_in(self._store, aside)
+            if told is None:
+                found.extend(self._half_erased(step, aside, now))
+            elif isinstance(told, Manifest):
+                age_s = now - trashed_at.get((step, told.content_id), now)
+                if age_s >= older_than_s and (step, told.content_id) in trashed_at:
+                    why = f"purged {duration(age_s)} ago"
+                    size_bytes = told.total_bytes
+                    found.append(Trashed(step=step, folder=aside, size_bytes=size_bytes, why=why))
+        return found
+
+    def erase(self, trashed: Trashed) -> int:
+        """Bytes freed: the save is gone for good. Twice is harmless."""
+        return self._commit.erase(trashed.folder, names.step_dir(trashed.step))
+
+    def _half_erased(self, step: int, aside: str, now: float) -> Iterator[Trashed]:
+        """A folder whose manifest has gone first, by somebody who died then.
+
+        A young one may be on its way into the trash, where an object store takes the manifest last.
+        """
+        files = list(self._store.list_objects(aside))
+        if not files and self._store.mark(aside) is None:
+            return  # an object store lists a prefix for a while after its last object is gone
+        if now - max((info.modified_at for info in files), default=0.0) >= GRACE_S:
+            size_bytes = sum(info.size_bytes for info in files)
+            yield Trashed(step=step, folder=aside, size_bytes=size_bytes, why="it is half erased")
 
     def _clear_dead_save(self, step: int) -> None:
         """No files of an unfinished save are in the way; on an object store alone there can be."""
@@ -79,7 +119,8 @@ class Trash:
     def _forget(self, manifest: Manifest) -> None:
         """What was recorded of a save before it was trashed: it is to be verified again."""
         for record in self._records.actions().values():
-            is_about_it = record.action.source_id == manifest.content_id
+            about = record.action.step, record.action.source_id
+            is_about_it = about == (manifest.step, manifest.content_id)
             is_moot = record.action.kind in (ActionKind.VERIFY, ActionKind.PURGE)
             if is_about_it and (is_moot or record.state is ActionState.CANCELLED):
                 self._records.forget_action(record.action)

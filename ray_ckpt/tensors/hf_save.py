@@ -102,6 +102,7 @@ def save_hf(save: HfSave, model: ModelWrapper, ranks: Ranks) -> None:
     except BaseException:
         save.catalog.commit.discard(staging)
         raise
+    save.catalog.commit.leave(staging)
 
 
 def _plan(save: HfSave, model: ModelWrapper, tensors: Mapping[str, Tensor]) -> ExportPlan:

@@ -5,7 +5,6 @@ Knows whose save it is. Neither what a save holds nor how it is carried out.
 
 import logging
 import socket
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,7 +139,9 @@ class RootWriter:
         """On rank 0: the root is writable and ours; returns the run's id."""
         self._lease.acquire()
         # the lease is exclusive: whatever another trainer left in staging will never be finished
-        for attempt in self._catalog.commit.sweep(prefix="save-", idle_s=0.0, now=time.time()):
-            log.warning("removed %s, a save that died before its commit", attempt)
+        for remains in self._catalog.commit.remains():
+            if names.is_save(remains.attempt):
+                self._catalog.commit.give_up(remains)
+                log.warning("removed what %s left: %s", remains.attempt, remains.what)
         name = names.run_name(self._catalog.uri)
         return self._catalog.records.begin_run(f"{name}-{self._token}", self._run.policy).run_id

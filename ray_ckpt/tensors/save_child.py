@@ -155,6 +155,7 @@ class _Server:
             if self._is_coordinator or isinstance(error, CheckpointException):
                 writer.discard()
             raise
+        writer.leave()
 
     @property
     def _is_coordinator(self) -> bool:

@@ -74,6 +74,10 @@ class SaveTarget(Protocol):
         """Nothing of the attempt is left in this rank's folder."""
         ...
 
+    def leave(self, staging: Path) -> None:
+        """Nothing is left there but what is part of the save; this rank writes no more."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntoRoot:
@@ -117,6 +121,10 @@ class IntoRoot:
     def discard(self, staging: Path) -> None:
         """See `Commit`."""
         self.catalog.commit.discard(staging)
+
+    def leave(self, staging: Path) -> None:
+        """See `Commit`."""
+        self.catalog.commit.leave(staging)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +182,9 @@ class OntoNodes:
     def discard(self, staging: Path) -> None:
         """The part on this node is gone."""
         shutil.rmtree(staging, ignore_errors=True)
+
+    def leave(self, staging: Path) -> None:
+        """All that lies there is part of the save."""
 
     def sweep(self, *, live: Collection[str], own: str) -> None:
         """Nothing of this run is left on the node but `live` saves, by their ids.

@@ -108,6 +108,7 @@ class Saver:
             if self._ranks.is_coordinator or isinstance(error, CheckpointException):
                 writer.discard()
             raise
+        writer.leave()
 
 
 def _memory(mode: Mode) -> HostMemory:

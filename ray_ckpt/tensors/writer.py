@@ -190,6 +190,11 @@ class CommittingWriter(FileSystemWriter):
         if self._staging is not None:
             self._target.discard(self._staging)
 
+    def leave(self) -> None:
+        """Nothing is left of this attempt but what it has handed over."""
+        if self._staging is not None:
+            self._target.leave(self._staging)
+
     @property
     def _folder_of_attempt(self) -> Path:
         assert self._staging is not None, "DCP plans before it writes"

@@ -1,6 +1,8 @@
 """One bucket for all tests of this folder: making one takes up to five seconds."""
 
+import tempfile
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,10 @@ def s3_root(s3_server: S3Endpoint, s3_bucket: str, monkeypatch: pytest.MonkeyPat
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_bucket}/run-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch folders of other processes on this machine are not ours to find."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))

@@ -8,7 +8,7 @@ from ray_ckpt.storage.backends import open_catalog
 from tests.roots import make_root
 
 
-def test_attempts_of_dead_processes_are_swept_and_young_ones_stay(root: str) -> None:
+def test_an_attempt_that_is_given_up_is_gone_and_a_young_one_stays(root: str) -> None:
     commit = open_catalog(root).commit
     old, young = commit.staging("export-old"), commit.staging("export-young")
     (old / "shard").write_bytes(b"x" * 1000)
@@ -16,7 +16,12 @@ def test_attempts_of_dead_processes_are_swept_and_young_ones_stay(root: str) -> 
     an_hour_ago = time.time() - 3600
     for path in (old / "shard", old):
         os.utime(path, (an_hour_ago, an_hour_ago))
-    assert commit.sweep(prefix="export-", idle_s=1800, now=time.time()) == ["export-old"]
+    age_s = {remains.attempt: time.time() - remains.changed_at for remains in commit.remains()}
+    assert age_s["export-old"] >= 3600 > 600 > age_s["export-young"]
+    old_one = next(remains for remains in commit.remains() if remains.attempt == "export-old")
+    assert old_one.size_bytes == 1000
+    commit.give_up(old_one)
+    commit.give_up(old_one)
     assert not old.exists()
     assert (young / "shard").exists()
 
@@ -30,4 +35,4 @@ def test_the_next_trainer_sweeps_what_a_dead_one_left(
     make_root(root, (10, 20))
     left = [path.name for path in (Path(root) / ".ray_ckpt" / "staging").iterdir()]
     assert left == ["export-of-the-manager"]
-    assert "removed save-dead" in caplog.text
+    assert "removed what save-dead left" in caplog.text

@@ -113,7 +113,7 @@ def test_dead_attempts_behind_a_link_are_not_swept(catalog: Catalog, elsewhere: 
     staging.rmdir()
     staging.symlink_to(elsewhere)
     with pytest.raises(UsageError, match="symbolic link"):
-        catalog.commit.sweep(prefix="save-", idle_s=0.0, now=1e12)
+        catalog.commit.remains()
     assert snapshot(str(elsewhere)) == PRECIOUS
 
 

@@ -161,9 +161,9 @@ def test_what_a_dead_save_left_is_gone_before_the_next_one_begins(catalog: Catal
 def test_the_next_trainer_sweeps_what_a_dead_save_left(catalog: Catalog) -> None:
     half_a_save(catalog)
     save_step(catalog, 9)
-    assert catalog.commit.sweep(prefix="export-", idle_s=0.0, now=4e9) == []
-    assert catalog.commit.sweep(prefix="save-", idle_s=8e9, now=4e9) == []
-    assert catalog.commit.sweep(prefix="save-", idle_s=0.0, now=4e9) == ["save-step-10"]
+    (dead,) = catalog.commit.remains()
+    assert (dead.attempt, dead.size_bytes) == ("save-step-10", 2 * len(b"half"))
+    catalog.commit.give_up(dead)
     assert keys(catalog, "step-10") == keys(catalog, names.STAGING) == []
     assert content_of(catalog, 9) == FILES
 
