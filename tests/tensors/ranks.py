@@ -59,6 +59,11 @@ class RankGroup:
         """Process ids, in order of rank."""
         return [process.pid for process in self._processes if process.pid is not None]
 
+    @property
+    def exit_codes(self) -> list[int | None]:
+        """Of each rank; None while it runs, below 0 for one that a signal ended."""
+        return [process.exitcode for process in self._processes]
+
     def kill(self, *ranks: int) -> None:
         """These ranks, or all, are dead and reaped."""
         for rank in ranks or range(len(self._processes)):

@@ -1,0 +1,57 @@
+"""Something dies every few seconds, and afterwards nothing is lost, done twice or forgotten.
+
+`RAY_CKPT_CHAOS=200` lets so many things happen, in an order of their own each time; without it a
+short, fixed order runs. `-s` shows what happened, and the sum at the end.
+"""
+
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.chaos.checks import Findings, examine
+from tests.cluster.chaos.faults import FAULTS, happen
+from tests.cluster.chaos.world import world
+from tests.servers.seaweed import S3Endpoint
+
+NUM_FAULTS = int(os.environ.get("RAY_CKPT_CHAOS", len(FAULTS)))
+SEED = random.randrange(10**6) if "RAY_CKPT_CHAOS" in os.environ else 1
+NOTHING = Findings(lost=(), duplicate=(), stuck=(), wrong=())
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.s3,
+    pytest.mark.slow,
+    pytest.mark.timeout(600 + 30 * NUM_FAULTS),
+]
+
+
+def test_whatever_dies_nothing_is_lost_done_twice_or_forgotten(
+    root: str,
+    tmp_path: Path,
+    s3_server: S3Endpoint,
+    s3_root: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Invariants I1 to I9, by way of faults 1 to 3, 5 to 7, 26 to 29, 32, 33, 35, 36, 41 and 54."""
+    began_at = time.monotonic()
+
+    def tell(sentence: str) -> None:
+        with capsys.disabled():  # for people, however the test ends
+            sys.stdout.write(f"\n{time.monotonic() - began_at:6.1f} s  {sentence}")
+            sys.stdout.flush()
+
+    with world(root, tmp_path, s3_server, s3_copies=s3_root, seed=SEED) as run:
+        for sentence in happen(run, num_faults=NUM_FAULTS):
+            tell(sentence)
+        run.come_to_rest(timeout_s=300.0)
+        found = examine(run)
+        tell(
+            f"seed {SEED}: {NUM_FAULTS} faults survived, {len(set(run.told()))} steps committed, "
+            f"steps lost {len(found.lost)}, duplicate effects {len(found.duplicate)}, "
+            f"stuck actions {len(found.stuck)}, wrong {len(found.wrong)}\n"
+        )
+        assert found == NOTHING
