@@ -96,12 +96,13 @@ class InFlight:
             watch=Watch(begun_at=time.monotonic()),
         )
 
-    def take_ended(self) -> list[Flight]:
-        """Those that have ended, well or not; from now on they are not in flight."""
-        ended = [flight for flight in self._flights.values() if flight.running.done()]
-        for flight in ended:
-            del self._flights[flight.action.key]
-        return ended
+    def ended(self) -> list[Flight]:
+        """Those that have ended, well or not."""
+        return [flight for flight in self._flights.values() if flight.running.done()]
+
+    def drop(self, flight: Flight) -> None:
+        """It has ended, and its record says so: it is not in flight any more."""
+        del self._flights[flight.action.key]
 
     def result_of(self, flight: Flight) -> Mapping[str, Any]:
         """What an attempt that has ended says; raises what it raised.

@@ -262,8 +262,9 @@ class Reconciler:
 
     def _collect(self, now: float) -> None:
         """Records of the actions that have ended since the last round."""
-        for flight in self._in_flight.take_ended():
+        for flight in self._in_flight.ended():
             self._write(self._outcome(flight, now))
+            self._in_flight.drop(flight)
 
     def _outcome(self, flight: Flight, now: float) -> ActionRecord:
         title = flight.attempt.title
