@@ -4,6 +4,7 @@ python -m jobs.bench plan         plans the exports of two large models: names a
 python -m jobs.bench integrity    what digests, the look for NaN and verifying on load cost
 python -m jobs.bench vote         what a save() that finds nothing due costs on two ranks
 python -m jobs.bench manager      what a look at a root costs, by the number of its steps
+python -m jobs.bench beside       what a training step takes while exports run beside it
 """
 
 import argparse
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.beside import measure_beside
 from jobs.bench.integrity import measure_integrity
 from jobs.bench.manager import measure_looks
 from jobs.bench.plan import measure_plans
@@ -28,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--layers", type=int, help="plan: fewer layers than the real models have")
-    parser.add_argument("--size-mb", type=int, default=512, help="integrity: of the weights")
+    parser.add_argument(
+        "--size-mb", type=int, default=512, help="integrity, beside: of the weights"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
-    parser.add_argument("--folder", type=Path, help="integrity: the disk to measure on")
+    parser.add_argument("--folder", type=Path, help="integrity, beside: the disk to use")
     parser.add_argument("--root", help="manager: a folder or s3://bucket/prefix to measure on")
     parser.add_argument("--steps", default="10,100,1000", help="manager: how many, several times")
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
@@ -52,6 +56,12 @@ def integrity(parsed: argparse.Namespace) -> Sequence[Any]:
         return measure_integrity(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
 
 
+def beside(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of training with and without a neighbour; what was written is removed."""
+    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
+        return measure_beside(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
+
+
 def vote(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows about a step without a save."""
     return measure_votes(parsed.repeats)
@@ -69,6 +79,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "integrity": integrity,
     "vote": vote,
     "manager": manager,
+    "beside": beside,
 }
 
 

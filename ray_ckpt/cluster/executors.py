@@ -91,7 +91,6 @@ class RayTasks:
         task = ray.remote(run_on_ray).options(
             name=attempt.title,
             max_retries=0,
-            runtime_env={"env_vars": dict(priority.ENVIRONMENT)},
             **nodes.options_of(placement),
         )
         return _RayTask(task.remote(root, attempt))
@@ -115,8 +114,8 @@ class RayTasks:
 
 def run_on_ray(root: str, attempt: Attempt) -> Result:
     """The action's effect is there; the task gives way to training while it works."""
-    priority.give_way()
-    return run_action(root, attempt, node=ray.get_runtime_context().get_node_id())
+    node = ray.get_runtime_context().get_node_id()
+    return priority.giving_way(lambda: run_action(root, attempt, node=node))
 
 
 class _RayTask:
