@@ -94,6 +94,8 @@ class Observation:
     commands: tuple[Command, ...] = ()
     drafts: tuple[Draft, ...] = ()
     """Saves that ranks have left on their nodes, until nothing of them is left there."""
+    free_bytes: int | None = field(default=None, compare=False)
+    """What can still be written to the root, where anybody can say; others fill it as well."""
 
     def at(self, now: float) -> "Observation":
         """The same without the pins that have expired by `now`."""

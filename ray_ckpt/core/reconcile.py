@@ -22,6 +22,7 @@ from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, Checkpoin
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.promoting import promotions
 from ray_ckpt.core.retention import Candidate, Verdict, decide, guards_of, quota_problem
+from ray_ckpt.core.room import room_problem
 from ray_ckpt.core.scrub import overdue_scrubs, utc
 from ray_ckpt.core.wanted import (
     Wanted,
@@ -315,3 +316,6 @@ def _problems(observed: Observation, held: Mapping[int, tuple[str, ...]]) -> Ite
     too_large = quota_problem(_candidates(observed, held), observed.policy.keep.max_bytes)
     if too_large is not None:
         yield too_large
+    nearly_full = room_problem(observed)
+    if nearly_full is not None:
+        yield nearly_full

@@ -128,6 +128,10 @@ class Store(Protocol):
         """Names directly below `folder` that hold something, sorted. `""` is the root itself."""
         ...
 
+    def free_bytes(self) -> int | None:
+        """So many bytes can still be written; None where nobody can say."""
+        ...
+
     def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
         """Every write below `folder`, at any depth, that has begun and has not ended."""
         ...

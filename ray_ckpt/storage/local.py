@@ -177,6 +177,14 @@ class LocalStore:
         """Folders directly below `folder`; symbolic links do not count."""
         return sorted(e.name for e in self._entries(folder) if e.is_dir(follow_symlinks=False))
 
+    def free_bytes(self) -> int:
+        """Of the file system on which the root lies, or will lie."""
+        folder = self._root
+        while not folder.exists():
+            folder = folder.parent
+        with translated(folder):
+            return shutil.disk_usage(folder).free
+
     def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
         """Files under temporary names."""
         found: list[UnfinishedWrite] = []

@@ -95,6 +95,7 @@ class Observer:
             requests=requests,
             commands=commands,
             drafts=drafts,
+            free_bytes=self._store.free_bytes(),
         )
 
     def look_closely(self) -> None:

@@ -23,6 +23,7 @@ from ray_ckpt.storage.hub import publish_to_hub
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.retire import finish_retiring
+from ray_ckpt.storage.room import expect_room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,7 @@ def _publish_to_root(
         )
     staging = target.commit.staging(f"publish-{uuid.uuid4().hex}")
     try:
+        _expect_room(staging, export)
         copy_files(catalog.store, folder, export.manifest.files, staging, progress=progress)
         progress.begin(f"sends {export.name} to {destination}", export.manifest.total_bytes)
         target.commit.contribute(staging, folder, progress=progress)
@@ -90,6 +92,7 @@ def _publish_to_hub(
 
     def fill() -> Path:
         folder = names.export_dir(export.name, export.step)
+        _expect_room(staging, export)
         copy_files(catalog.store, folder, export.manifest.files, staging, progress=progress)
         progress.begin(f"sends {export.name} to {destination}")  # its client counts for itself
         (staging / names.MANIFEST).write_bytes(export.manifest.to_json())
@@ -100,6 +103,12 @@ def _publish_to_hub(
     finally:
         catalog.commit.discard(staging)
     return Published(location=location, bytes_sent=bytes_sent)
+
+
+def _expect_room(staging: Path, export: ExportView) -> None:
+    """Before the first byte: at the destination itself, or on this host's disk on the way there."""
+    what = f"a copy of {export.name} of step-{export.step}"
+    expect_room(staging, export.manifest.total_bytes, what=what)
 
 
 _PUBLISHERS: dict[str, Callable[[Catalog, ExportView, str, Progress], Published]] = {

@@ -8,7 +8,6 @@ Works in a private folder; what is visible is whole. Memory is bounded by one ou
 tensors it is made of.
 """
 
-import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.errors import ObjectExistsError, StorageFullError, UsageError
+from ray_ckpt.core.errors import ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.readers import reading
+from ray_ckpt.storage.room import expect_room
 from ray_ckpt.tensors.export_files import write_companions, write_tensors
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_export
 from ray_ckpt.tensors.reader import read_asset, read_tensors
@@ -68,7 +68,7 @@ def _export(catalog: Catalog, manifest: Manifest, spec: ExportSpec, progress: Pr
     plan = plan_export(catalog, manifest, spec)
     staging = catalog.commit.staging(f"export-{uuid.uuid4().hex}")
     try:
-        _refuse_without_room(staging, plan.total_bytes)
+        expect_room(staging, plan.total_bytes, what=f"{spec.name} of step-{manifest.step}")
         progress.begin(f"exports {spec.name}", _work_bytes(manifest, plan))
         read = partial(read_tensors, catalog, manifest, progress=progress)
         for shard in plan.shards:
@@ -137,17 +137,6 @@ def _recipe(manifest: Manifest, spec: ExportSpec) -> dict[str, str]:
 
 def _sentence(recipe: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in sorted(recipe.items()) if key != "name")
-
-
-def _refuse_without_room(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise StorageFullError(
-            f"the export needs {needed_bytes} bytes, {free} are free",
-            str(folder),
-            "nothing was written",
-            "free space, then run the same command again",
-        )
 
 
 def _assets(catalog: Catalog, manifest: Manifest) -> dict[str, bytes]:

@@ -21,9 +21,11 @@ from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.events import Becomes
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.room import Room
 from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.local import sync_folder, translated
+from ray_ckpt.storage.room import room_at
 
 Superseded = tuple[tuple[int, str], ...]
 """Step and save id of what another branch of training has saved."""
@@ -44,6 +46,10 @@ class SaveTarget(Protocol):
 
     def staging(self, attempt: str) -> Path:
         """The folder that this rank writes to."""
+        ...
+
+    def room(self, staging: Path) -> Room:
+        """What is free where this rank writes."""
         ...
 
     def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
@@ -90,6 +96,13 @@ class IntoRoot:
     def staging(self, attempt: str) -> Path:
         """The root's staging area; on an object store a folder of this process."""
         return self.catalog.commit.staging(attempt)
+
+    def room(self, staging: Path) -> Room:
+        """One place for all ranks, unless each sends its files from a disk of its own."""
+        free_bytes = self.catalog.store.free_bytes()
+        if free_bytes is None:
+            return room_at(staging)
+        return Room(place=self.catalog.uri, where=self.catalog.uri, free_bytes=free_bytes)
 
     def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
         """Newer steps are in the trash, and drafts that would become such are given up."""
@@ -144,6 +157,10 @@ class OntoNodes:
         with translated(path):
             path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def room(self, staging: Path) -> Room:
+        """One place for the ranks of a node."""
+        return room_at(staging)
 
     def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
         """Nothing is changed: steps that were committed stay until this one is."""

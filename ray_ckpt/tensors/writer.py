@@ -30,6 +30,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.draft import Draft, Place, merged
 from ray_ckpt.core.errors import StorageError
 from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
+from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
 from ray_ckpt.storage.local import translated, write_synced
@@ -96,6 +97,15 @@ class _DescribedResult(WriteResult):
     """Where alone the file lies; None for the root."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What each rank says to the coordinator with its plan."""
+
+    tied: Mapping[str, str]
+    room: Room
+    """Where it is to write."""
+
+
 class CommittingWriter(FileSystemWriter):
     """A DCP storage writer for exactly one save."""
 
@@ -116,12 +126,16 @@ class CommittingWriter(FileSystemWriter):
         with translated(self._staging):
             prepared = super().prepare_local_plan(plan)
         self._job.note(self._job.attempt, Phase.PLANNED)
-        return replace(prepared, storage_data=self._model.tied)
+        told = _Told(tied=self._model.tied, room=self._target.room(self._staging))
+        return replace(prepared, storage_data=told)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Refuses a step that is there already, before a byte is written."""
+        """Refuses a step that is there already, or has no room, before a byte is written."""
+        told = [cast(_Told, plan.storage_data) for plan in plans]
+        needs = [(rank.room, _num_bytes(plan)) for rank, plan in zip(told, plans, strict=True)]
+        refuse_without_room(f"step-{self._step}", needs)
         self._superseded = self._target.make_way(self._job.draft, self._job.supersedes)
-        self._tied = {name: to for plan in plans for name, to in plan.storage_data.items()}
+        self._tied = {name: to for rank in told for name, to in rank.tied.items()}
         named = [replace(p, storage_data=self._prefix(rank)) for rank, p in enumerate(plans)]
         return super().prepare_global_plan(named)
 
@@ -305,6 +319,11 @@ class _DigestingStream(io.RawIOBase):
         """The wrapped stream stays open: whoever opened it closes it."""
         self.flush()
         super().close()
+
+
+def _num_bytes(plan: SavePlan) -> int:
+    """Bytes of the tensors that a rank is to write; the rest of a save is small."""
+    return sum(item.tensor_storage_size() or 0 for item in plan.items)
 
 
 def _plain(result: _DescribedResult) -> WriteResult:
