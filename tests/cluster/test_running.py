@@ -190,9 +190,9 @@ def test_an_export_whose_node_dies_is_made_once_on_another(
     manager = crank(root, OnlyOn(*(node.find_id() for node in both)))
     home = manager.beat_of(ActionKind.EXPORT).node
     next(node for node in both if node.find_id() == home).kill()
-    # Ray takes some time to miss a node that told nobody that it goes
+    # Ray takes some time to miss a node that told nobody that it goes, and may send it there again
     (record,) = manager.until_all(ActionKind.EXPORT, ActionState.SUCCEEDED, timeout_s=110.0)
-    assert record.attempts == 2
+    assert record.attempts >= 2
     assert record.result[NODE] not in (home, None)
     assert [e.step for e in manager.catalog.observe().exports] == [10]
     manager.catalog.commit.sweep(prefix="", idle_s=0.0, now=1e12)
