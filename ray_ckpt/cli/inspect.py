@@ -141,7 +141,8 @@ def resume_plan(root: str, as_json: bool) -> None:
 
     Exit 1 if steps are here and none can be used: a run refuses to start from scratch there.
     """
-    chosen = plan_resume(open_root(root).observe().checkpoints)
+    observed = open_root(root).observe()
+    chosen = plan_resume(observed.checkpoints, run_id=observed.run_id)
     document = {
         "step": chosen.step,
         "reason": chosen.reason,

@@ -1,7 +1,7 @@
 """Which step a run resumes from, why, and why the newer ones are passed over."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import READABLE, CheckpointView
@@ -17,13 +17,39 @@ class ResumePlan:
     """The step to load; None starts from scratch, unless there is a refusal."""
     reason: str
     refusal: str | None
-    """Why a run may not start from scratch here, although no step can be used."""
+    """Why a run may neither start from scratch here nor choose a step by itself."""
     skipped: tuple[tuple[int, str], ...]
     """Newer steps that are not used, newest first, each with the reason."""
 
 
-def plan_resume(checkpoints: Sequence[CheckpointView]) -> ResumePlan:
-    """The newest checkpoint that can be used."""
+def plan_resume(checkpoints: Sequence[CheckpointView], *, run_id: str | None = None) -> ResumePlan:
+    """The newest checkpoint that can be used.
+
+    Where it is of another run than `run_id`, and that one has checkpoints here too, nobody guesses.
+    """
+    planned = _newest(checkpoints)
+    strange = _of_another_run(checkpoints, planned, run_id)
+    return planned if strange is None else replace(planned, step=None, refusal=strange)
+
+
+def _of_another_run(
+    checkpoints: Sequence[CheckpointView], planned: ResumePlan, run_id: str | None
+) -> str | None:
+    """Why the newest one is not taken for the run's own, if it is not; None if nobody can tell."""
+    usable = [c for c in checkpoints if c.state in READABLE and why_unusable(c) is None]
+    lineages = {c.step: c.manifest.lineage for c in usable if c.manifest}
+    # whoever adopts a step has said that it is the run's
+    run_of = {step: run_id if ln.adopted else ln.run_id for step, ln in lineages.items()}
+    own = [step for step, other in run_of.items() if other == run_id]
+    if planned.step not in run_of or run_of[planned.step] == run_id or not own:
+        return None
+    return (
+        f"step-{planned.step} was saved by run {run_of[planned.step]}, but this root is of run "
+        f"{run_id}, whose newest is step-{max(own)}: say which one, load(step=...)"
+    )
+
+
+def _newest(checkpoints: Sequence[CheckpointView]) -> ResumePlan:
     skipped: list[tuple[int, str]] = []
     for checkpoint in sorted(checkpoints, key=lambda c: -c.step):
         if checkpoint.state in READABLE and why_unusable(checkpoint) is None:

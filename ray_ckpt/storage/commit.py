@@ -25,6 +25,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.local import (
     LocalStore,
     changed_at,
+    make_folder,
     size_of,
     sync_folder,
     translated,
@@ -138,7 +139,7 @@ class RenameCommit:
         """`.ray_ckpt/staging/<attempt>`, shared by all ranks that see the root."""
         path = self._store.path(names.staging_dir(attempt))
         with translated(path):
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
         return path
 
     def clear(self, folder: str) -> None:
@@ -222,7 +223,7 @@ class RenameCommit:
         return freed
 
     def _rename(self, source: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         try:
             # must be rename(2): it refuses a target folder that holds anything
             source.rename(target)

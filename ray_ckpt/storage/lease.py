@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import (
@@ -184,10 +183,17 @@ def _current(store: Store, role: str) -> tuple[int, Holder | None]:
         if parsed is not None and parsed[0] == role:
             epochs.append(parsed[1])
     try:
-        document: dict[str, Any] = json.loads(store.read(names.lease_key(role, max(epochs))))
+        return max(epochs), _parse(store.read(names.lease_key(role, max(epochs))))
     except ObjectNotFoundError:
         return max(epochs), None
-    return max(epochs), Holder(**document)
+
+
+def _parse(text: bytes) -> Holder:
+    """The holder; one whose file cannot be read is somebody who never beats."""
+    try:
+        return Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return Holder(owner="an unreadable file", token="", host="", pid=0, beat=-1)
 
 
 def _held(store: Store, role: str, why: str) -> LeaseHeldError:

@@ -229,7 +229,7 @@ class LocalStore:
     def _temporary(self, key: str) -> Generator[Path]:
         """A private name beside `key`, gone afterwards whatever happens."""
         parent = self.path(key).parent
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent)
         temporary = parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
         try:
             yield temporary
@@ -299,6 +299,14 @@ def sync_file(path: Path) -> None:
 
 sync_folder = sync_file
 """The folder's entries are on the device: a new name in it survives a power cut."""
+
+
+def make_folder(folder: Path) -> None:
+    """The folder is there, and survives a power cut with every folder that was made on its way."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 @contextlib.contextmanager

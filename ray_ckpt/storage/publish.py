@@ -21,6 +21,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file, size_damage
 from ray_ckpt.storage.hub import publish_to_hub
 from ray_ckpt.storage.listing import manifest_in, sizes_in
+from ray_ckpt.storage.local import sync_file
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.retire import finish_retiring
 from ray_ckpt.storage.room import expect_room
@@ -124,7 +125,7 @@ def copy_files(
     *,
     progress: Progress = UNTOLD,
 ) -> None:
-    """Local copies of these files below `target`, each proven equal to its entry.
+    """Local copies of these files below `target`, synced, each proven equal to its entry.
 
     Raises:
         IntegrityError: a file differs from its entry.
@@ -134,6 +135,7 @@ def copy_files(
         path = target / entry.path
         path.parent.mkdir(parents=True, exist_ok=True)
         store.download(f"{folder}/{entry.path}", path, progress=progress)
+        sync_file(path)
         algorithm = entry.digest.partition(":")[0]
         found = describe_file(path, entry.path, algorithm, progress=progress)
         if found != entry:

@@ -40,17 +40,25 @@ class Records:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._is_run_damaged = False
+        """Told of once."""
         self._actions = ReadOnce(store, partial(_parse_or_tell, ActionRecord.from_json))
         self._requests = ReadOnce(store, partial(_parse_or_tell, _request))
         self._commands = ReadOnce(store, partial(_parse_or_tell, _command))
 
     def run(self) -> Run | None:
-        """The run, or None for a root that no run has written to."""
+        """The run, or None for a root that no run has written to, or whose record is damaged."""
+        where = f"{self._store.uri}/{names.RUN}"
         try:
             document: dict[str, Any] = json.loads(self._store.read(names.RUN))
+            document = {"run_id": document["run_id"], "policy": document["policy"]}
         except ObjectNotFoundError:
             return None
-        where = f"{self._store.uri}/{names.RUN}"
+        except (ValueError, KeyError, TypeError) as error:
+            if not self._is_run_damaged:
+                log.warning("%s cannot be read, so everything is kept: %r", where, error)
+            self._is_run_damaged = True
+            return None
         return Run(
             run_id=document["run_id"],
             policy=build(LifecyclePolicy, document["policy"], where=where),

@@ -86,8 +86,9 @@ def _plan(catalog: Catalog, hold: Hold) -> tuple[ResumePlan, dict[int, str]]:
 
     These must go out of the way: the run that goes on from an older step will save them again.
     """
-    views = catalog.observe().checkpoints
-    plan = plan_resume(views)
+    observed = catalog.observe()
+    views = observed.checkpoints
+    plan = plan_resume(views, run_id=observed.run_id)
     if plan.step is not None:
         hold(plan.step)
     at_risk = {*READABLE, CheckpointState.QUARANTINED}

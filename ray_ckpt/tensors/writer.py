@@ -33,7 +33,7 @@ from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
 from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
-from ray_ckpt.storage.local import translated, write_synced
+from ray_ckpt.storage.local import sync_file, translated, write_synced
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.index import model_keys, tensor_index
 from ray_ckpt.tensors.ranks import Phase
@@ -175,6 +175,8 @@ class CommittingWriter(FileSystemWriter):
         plain = [[_plain(cast(_DescribedResult, r)) for r in rank] for rank in results]
         with translated(self._folder_of_attempt):
             super().finish(metadata, plain)
+            # torch syncs it while its bytes are still in the stream's buffer
+            sync_file(self._folder_of_attempt / names.METADATA)
             extra = [self._describe_metadata(), *self._write_assets()]
         shards = {result.file.path: result.file for result in described if result.file}
         manifest = replace(

@@ -1,14 +1,17 @@
 """Which step a run resumes from, and what it says of the ones it passes over."""
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.core.lifecycle import CheckpointState
+from ray_ckpt.core.manifest import Lineage, Manifest
 from ray_ckpt.core.observation import READABLE, CheckpointView
 from ray_ckpt.core.resume import plan_resume
 
+OWN, OTHER = "llama-a1", "llama-b2"
 STATES = st.sampled_from(CheckpointState)
 
 
@@ -56,6 +59,34 @@ def test_only_damaged_steps_start_a_new_run_that_says_why() -> None:
     plan = plan_resume([view(5, CheckpointState.COMMITTED, "__0_0.distcp is missing")])
     assert plan.step is None
     assert plan.skipped == ((5, "committed: __0_0.distcp is missing"),)
+
+
+def of_run(step: int, run_id: str, *, adopted: bool = False) -> CheckpointView:
+    lineage = Lineage(run_id=run_id, adopted=adopted)
+    manifest = Manifest(step=step, save_id="a", created_at="", lineage=lineage, files=())
+    return replace(view(step), manifest=manifest)
+
+
+def test_nobody_guesses_between_two_runs() -> None:
+    """Scenario 13: a higher step of another run lies in the root."""
+    views = [of_run(500, OWN), of_run(900, OTHER)]
+    plan = plan_resume(views, run_id=OWN)
+    assert plan.step is None
+    assert plan.refusal == (
+        f"step-900 was saved by run {OTHER}, but this root is of run {OWN}, whose newest is "
+        "step-500: say which one, load(step=...)"
+    )
+    assert plan_resume(views, run_id=OTHER).step == 900
+
+
+def test_steps_of_a_run_whose_name_was_lost_are_gone_on_from() -> None:
+    """Nothing of its own name is here, or what is here is newer."""
+    assert plan_resume([of_run(500, OTHER)], run_id=OWN).step == 500
+    assert plan_resume([of_run(500, OTHER), of_run(600, OWN)], run_id=OWN).step == 600
+
+
+def test_a_step_that_somebody_has_adopted_is_the_runs_own() -> None:
+    assert plan_resume([of_run(5, OWN), of_run(9, "", adopted=True)], run_id=OWN).step == 9
 
 
 def test_a_step_that_was_saved_anew_counts_although_the_old_one_is_in_quarantine() -> None:
