@@ -11,6 +11,7 @@ RayCkptError
 │   ├── StateDictError                   keys lacking, unexpected or claimed twice
 │   └── TransitionError                  a state that may not follow the present one
 ├── IntegrityError              exit 1   bytes differ from what the manifest says
+│   └── UnknownSchemaError               another version wrote the manifest; it may be sound
 ├── SaveError                   exit 1   a save failed; nothing of it is visible
 ├── NodeLostError               exit 1   a node is gone, and with it what lay on it alone
 ├── OutOfMemoryError            exit 3   a node's memory did not suffice
@@ -89,6 +90,10 @@ class TransitionError(UsageError):
 
 class IntegrityError(RayCkptError):
     """Bytes on storage differ from what the manifest says."""
+
+
+class UnknownSchemaError(IntegrityError):
+    """A manifest that another version of ray_ckpt wrote; its step is neither used nor touched."""
 
 
 class SaveError(RayCkptError):

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal, cast
 
-from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.errors import IntegrityError, UnknownSchemaError
 from ray_ckpt.core.names import is_save_id
 
 SCHEMA = "ray_ckpt.manifest/1"
@@ -247,7 +247,7 @@ _LOOK = "restore the manifest from a copy, or set the folder aside and resume fr
 
 def _refuse_unknown_schema(document: Mapping[str, Any], where: str) -> None:
     if document["schema"] != SCHEMA:
-        raise IntegrityError(
+        raise UnknownSchemaError(
             f"the manifest has schema {document['schema']!r}, this version reads {SCHEMA!r}",
             where,
             _UNTOUCHED,

@@ -14,6 +14,7 @@ from ray_ckpt.core.errors import (
     IntegrityError,
     ObjectExistsError,
     StepNotFoundError,
+    UnknownSchemaError,
 )
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
@@ -217,6 +218,16 @@ class Catalog:
     def is_in_place(self, step: int) -> bool:
         """Whether a manifest lies in the step's own folder, readable or not."""
         return self.store.stat(names.manifest_key(names.step_dir(step))) is not None
+
+    def is_of_another_version(self, step: int) -> bool:
+        """Whether the step's manifest is one that this version of ray_ckpt cannot read."""
+        try:
+            manifest_in(self.store, names.step_dir(step))
+        except UnknownSchemaError:
+            return True
+        except IntegrityError:
+            return False
+        return False
 
     def roll_back(self, step: int, *, now: float) -> list[int]:
         """Committed steps newer than `step` are in the trash, until somebody erases them by hand.

@@ -22,6 +22,7 @@ from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.garbage import GRACE_S, duration, spent_records, why_dead
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import Observation
+from ray_ckpt.core.retention import CLOCK_SKEW_S
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import ObjectInfo, Store, UnfinishedWrite
 from ray_ckpt.storage.catalog import Catalog
@@ -101,8 +102,10 @@ def _attempt(catalog: Catalog, remains: Remains, why: str) -> Garbage:
 
 
 def _trash(catalog: Catalog, observed: Observation, now: float) -> Iterator[Garbage]:
+    """The clock of whoever purged may be behind."""
     trash = Trash(catalog.store, catalog.commit, catalog.records)
-    for trashed in trash.expired(older_than_s=observed.policy.keep.trash_grace_s, now=now):
+    grace_s = observed.policy.keep.trash_grace_s + CLOCK_SKEW_S
+    for trashed in trash.expired(older_than_s=grace_s, now=now):
         yield Garbage(
             what=f"trashed step-{trashed.step}",
             where=f"{catalog.uri}/{trashed.folder}",

@@ -94,7 +94,12 @@ def _plan(catalog: Catalog, hold: Hold) -> tuple[ResumePlan, dict[int, str]]:
     at_risk = {*READABLE, CheckpointState.QUARANTINED}
     newer = (view for view in views if view.step > (plan.step or 0) and view.state in at_risk)
     damaged = {view.step: view.problem for view in newer if view.problem is not None}
-    return plan, {step: why for step, why in damaged.items() if catalog.is_in_place(step)}
+    return plan, {step: why for step, why in damaged.items() if _must_go(catalog, step)}
+
+
+def _must_go(catalog: Catalog, step: int) -> bool:
+    """Whether a damaged step is in the way; what a newer version wrote is not ours to judge."""
+    return catalog.is_in_place(step) and not catalog.is_of_another_version(step)
 
 
 def _refused(catalog: Catalog, plan: ResumePlan) -> IntegrityError:

@@ -188,6 +188,7 @@ def fit(train: TrainConfig) -> Callable[[], None]:
 
 
 def test_a_run_shrinks_grows_and_saves_for_a_node_that_leaves(root: str, nodes: Nodes) -> None:
+    """Scenarios 17 and 23: nodes die, come, and are drained with a notice."""
     train = config(root)
     both: list[Node] = [nodes.add(), nodes.add()]
     finished = fit(train)

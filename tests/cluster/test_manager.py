@@ -39,6 +39,7 @@ def ended(root: str, kind: ActionKind, state: ActionState) -> list[ActionRecord]
 def test_the_manager_verifies_exports_publishes_and_purges_by_policy(
     root: str, tmp_path: Path, manage: Callable[[str], Any]
 ) -> None:
+    """Scenario 5: nobody has told the manager of these commits; it finds them, and works once."""
     copies = str(tmp_path / "copies")
     make_root(
         root,

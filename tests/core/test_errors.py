@@ -20,6 +20,7 @@ EXIT_CODES = {
     "StateDictError": 2,
     "TransitionError": 2,
     "IntegrityError": 1,
+    "UnknownSchemaError": 1,
     "SaveError": 1,
     "NodeLostError": 1,
     "OutOfMemoryError": 3,

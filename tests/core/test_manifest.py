@@ -113,6 +113,7 @@ def test_what_is_no_manifest_is_refused(text: bytes) -> None:
 
 
 def test_an_unknown_schema_is_refused_by_name() -> None:
+    """Scenario 25: a manifest of a newer version."""
     with pytest.raises(IntegrityError, match=r"schema 'ray_ckpt.manifest/9'.*manifest/1") as caught:
         read({**document(), "schema": "ray_ckpt.manifest/9"})
     assert "install" in caught.value.do

@@ -177,6 +177,7 @@ TEN_EACH = [sized(step, 10) for step in (1, 2, 3, 4, 5)]
 def test_what_is_young_is_kept_and_ten_minutes_of_clock_skew_do_not_matter(
     age_s: float, is_kept: bool
 ) -> None:
+    """Scenario 34: retention by age."""
     now = 1e6
     old = Candidate(step=1, is_verified=True, metrics={}, created_at=now - age_s)
     verdict = decide([old, good(2), good(3)], [KeepRecent(100.0, now)])[0]

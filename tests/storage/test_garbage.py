@@ -14,6 +14,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
 from ray_ckpt.core.garbage import ABANDONED_AFTER_S, GRACE_S
 from ray_ckpt.core.lifecycle import ActionKind
+from ray_ckpt.core.retention import CLOCK_SKEW_S
 from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
@@ -114,12 +115,12 @@ def test_the_trash_is_emptied_when_its_grace_time_is_over(catalog: Catalog) -> N
     purge, now = purge_action(catalog.checkpoint(5), grace_s=3600.0), time.time()
     catalog.trash(5)
     succeeded(catalog, purge, at=now)
-    assert garbage(catalog, now=now + 3500) == {}
-    assert list(garbage(catalog, now=now + 3700)) == ["trashed step-5"]
-    clean(catalog, now=now + 3700)
+    assert garbage(catalog, now=now + 3600 + CLOCK_SKEW_S - 60) == {}
+    assert list(garbage(catalog, now=now + 3600 + CLOCK_SKEW_S + 60)) == ["trashed step-5"]
+    clean(catalog, now=now + 3600 + CLOCK_SKEW_S + 60)
     assert list(catalog.store.list_objects(names.TRASH)) == []
-    assert list(garbage(catalog, now=now + 3700)) == ["record of purge step-5"]
-    clean(catalog, now=now + 3700)
+    assert list(garbage(catalog, now=now + 3600 + CLOCK_SKEW_S + 60)) == ["record of purge step-5"]
+    clean(catalog, now=now + 3600 + CLOCK_SKEW_S + 60)
     assert catalog.records.actions() == {}
 
 
@@ -175,6 +176,23 @@ def test_records_stay_while_anything_is_left_of_the_checkpoint(catalog: Catalog)
     assert set(catalog.records.actions()) == {verified[s].key for s in (1, 2, 3)} | {copied.key}
     logs = {names.parse_log(info.key) for info in catalog.store.list_objects(names.LOGS)}
     assert logs == {verified[step].key for step in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("skew_s", [-CLOCK_SKEW_S, CLOCK_SKEW_S])
+def test_clocks_that_differ_by_ten_minutes_take_nothing_that_is_needed(
+    catalog: Catalog, skew_s: float
+) -> None:
+    """Scenario 34: of the store, of whoever purged, and of whoever tidies up."""
+    for step in (5, 6):
+        save_step(catalog, step)
+    now = time.time()
+    purge = purge_action(catalog.checkpoint(5), grace_s=3600.0)
+    catalog.trash(5)
+    succeeded(catalog, purge, at=now)
+    half_a_save(catalog)
+    with reading(catalog.store, 6, who="load"):
+        assert garbage(catalog, now=now + skew_s) == {}
+        assert "trashed step-5" not in garbage(catalog, now=now + 3600.0 + skew_s - 1)
 
 
 def test_what_is_not_of_our_making_is_never_looked_at(root: str, tmp_path: Path) -> None:

@@ -100,9 +100,10 @@ def test_a_manager_that_dies_between_telling_and_noting_tells_once_more(local: C
 
 
 @pytest.mark.parametrize("broken", [names.EVENTS, names.SNAPSHOT])
-def test_scenario_56_what_cannot_be_written_is_told_later_and_nothing_piles_up(
+def test_what_cannot_be_written_is_told_later_and_nothing_piles_up(
     local: Catalog, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Scenario 56: where events go is down; nothing waits for it, and memory is bounded."""
     store = Breaking(local, broken)
     teller = Teller(store, who="manager")
     for step in range(1, 11):

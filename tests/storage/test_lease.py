@@ -153,6 +153,7 @@ def test_the_lease_of_a_killed_process_on_this_host_is_taken_at_once(
 def test_a_holder_elsewhere_is_given_time_and_then_taken_over(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Scenario 34: no two hosts' clocks are compared."""
     monkeypatch.setattr(lease_module, "PATIENCE_S", 0.1)
     leave_behind(store, epoch=6)
     mine = lease(store, "a")

@@ -90,6 +90,7 @@ def test_a_killed_reader_on_this_host_is_dead_at_once(
 def test_a_reader_elsewhere_is_watched_and_given_up_after_its_silence(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Scenario 34: no two hosts' clocks are compared."""
     monkeypatch.setattr(lease_module, "PATIENCE_S", 0.2)
     leave_behind(store, 5)
     leave_behind(store, 6)

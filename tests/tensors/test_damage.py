@@ -1,5 +1,6 @@
 """Damage is found before a tensor is read: told, set aside, and trained anew; or it is an error."""
 
+import json
 import os
 import pickle
 import shutil
@@ -13,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import IntegrityError, RayCkptError
+from ray_ckpt.core.errors import IntegrityError, RayCkptError, StepExistsError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.loading import LoadConfig
 from ray_ckpt.storage.backends import open_catalog
@@ -130,6 +131,7 @@ def met(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[
 def test_a_damaged_step_is_refused_by_number_and_to_whoever_is_strict(
     met: dict[str, tuple[Path, list[Met]]], name: str
 ) -> None:
+    """Scenarios 18 to 21: a flipped bit, a lost or short shard, a bad index, a bad manifest."""
     for rank in met[name][1]:
         for error in (rank.by_number, rank.strict):
             assert isinstance(error, IntegrityError)
@@ -142,6 +144,7 @@ def test_a_damaged_step_is_refused_by_number_and_to_whoever_is_strict(
 def test_a_damaged_step_is_passed_over_told_and_trained_anew(
     met: dict[str, tuple[Path, list[Met]]], name: str
 ) -> None:
+    """Scenarios 18 to 21: the step before it is loaded, and the damaged one is kept aside."""
     root, ranks = met[name]
     for rank in ranks:
         assert (rank.report.step, rank.values) == (1, {1.0})
@@ -225,9 +228,30 @@ def test_code_in_an_adopted_step_is_never_run(tmp_path: Path) -> None:
 
 
 def test_an_index_that_would_run_code_is_set_aside_unread(tmp_path: Path) -> None:
+    """Scenario 20: a malicious index."""
     run(_write, str(tmp_path / "run"))
     mark = tmp_path / "was-here"
     index = tmp_path / "run/step-2/.metadata"
     index.write_bytes(pickle.dumps(_Call(mark)).ljust(index.stat().st_size, b"."))
     assert loaded(tmp_path / "run") == (1, {1.0})
     assert not mark.exists()
+
+
+def test_a_step_of_a_newer_version_is_passed_over_and_never_touched(tmp_path: Path) -> None:
+    """Scenario 25: the manifest has a schema that this version does not know."""
+    root = tmp_path / "run"
+    save_steps(root, 1, 2)
+    key = root / "step-2" / names.MANIFEST
+    document = json.loads(key.read_text())
+    key.write_text(json.dumps({**document, "schema": "ray_ckpt.manifest/9"}))
+    before = files_in(root / "step-2")
+    model = Layer(value=-1.0)
+    manager = plain_manager(root, model, EVERY_STEP_SYNC)
+    report = manager.load()
+    assert (report.step, model.values()) == (1, {1.0})
+    ((step, why),) = report.skipped
+    assert (step, "schema 'ray_ckpt.manifest/9'" in why) == (2, True)
+    with pytest.raises(StepExistsError):
+        manager.do_save(2, "test", last_step=False, metrics={}).wait()
+    manager.close()
+    assert files_in(root / "step-2") == before

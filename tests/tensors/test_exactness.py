@@ -93,6 +93,7 @@ def test_dropout_converters_and_seed_make_a_difference(root: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_every_sample_once_on_any_number_of_ranks(root: str) -> None:
+    """Scenario 23: another world size at each resume; what cannot be resharded is told."""
     save = SaveConfig(every_steps=5, mode="sync")
     setup = _setup("ema")
     before: Outcome | None = None
@@ -116,6 +117,7 @@ def test_a_run_goes_on_with_every_sample_once_on_any_number_of_ranks(root: str) 
 def test_training_on_another_number_of_ranks_goes_on_as_it_would_have(
     saved_run: SavedRun, saved_root: Path
 ) -> None:
+    """Scenario 23: another world size."""
     outcome = run(train, str(saved_root), 15, NEVER, num_ranks=1)[0]
     both = run(train, str(saved_run.copy(saved_root.parent / "two")), 15, NEVER)[0]
     assert outcome.report.step == 12

@@ -164,6 +164,7 @@ def sick_root(tmp_path: Path) -> Path:
 
 
 def test_a_run_resumes_from_the_healthy_step_before_and_says_why(sick_root: Path) -> None:
+    """Scenario 22: NaN or Inf in the weights."""
     model = Layer(value=-1.0)
     manager = plain_manager(sick_root, model)
     report = manager.load()
@@ -216,6 +217,7 @@ def test_retention_counts_healthy_steps_alone(sick_root: Path) -> None:
 
 
 def test_an_export_of_it_is_refused_unless_it_is_allowed(sick_root: Path) -> None:
+    """Scenario 22: it is exported only if somebody insists."""
     catalog = open_catalog(str(sick_root))
     with pytest.raises(IntegrityError, match="1 tensors of step-3 hold NaN or Inf: weight"):
         plan_export(catalog, catalog.manifest(3), ExportSpec(name="hf"))

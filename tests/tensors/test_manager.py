@@ -43,6 +43,7 @@ def test_a_step_that_is_not_there_is_refused_by_number(saved_root: Path) -> None
 def test_a_model_of_another_shape_of_keys_is_refused_before_a_tensor_is_read(
     saved_root: Path,
 ) -> None:
+    """Scenario 24: the model's code has changed."""
     model = nn.Linear(2, 2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     manager = plain_manager(saved_root, model)

@@ -57,6 +57,7 @@ def test_neither_a_committed_step_nor_a_foreign_folder_is_ever_written(tmp_path:
 
 
 def test_a_background_failure_is_logged_and_training_goes_on(tmp_path: Path) -> None:
+    """Scenario 15: a save fails in the background."""
     (tmp_path / "step-1").mkdir()
     (tmp_path / "step-1/notes.txt").write_text("mine")
     told = record_log()
@@ -79,6 +80,7 @@ def _hold_the_root(root: str) -> None:
 def test_a_second_trainer_is_refused_while_the_first_lives_and_welcome_once_it_is_dead(
     tmp_path: Path,
 ) -> None:
+    """Scenario 14: two trainers on one root."""
     with RankGroup(_hold_the_root, str(tmp_path), num_ranks=1) as group:
         wait_until(lambda: list(tmp_path.glob(".ray_ckpt/lease/trainer-*.json")))
         with pytest.raises(LeaseHeldError, match=str(group.pids[0])):

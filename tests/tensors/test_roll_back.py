@@ -37,6 +37,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_the_first_save_sets_the_newer_steps_aside_and_undo_brings_one_back(root: Path) -> None:
+    """Scenario 12: resumed at a lower step, a step is saved that was there before; never a mix."""
     model = Layer()
     manager = plain_manager(root, model, EVERY_STEP)
     assert manager.load(step=2).step == 2

@@ -53,6 +53,7 @@ def _train(root: str, config: SaveConfig) -> tuple[list[int], SaveStats, list[Sa
 def test_a_save_that_meets_another_is_skipped_on_all_ranks_and_the_last_one_is_saved(
     tmp_path: Path,
 ) -> None:
+    """Scenario 16: a save takes longer than the interval."""
     ranks = run(_train, str(tmp_path), SKIP)
     for begun, stats, _ in ranks:
         assert begun == [1, 5]

@@ -80,6 +80,7 @@ def _check(root: str, scenario: Scenario) -> tuple[int, set[float]]:
 def test_a_save_that_dies_anywhere_leaves_a_root_from_which_training_goes_on(
     tmp_path: Path, scenario: Scenario
 ) -> None:
+    """Scenarios 3 and 4: after all shards, before or at the one write that commits."""
     save_steps(tmp_path / "old", *scenario.old)
 
     def roots() -> Iterator[str]:
@@ -103,6 +104,7 @@ def test_a_save_that_dies_anywhere_leaves_a_root_from_which_training_goes_on(
 def test_a_save_to_an_object_store_that_dies_anywhere_is_there_whole_or_not(
     s3_root: str, name: str
 ) -> None:
+    """Scenarios 3 and 4: the manifest is the only commit marker there is."""
     scenario = SCENARIOS[name]
 
     def roots() -> Iterator[str]:

@@ -62,6 +62,7 @@ def _die_before(root: str, rank: int, moment: str, folder: str) -> None:
 def test_a_rank_that_dies_is_named_and_the_step_before_is_all_there_is(
     tmp_path: Path, rank: int, moment: str, said: str
 ) -> None:
+    """Scenarios 1, 2 and 6: a rank dies while it stages, writes, or is waited for."""
     root = tmp_path / "run"
     with RankGroup(_die_before, str(root), rank, moment, str(tmp_path), num_ranks=2) as group:
         assert group.wait() == [rank != 0, rank != 1]
@@ -98,6 +99,7 @@ def _train_and_note_commits(root: str, journal: str, mode: Mode) -> None:
 def test_a_rank_killed_at_any_moment_of_a_save_costs_no_step_that_was_said_committed(
     tmp_path: Path, mode: Mode
 ) -> None:
+    """Scenarios 1, 2 and 6, with SIGKILL at moments that nobody has chosen."""
     root, journal = tmp_path / "run", tmp_path / "journal"
     journal.touch()
     chance = random.Random(0)

@@ -76,6 +76,7 @@ def _save_twice(root: str, number: int, code: int) -> None:
 def test_a_save_that_is_refused_anywhere_is_told_leaves_nothing_and_the_next_one_succeeds(
     tmp_path: Path, code: int
 ) -> None:
+    """Scenarios 8 and 9: no space, or the device fails, at any call of a save."""
     save_steps(tmp_path / "old", 1)
 
     def roots() -> Iterator[str]:
@@ -157,6 +158,7 @@ def _refused_on_rank_1(
 
 
 def test_training_goes_on_when_the_storage_of_one_rank_refuses_a_save(tmp_path: Path) -> None:
+    """Scenario 8: no space on one rank while it writes."""
     ranks = run(_refused_on_rank_1, str(tmp_path), EVERY_STEP)
     for raised, stats, told in ranks:
         assert set(raised.values()) == {None}
@@ -178,6 +180,7 @@ def test_a_save_that_is_waited_for_raises_on_every_rank(tmp_path: Path) -> None:
 def test_a_failure_stops_training_on_every_rank_at_the_same_step_if_asked_to(
     tmp_path: Path,
 ) -> None:
+    """Scenario 15: a save fails in the background, and the config says to stop."""
     config = SaveConfig(every_steps=2, when_busy="wait", on_failure="stop")
     ranks = run(_refused_on_rank_1, str(tmp_path), config)
     steps = [

@@ -85,6 +85,7 @@ def _save_and_wait(manager: CheckpointManager, step: int) -> None:
 def test_a_rank_that_hangs_is_named_and_costs_one_save(
     tmp_path: Path, rank: int, moment: str, mode: Mode, said: str
 ) -> None:
+    """Scenario 7: one rank is stopped, or its file system hangs."""
     root = tmp_path / "run"
     arguments = (str(root), rank, moment, mode, str(tmp_path))
     other = tmp_path / f"error-{1 - rank}"

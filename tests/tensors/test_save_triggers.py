@@ -116,6 +116,7 @@ def _terminate() -> None:
 def test_sigterm_saves_once_and_sets_the_reason_to_stop(
     root: str, handler: Callable[..., None]
 ) -> None:
+    """Scenario 17: SIGTERM with a notice that is long enough."""
     manager = plain_manager(root, Layer(), SIGTERM)
     assert manager.save(1) is None
     _terminate()
@@ -144,7 +145,7 @@ def test_a_manager_that_is_told_no_notice_leaves_sigterm_alone(
 def test_a_save_that_would_not_end_before_the_kill_is_not_begun(
     root: str, monkeypatch: pytest.MonkeyPatch, elapsed_s: float, fits: bool
 ) -> None:
-    """A save takes 10 s, times 1.2 for caution; the notice is 30 s."""
+    """Scenario 17: a save takes 10 s, times 1.2 for caution; the notice is 30 s."""
     events: list[SaveEvent] = []
     now = [1000.0]
     monkeypatch.setattr("ray_ckpt.tensors.triggers.time", SimpleNamespace(monotonic=lambda: now[0]))

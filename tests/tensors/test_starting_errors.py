@@ -49,6 +49,7 @@ def _weights() -> dict[str, Tensor]:
 
 
 def test_every_key_that_is_lacking_or_brought_in_vain_is_named(root: str, tmp_path: Path) -> None:
+    """Scenario 24: the model's code has changed."""
     values = _weights()
     values["layers.0.attention.w_q.weight"] = values.pop("layers.0.attention.wq.weight")
     values["layers.7.ffn_norm.weight"] = values.pop("layers.1.ffn_norm.weight")
