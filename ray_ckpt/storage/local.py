@@ -302,11 +302,18 @@ sync_folder = sync_file
 
 
 def make_folder(folder: Path) -> None:
-    """The folder is there, and survives a power cut with every folder that was made on its way."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+    """The folder is there, and survives a power cut with every folder that was made on its way.
+
+    Raises:
+        NotADirectoryError: a file is on the way.
+    """
+    if folder.is_dir():
+        return
+    if folder.exists() and not folder.is_dir():  # somebody may have made it this moment
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
 
 
 @contextlib.contextmanager
