@@ -24,12 +24,14 @@ from pathlib import Path
 from tests.waiting import wait_for
 
 _RAY = str(Path(sys.executable).parent / "ray")
-_HEALTH = {
+_SETTINGS = {
     # a node that is gone is noticed within seconds, also on a busy machine
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
+    # a worker that has nothing to do for a moment is kept: a new one costs a second of a core
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
 _START_MANAGER = (
     "import ray, sys; from ray_ckpt.cluster.connect import start_manager;"
@@ -82,7 +84,7 @@ class Hosts:
         self._folder = Path(tempfile.mkdtemp(prefix="rh-", dir="/tmp"))
         self._environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-            **_HEALTH,
+            **_SETTINGS,
             **environment,
             "RAY_AUTH_MODE": "disabled",
         }

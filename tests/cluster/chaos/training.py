@@ -24,7 +24,7 @@ from ray_ckpt import CheckpointManager, ModelWrapper, Run, SaveConfig, TrainingS
 from ray_ckpt.core.events import SaveEvent
 
 MODEL = DecoderConfig(dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=96, max_seq_len=64)
-STEP_S = 1.5
+STEP_S = 3.0
 """Shortest time of a step, so that a second's trouble costs few of them."""
 
 

@@ -36,8 +36,8 @@ from tests.tensors.ranks import RankGroup
 from tests.waiting import wait_for
 
 NUM_NODES = 2
-EXPORT_EVERY = 10
-KEEP_EVERY = 20
+EXPORT_EVERY = 5
+KEEP_EVERY = 10
 REPOSITORY = "ray/chaos"
 
 
