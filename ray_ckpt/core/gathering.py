@@ -43,11 +43,12 @@ def draft_actions(observed: Observation) -> Iterator[Planned]:
         if draft.ended is not None:
             for node in _unfreed(draft, observed):
                 yield free_action(draft, node), f"the save is {draft.ended.how}", None
-        elif draft.is_whole:
+        elif _is_brought(draft, observed):
             commit = commit_action(draft)
             # must be one at a time: each may set aside what another one makes visible
             busy = busy or commit
-            not_now = None if busy.key == commit.key else f"after {busy.title}"
+            before = _running_gather(draft, observed.records) or busy
+            not_now = None if before.key == commit.key else f"after {before.title}"
             yield commit, "all of it was brought here", not_now
         else:
             for node in draft.nodes:
@@ -177,10 +178,25 @@ def _running_commit(records: Mapping[str, ActionRecord]) -> Action | None:
     return next((action for action in running if action.kind is ActionKind.COMMIT), None)
 
 
+def _is_brought(draft: Draft, observed: Observation) -> bool:
+    """Whether nothing is to be brought: all has arrived, or a commit takes or took it to its place.
+
+    While one runs, what waited may be gone already although nobody has said yet how it ended.
+    """
+    is_running = observed.state_of(commit_action(draft)) is ActionState.RUNNING
+    return draft.is_whole or is_running or _is_checkpoint(draft, observed)
+
+
+def _running_gather(draft: Draft, records: Mapping[str, ActionRecord]) -> Action | None:
+    found = [records.get(gather_action(draft, node).key) for node in draft.nodes]
+    running = (r.action for r in found if r is not None and r.state is ActionState.RUNNING)
+    return next(running, None)
+
+
 def _is_running(draft: Draft, records: Mapping[str, ActionRecord]) -> bool:
-    actions = (commit_action(draft), *(gather_action(draft, node) for node in draft.nodes))
-    found = [records.get(action.key) for action in actions]
-    return any(record is not None and record.state is ActionState.RUNNING for record in found)
+    commit = records.get(commit_action(draft).key)
+    is_committed_now = commit is not None and commit.state is ActionState.RUNNING
+    return is_committed_now or _running_gather(draft, records) is not None
 
 
 def _is_checkpoint(draft: Draft, observed: Observation) -> bool:

@@ -33,6 +33,8 @@ def gather(catalog: Catalog, save_id: str, node: Node, *, progress: Progress = U
         IntegrityError: a file is not what the rank wrote; it was not sent.
     """
     draft = catalog.drafts.read(save_id)
+    if draft.ended is not None:
+        return 0
     missing = draft.missing_from(node)
     gone = [path for path in missing if not Path(path).is_file()]
     if gone:

@@ -91,6 +91,26 @@ def test_commits_come_one_after_the_other() -> None:
     assert waiting["commit step-5"] == "after commit step-6"
 
 
+def test_nothing_is_brought_again_while_a_commit_takes_it_to_its_place() -> None:
+    running = with_record(staged(draft()), commit_action(draft()), ActionState.RUNNING)
+    assert titles(running) == []
+
+
+def test_a_commit_whose_manager_died_before_it_said_so_is_said_and_nothing_is_brought_again() -> (
+    None
+):
+    checkpoint = replace(view(5), manifest=draft().manifest)
+    observed = replace(staged(draft()), checkpoints=(checkpoint,))
+    assert titles(observed) == ["commit step-5"]
+
+
+def test_a_commit_waits_for_who_still_brings() -> None:
+    observed = staged(draft(brought=ALL))
+    running = with_record(observed, gather_action(draft(), B), ActionState.RUNNING)
+    (planned,) = plan(running, now=0.0).planned
+    assert planned.not_now == "after gather step-5 from b"
+
+
 @pytest.mark.parametrize("ended", [COMMITTED, GIVEN_UP])
 def test_what_has_ended_is_removed_from_its_nodes_and_then_forgotten(ended: Ended) -> None:
     over = draft(ended=ended)
