@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -145,7 +146,9 @@ def _neighbour(root: str, manners: Callable[[], None] | None) -> Iterator[Callab
         process.join()
 
 
-def _export_on(root: str, manners: Callable[[], None], ready: Event, count: "_Count") -> None:
+def _export_on(
+    root: str, manners: Callable[[], None], ready: Event, count: "Synchronized[int]"
+) -> None:
     manners()
     torch.set_num_threads(1)  # as Ray sets it for a task that asks for no CPU
     catalog = open_catalog(root)
@@ -159,9 +162,3 @@ def _export_on(root: str, manners: Callable[[], None], ready: Event, count: "_Co
 
 def _insist() -> None:
     """What a process does that was started without a thought."""
-
-
-class _Count:
-    """A number that two processes see."""
-
-    value: int

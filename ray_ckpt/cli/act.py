@@ -1,6 +1,5 @@
 """Verbs that change something: adopt, export, publish, pin, unpin, purge, undo, save-now."""
 
-import getpass
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from ray_ckpt.cli.output import (
     open_root,
     print_table,
     root_argument,
+    say,
     step_option,
 )
 from ray_ckpt.core import names
@@ -29,6 +29,7 @@ from ray_ckpt.core.policy import KeepConfig
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import TRAINER, holder_of
+from ray_ckpt.storage.records import user_name
 
 _NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
 
@@ -237,8 +238,7 @@ def purge(
     catalog = open_root(root)
     given = keep_latest is not None or keep_every is not None
     keep = KeepConfig(latest=keep_latest, every_steps=keep_every) if given else None
-    told = lambda text: click.echo(text, err=True)  # noqa: E731
-    planned = apply_purge(catalog, keep, told=told) if apply else plan_purge(catalog, keep)
+    planned = apply_purge(catalog, keep, told=say) if apply else plan_purge(catalog, keep)
 
     def render() -> None:
         rows = [
@@ -293,11 +293,10 @@ def _perform(catalog: Catalog, action: Action) -> ActionRecord:
     """On the cluster that RAY_ADDRESS names, else in this process."""
     from ray_ckpt.cluster.perform import perform_here, perform_on_cluster
 
-    told = lambda text: click.echo(text, err=True)  # noqa: E731
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        return perform_on_cluster(catalog.uri, action, address=address, told=told)
-    return perform_here(catalog, action, told=told)
+        return perform_on_cluster(catalog.uri, action, address=address, told=say)
+    return perform_here(catalog, action, told=say)
 
 
 def _flavors(forms: Sequence[str]) -> dict[str, str]:
@@ -315,4 +314,4 @@ def _flavors(forms: Sequence[str]) -> dict[str, str]:
 
 
 def _user() -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "-", getpass.getuser())
+    return re.sub(r"[^A-Za-z0-9_-]", "-", user_name())

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -33,13 +34,11 @@ def gc(root: str, apply: bool, as_json: bool) -> None:
     """
     catalog = open_root(root)
     manager: str | None = None
-    failed: list[tuple[Garbage, str]] = []
-    found = find_garbage(catalog, catalog.observe(), now=time.time())
-    if apply:
-        try:
-            found, failed = _remove(catalog)
-        except LeaseHeldError as error:
-            manager = error.what
+    failed: Sequence[tuple[Garbage, str]] = []
+    try:
+        found, failed = _remove(catalog) if apply else (_find(catalog), [])
+    except LeaseHeldError as error:
+        found, manager = _find(catalog), error.what
     is_applied = apply and manager is None
     document: dict[str, Any] = {
         "applied": is_applied,
@@ -51,12 +50,16 @@ def gc(root: str, apply: bool, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
+def _find(catalog: Catalog) -> list[Garbage]:
+    return find_garbage(catalog, catalog.observe(), now=time.time())
+
+
 def _remove(catalog: Catalog) -> tuple[list[Garbage], list[tuple[Garbage, str]]]:
     """What was there once nobody else could change it, and what of it could not be removed."""
     lease = Lease(catalog.store, MANAGER, owner=uuid.uuid4().hex)
     lease.acquire()
     try:
-        found = find_garbage(catalog, catalog.observe(), now=time.time())
+        found = _find(catalog)
         return found, remove_garbage(found, guard=lease.check)
     finally:
         lease.release()

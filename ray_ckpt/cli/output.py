@@ -113,6 +113,11 @@ def how_far(catalog: Catalog, observed: Observation) -> dict[str, str]:
     return found
 
 
+def say(text: str) -> None:
+    """Told at once, beside what a verb is asked for."""
+    click.echo(text, err=True)
+
+
 def human_bytes(count: float) -> str:
     """A size in decimal units, as disks are sold: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from ray_ckpt.cli.output import emit, json_option, open_root, root_argument
+from ray_ckpt.cli.output import emit, json_option, open_root, root_argument, say
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.gathering import hosts_needed
@@ -32,9 +32,7 @@ def drain(root: str, timeout_s: float | None, as_json: bool) -> None:
     from ray_ckpt.cluster.executors import Threads
 
     catalog = open_root(root)
-    observed = work_off(
-        catalog, Threads(), timeout_s=timeout_s, told=lambda text: click.echo(text, err=True)
-    )
+    observed = work_off(catalog, Threads(), timeout_s=timeout_s, told=say)
     document = _document(observed)
     emit(document, as_json=as_json, render=lambda: _print(document, catalog.uri))
     sys.exit(1 if document["dead"] else 0)

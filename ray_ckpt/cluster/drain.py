@@ -5,9 +5,9 @@ Where another manager holds the lease this waits for it; else it does the work i
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
-from ray_ckpt.cluster.executors import Executor
+from ray_ckpt.cluster.executors import Executor, Threads
 from ray_ckpt.cluster.reconciler import Reconciler, Round
 from ray_ckpt.core.errors import TransientError
 from ray_ckpt.core.observation import Observation
@@ -46,6 +46,19 @@ def drain(
             f"ray-ckpt drain {catalog.uri}    (again, with more time)",
         )
     return last.observed
+
+
+def work_on(
+    catalog: Catalog, keys: Container[str], *, until: Callable[[Round], bool], told: Told
+) -> Round:
+    """Like `work`, for the actions of these keys alone; whoever manages the root does them.
+
+    Where nobody else does, this process does.
+    """
+    reconciler = Reconciler(
+        catalog, Threads(), owner=uuid.uuid4().hex, wants=lambda action: action.key in keys
+    )
+    return work(reconciler, until=until, told=told)
 
 
 def work(

@@ -6,7 +6,6 @@ next manager finishes it. All of it is safe to interrupt and to repeat.
 
 import logging
 import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,12 +13,10 @@ from typing import Any
 import ray
 
 from ray_ckpt.cluster.connect import start_manager_job
-from ray_ckpt.cluster.drain import POLL_S, Told, work
-from ray_ckpt.cluster.executors import Threads
-from ray_ckpt.cluster.reconciler import Reconciler, Round
-from ray_ckpt.core import errors
+from ray_ckpt.cluster.drain import POLL_S, Told, work_on
+from ray_ckpt.cluster.reconciler import Round
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.errors import RayCkptError, StorageError
+from ray_ckpt.core.errors import StorageError, error_called
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import CheckpointView, Request
 from ray_ckpt.core.wanted import is_result, verify_action
@@ -45,10 +42,7 @@ def perform_here(catalog: Catalog, action: Action, *, told: Told = lambda _: Non
         _raise_if(records, ActionState.DEAD)
         return _is_done(catalog, action)
 
-    reconciler = Reconciler(
-        catalog, Threads(), owner=uuid.uuid4().hex, wants=lambda needed: needed.key in concerned
-    )
-    work(reconciler, until=is_over, told=told)
+    work_on(catalog, concerned, until=is_over, told=told)
     return catalog.records.action(action)
 
 
@@ -134,8 +128,7 @@ def _raise_if(records: Iterable[ActionRecord], *states: ActionState) -> None:
     """The error that a record in one of these states tells of, of its own class if it is ours."""
     for record in records:
         if record.state in states:
-            kind: Any = getattr(errors, record.error_kind or "", RayCkptError)
-            raise kind(f"{record.action.title} failed: {record.error}")
+            raise error_called(record.error_kind)(f"{record.action.title} failed: {record.error}")
 
 
 def _concerned(catalog: Catalog, action: Action) -> list[ActionRecord]:

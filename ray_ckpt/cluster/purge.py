@@ -9,17 +9,14 @@ So one process at most moves steps and writes records, and what is asked for out
 """
 
 import time
-import uuid
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ray_ckpt.cluster.drain import Told, work
-from ray_ckpt.cluster.executors import Threads
-from ray_ckpt.cluster.reconciler import Reconciler, Round
-from ray_ckpt.core import errors
+from ray_ckpt.cluster.drain import Told, work_on
+from ray_ckpt.cluster.reconciler import Round
 from ray_ckpt.core.actions import ActionRecord
-from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.errors import error_called
 from ray_ckpt.core.failures import ErrorClass
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Command, Observation
@@ -125,13 +122,12 @@ def _wait_until_verified(catalog: Catalog, hopeful: PurgePlan, told: Told) -> No
         # what the run's own policy lets go all the same is verified by nobody
         return {view.step for view in waiting} <= going and not is_reading
 
-    _manage(catalog, keys, is_over, told)
+    work_on(catalog, keys, until=is_over, told=told)
 
 
 def _raise_if_failed(record: ActionRecord, failed: Container[ActionState]) -> None:
     if record.state in failed:
-        kind: Any = getattr(errors, record.error_kind or "", RayCkptError)
-        raise kind(
+        raise error_called(record.error_kind)(
             f"{record.action.title} ended {record.state}: {_line(record)}; it was to be kept, so "
             "nothing is purged",
             safe="no step was purged",
@@ -153,22 +149,12 @@ def _refused_of(catalog: Catalog, steps: Sequence[int], told: Told) -> dict[int,
         ended = {key for key, record in done.observed.records.items() if _has_ended(record)}
         return purges.keys() <= ended - not_obeyed
 
-    last = _manage(catalog, purges, is_over, told).observed.records
+    last = work_on(catalog, purges, until=is_over, told=told).observed.records
     return {
         purge.step: [_line(last[key])]
         for key, purge in purges.items()
         if last[key].state is not ActionState.SUCCEEDED
     }
-
-
-def _manage(
-    catalog: Catalog, keys: Container[str], is_over: Callable[[Round], bool], told: Told
-) -> Round:
-    """The round that is as `is_over` says; where nobody else manages, this process does."""
-    reconciler = Reconciler(
-        catalog, Threads(), owner=uuid.uuid4().hex, wants=lambda action: action.key in keys
-    )
-    return work(reconciler, until=is_over, told=told)
 
 
 def _is_verified(view: CheckpointView) -> bool:

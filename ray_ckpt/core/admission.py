@@ -15,6 +15,7 @@ from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.draft import Node
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.limits import Limits
+from ray_ckpt.core.wanted import export_of
 
 NODE = "node"
 """Where an action ran, in its record's result."""
@@ -101,19 +102,17 @@ def nodes_of_bytes(
     """By key, the node that touched last what an action reads, as far as records tell."""
     found: dict[str, str] = {}
     for action in actions:
-        for before in _readers_before(action):
-            record = records.get(before.key)
-            if record is not None and record.result.get(NODE) is not None:
-                found.setdefault(action.key, str(record.result[NODE]))
+        before = _reader_before(action)
+        record = records.get(before.key) if before else None
+        if record is not None and record.result.get(NODE) is not None:
+            found[action.key] = str(record.result[NODE])
     return found
 
 
-def _readers_before(action: Action) -> list[Action]:
+def _reader_before(action: Action) -> Action | None:
     if action.kind is ActionKind.EXPORT:
-        return [replace(action, kind=ActionKind.VERIFY, export=None)]
-    if action.kind is ActionKind.PUBLISH:
-        return [replace(action, kind=ActionKind.EXPORT, destination=None)]
-    return []
+        return replace(action, kind=ActionKind.VERIFY, export=None)
+    return export_of(action) if action.kind is ActionKind.PUBLISH else None
 
 
 def _over_limit(action: Action, running: Sequence[Occupant], limits: Limits) -> str | None:

@@ -6,10 +6,8 @@ that meets one of these ends at once, and its record says which (`core.settling`
 """
 
 from ray_ckpt.core.actions import ActionRecord
-from ray_ckpt.core.lifecycle import ActionKind, ActionState
+from ray_ckpt.core.lifecycle import WAITING, ActionKind, ActionState
 from ray_ckpt.core.observation import Command, Observation
-
-WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
 
 
 def asked_purge(command: Command, observed: Observation, now: float) -> ActionRecord | None:

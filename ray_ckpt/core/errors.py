@@ -161,3 +161,9 @@ class AuthorizationError(StorageError):
     """The store knows who asks and says no, or does not know who asks."""
 
     exit_code = 4
+
+
+def error_called(kind: str | None) -> type[RayCkptError]:
+    """The error that a record tells of by its class name; RayCkptError if it is not ours."""
+    found = globals().get(kind or "", RayCkptError)
+    return found if isinstance(found, type) and issubclass(found, RayCkptError) else RayCkptError

@@ -73,7 +73,7 @@ def leftovers(observed: Observation) -> list[Draft]:
         and draft.ended.how == "abandoned"
         and draft.brought
         and not _is_checkpoint(draft, observed)
-        and not _is_running(draft, observed.records)
+        and not _is_running(draft, observed)
     ]
 
 
@@ -87,7 +87,7 @@ def forgettable(observed: Observation, *, now: float) -> list[Draft]:
         and (draft.ended.how == "committed" or now - draft.ended.at >= grace_s)
         and (not draft.brought or _is_checkpoint(draft, observed))
         and not _unfreed(draft, observed)
-        and not _is_running(draft, observed.records)
+        and not _is_running(draft, observed)
     ]
 
 
@@ -102,7 +102,7 @@ def hosts_needed(observed: Observation) -> dict[int, list[str]]:
 
 def is_moot(action: Action, observed: Observation) -> str | None:
     """Why nobody needs this unfinished action about a draft any more; None if somebody does."""
-    draft = next((d for d in observed.drafts if d.save_id == action.source_id), None)
+    draft = _draft_of(action, observed)
     record = observed.records.get(action.key)
     if action.kind is ActionKind.FREE:
         is_lost = record is not None and record.error_class is ErrorClass.LOST
@@ -114,7 +114,7 @@ def is_moot(action: Action, observed: Observation) -> str | None:
 
 def is_done(action: Action, observed: Observation) -> bool:
     """Whether the effect of a gather or a commit is there, whatever its record says."""
-    draft = next((d for d in observed.drafts if d.save_id == action.source_id), None)
+    draft = _draft_of(action, observed)
     if draft is None or action.kind is ActionKind.FREE:
         return False
     if draft.ended is not None:
@@ -122,6 +122,10 @@ def is_done(action: Action, observed: Observation) -> bool:
     if action.kind is ActionKind.COMMIT or action.node is None:
         return False
     return not draft.missing_from(action.node)
+
+
+def _draft_of(action: Action, observed: Observation) -> Draft | None:
+    return next((d for d in observed.drafts if d.save_id == action.source_id), None)
 
 
 def draft_views(
@@ -183,8 +187,7 @@ def _is_brought(draft: Draft, observed: Observation) -> bool:
 
     While one runs, what waited may be gone already although nobody has said yet how it ended.
     """
-    is_running = observed.state_of(commit_action(draft)) is ActionState.RUNNING
-    return draft.is_whole or is_running or _is_checkpoint(draft, observed)
+    return draft.is_whole or _is_being_committed(draft, observed) or _is_checkpoint(draft, observed)
 
 
 def _running_gather(draft: Draft, records: Mapping[str, ActionRecord]) -> Action | None:
@@ -193,10 +196,13 @@ def _running_gather(draft: Draft, records: Mapping[str, ActionRecord]) -> Action
     return next(running, None)
 
 
-def _is_running(draft: Draft, records: Mapping[str, ActionRecord]) -> bool:
-    commit = records.get(commit_action(draft).key)
-    is_committed_now = commit is not None and commit.state is ActionState.RUNNING
-    return is_committed_now or _running_gather(draft, records) is not None
+def _is_being_committed(draft: Draft, observed: Observation) -> bool:
+    return observed.state_of(commit_action(draft)) is ActionState.RUNNING
+
+
+def _is_running(draft: Draft, observed: Observation) -> bool:
+    is_gathered_now = _running_gather(draft, observed.records) is not None
+    return is_gathered_now or _is_being_committed(draft, observed)
 
 
 def _is_checkpoint(draft: Draft, observed: Observation) -> bool:

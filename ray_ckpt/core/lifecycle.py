@@ -86,6 +86,8 @@ class ActionState(StrEnum):
         return not (ACTION_MOVES[self] - {ActionState.PENDING})
 
 
+WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
+"""What has neither ended nor begun another try."""
 GIVEN_UP = ActionState.DEAD, ActionState.CANCELLED, ActionState.SUPERSEDED
 """What nobody waits for any more, unless a person asks for it again."""
 

@@ -3,11 +3,17 @@
 from collections.abc import Collection, Sequence
 
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.asked import WAITING, asked_purge, asked_purges
+from ray_ckpt.core.asked import asked_purge, asked_purges
 from ray_ckpt.core.errors import PurgeRefusedError
 from ray_ckpt.core.failures import ErrorClass
 from ray_ckpt.core.gathering import is_done, is_moot
-from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import (
+    GIVEN_UP,
+    WAITING,
+    ActionKind,
+    ActionState,
+    CheckpointState,
+)
 from ray_ckpt.core.observation import CheckpointView, Command, Observation
 from ray_ckpt.core.reconcile import plan, purge_guards
 from ray_ckpt.core.wanted import export_of, is_result

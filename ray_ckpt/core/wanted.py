@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ray_ckpt.core.actions import Action, ExportSpec
 from ray_ckpt.core.due import DueExport, due_exports, is_export_of
-from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState
+from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.policy import PublishPolicy
@@ -69,8 +69,8 @@ def _asked_for(observed: Observation) -> dict[int, list[Request]]:
         asked[request.step].append(request)
     for record in observed.records.values():
         action = record.action
-        is_over = record.state is ActionState.SUCCEEDED or record.state in GIVEN_UP
-        if record.asked_by and not is_over and action.kind in _MADE and action.export is not None:
+        is_open = record.asked_by and not record.state.is_terminal
+        if is_open and action.kind in _MADE and action.export is not None:
             again = Request(step=action.step, export=action.export, destination=action.destination)
             asked[action.step].append(again)
     return asked

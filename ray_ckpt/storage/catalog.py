@@ -255,8 +255,3 @@ class Catalog:
             UsageError: a trainer is saving the step anew at this moment.
         """
         Trash(self.store, self.commit, self.records).restore(step)
-
-    def empty_trash(self, *, older_than_s: float, now: float) -> dict[int, int]:
-        """Bytes freed by step, for everything that was trashed more than `older_than_s` ago."""
-        trash = Trash(self.store, self.commit, self.records)
-        return trash.empty(older_than_s=older_than_s, now=now)

@@ -139,7 +139,8 @@ class RenameCommit:
         """`.ray_ckpt/staging/<attempt>`, shared by all ranks that see the root."""
         path = self._store.path(names.staging_dir(attempt))
         with translated(path):
-            make_folder(path)
+            make_folder(path.parent)
+            path.mkdir(exist_ok=True)  # last: nobody would clear it away if this raised after it
         return path
 
     def clear(self, folder: str) -> None:

@@ -183,12 +183,12 @@ def _current(store: Store, role: str) -> tuple[int, Holder | None]:
         if parsed is not None and parsed[0] == role:
             epochs.append(parsed[1])
     try:
-        return max(epochs), _parse(store.read(names.lease_key(role, max(epochs))))
+        return max(epochs), parse_holder(store.read(names.lease_key(role, max(epochs))))
     except ObjectNotFoundError:
         return max(epochs), None
 
 
-def _parse(text: bytes) -> Holder:
+def parse_holder(text: bytes) -> Holder:
     """The holder; one whose file cannot be read is somebody who never beats."""
     try:
         return Holder(**json.loads(text))

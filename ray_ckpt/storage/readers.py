@@ -24,7 +24,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectNotFoundError, RayCkptError
 from ray_ckpt.storage import lease
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.lease import Holder
+from ray_ckpt.storage.lease import Holder, parse_holder
 
 log = logging.getLogger("ray_ckpt")
 
@@ -101,16 +101,8 @@ def _look(store: Store, step: int | None = None) -> dict[str, Holder]:
         read = names.parse_reader(info.key)
         if read is not None and step in (None, read):
             with contextlib.suppress(ObjectNotFoundError):  # it has ended meanwhile
-                found[info.key] = _parse(store.read(info.key))
+                found[info.key] = parse_holder(store.read(info.key))
     return found
-
-
-def _parse(text: bytes) -> Holder:
-    """The reader; one whose file cannot be read is somebody who never beats."""
-    try:
-        return Holder(**json.loads(text))
-    except (ValueError, TypeError):
-        return Holder(owner="an unreadable file", token="", host="", pid=0, beat=-1)
 
 
 def _beat(store: Store, key: str, holder: Holder, ended: threading.Event) -> None:

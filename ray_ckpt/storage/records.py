@@ -143,11 +143,15 @@ class Records:
 
 def who_asks() -> str:
     """The person at this process, `user@host`: how a command names them."""
+    return f"{user_name()}@{socket.gethostname()}"
+
+
+def user_name() -> str:
+    """Whom this process belongs to, by name where there is one."""
     try:
-        user = getpass.getuser()
+        return getpass.getuser()
     except (KeyError, OSError):  # a container may run under a number that has no name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+        return str(os.getuid())
 
 
 def _parse_or_tell(parse: Callable[[bytes], T], text: bytes, where: str) -> T | None:

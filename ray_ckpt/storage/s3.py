@@ -166,14 +166,8 @@ class S3Store:
         """
         bucket, _, prefix = f"{self._base}/{start}".partition("/")
         while True:
-            with translated(self._where(start)):
-                try:
-                    page: dict[str, Any] = self._file_system.call_s3(
-                        "list_objects_v2", Bucket=bucket, Prefix=prefix, **options
-                    )
-                except FileNotFoundError:
-                    return  # no such bucket
-            yield page
+            page = self._call("list_objects_v2", start, Bucket=bucket, Prefix=prefix, **options)
+            yield page  # empty where there is no such bucket
             if not page.get("IsTruncated"):
                 return
             options["ContinuationToken"] = page["NextContinuationToken"]

@@ -56,11 +56,6 @@ class Trash:
             raise step_errors.exists(self._store.uri, step) from error
         self._forget(trashed[newest])
 
-    def empty(self, *, older_than_s: float, now: float) -> dict[int, int]:
-        """Bytes freed by step, of all that has `expired`."""
-        expired = self.expired(older_than_s=older_than_s, now=now)
-        return {trashed.step: self.erase(trashed) for trashed in expired}
-
     def expired(self, *, older_than_s: float, now: float) -> list[Trashed]:
         """Every save that was trashed more than `older_than_s` ago, and what is half erased.
 

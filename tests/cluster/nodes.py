@@ -36,9 +36,16 @@ class Node:
 
     def kill(self) -> None:
         """The host has lost power: every process of it is gone, and nobody was told."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        for pid in sorted(self._pids()):  # Ray gives each worker a process group of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+    def _pids(self) -> Iterator[int]:
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(ValueError, ProcessLookupError):
+                if os.getsid(int(entry.name)) == self.process.pid:
+                    yield int(entry.name)
 
 
 class Nodes:

@@ -8,6 +8,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file
+from ray_ckpt.storage.trash import Trash
 
 CREATED_AT = "2030-01-02T03:04:05+00:00"
 TORCH_SHARD = "__0_0.distcp"
@@ -95,3 +96,10 @@ def content_of(catalog: Catalog, step: int) -> dict[str, bytes]:
 def _entry(path: Path, name: str) -> FileEntry:
     is_shard = name.endswith(".distcp")
     return describe_file(path, name, SHARD_ALGORITHM if is_shard else STRONG_ALGORITHM)
+
+
+def empty_trash(catalog: Catalog, *, older_than_s: float, now: float) -> dict[int, int]:
+    """Bytes freed by step, of all that was trashed more than `older_than_s` ago, as gc does it."""
+    trash = Trash(catalog.store, catalog.commit, catalog.records)
+    expired = trash.expired(older_than_s=older_than_s, now=now)
+    return {trashed.step: trash.erase(trashed) for trashed in expired}

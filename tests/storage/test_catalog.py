@@ -23,7 +23,14 @@ from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_object
-from tests.storage.steps import FILES, content_of, save_export, save_step, shard_name
+from tests.storage.steps import (
+    FILES,
+    content_of,
+    empty_trash,
+    save_export,
+    save_step,
+    shard_name,
+)
 
 SHARD = "step-5/__0_0.distcp"
 
@@ -145,7 +152,7 @@ def test_a_broken_manifest_elsewhere_hides_no_checkpoint(catalog: Catalog, folde
     observed = catalog.observe()
     assert plan_resume(observed.checkpoints).step == 5
     assert observed.exports == ()
-    assert catalog.empty_trash(older_than_s=0.0, now=1e9) == {}
+    assert empty_trash(catalog, older_than_s=0.0, now=1e9) == {}
     assert catalog.store.stat(names.manifest_key(folder)) is not None
 
 
@@ -273,15 +280,15 @@ def test_a_restore_never_replaces_a_step_that_was_saved_anew(catalog: Catalog) -
 def test_the_trash_is_emptied_after_the_grace_time_and_not_before(catalog: Catalog) -> None:
     manifest = save_step(catalog, 5)
     purge(catalog, 5, at=1000.0)
-    assert catalog.empty_trash(older_than_s=60.0, now=1059.0) == {}
+    assert empty_trash(catalog, older_than_s=60.0, now=1059.0) == {}
     assert (5, CheckpointState.TRASHED) in states(catalog)
-    freed = catalog.empty_trash(older_than_s=60.0, now=1060.0)
+    freed = empty_trash(catalog, older_than_s=60.0, now=1060.0)
     assert list(freed) == [5]
     assert freed[5] >= manifest.total_bytes
     assert states(catalog) == []
     assert list(catalog.store.list_objects("step-5")) == []
     assert list(catalog.store.list_objects(names.TRASH)) == []
-    assert catalog.empty_trash(older_than_s=60.0, now=1060.0) == {}
+    assert empty_trash(catalog, older_than_s=60.0, now=1060.0) == {}
 
 
 def test_the_grace_time_begins_anew_with_the_last_purge(local: Catalog) -> None:
@@ -291,13 +298,13 @@ def test_the_grace_time_begins_anew_with_the_last_purge(local: Catalog) -> None:
         purge(local, 5, at=1000.0 * (len(graces) - number), grace_s=grace_s)
         local.restore(5)
     purge(local, 5, at=9000.0, grace_s=59.0)
-    assert local.empty_trash(older_than_s=60.0, now=9001.0) == {}
+    assert empty_trash(local, older_than_s=60.0, now=9001.0) == {}
 
 
 def test_what_a_person_put_in_the_trash_is_left_alone(catalog: Catalog) -> None:
     save_step(catalog, 5)
     catalog.trash(5)
-    assert catalog.empty_trash(older_than_s=0.0, now=1e9) == {}
+    assert empty_trash(catalog, older_than_s=0.0, now=1e9) == {}
     catalog.restore(5)
     catalog.verify(5)
 
@@ -306,7 +313,7 @@ def test_emptying_the_trash_spares_a_step_that_was_saved_anew(catalog: Catalog) 
     save_step(catalog, 5)
     purge(catalog, 5, at=1000.0)
     save_step(catalog, 5, files={"__0_0.distcp": b"the new one"}, save_id="second")
-    catalog.empty_trash(older_than_s=0.0, now=2000.0)
+    empty_trash(catalog, older_than_s=0.0, now=2000.0)
     assert content_of(catalog, 5) == {"__0_0.distcp": b"the new one"}
     catalog.verify(5)
     assert states(catalog) == [(5, CheckpointState.COMMITTED)]
@@ -321,7 +328,7 @@ def test_a_damaged_step_is_set_aside_and_kept(catalog: Catalog) -> None:
     assert states(catalog) == [(4, CheckpointState.COMMITTED), (5, CheckpointState.QUARANTINED)]
     with pytest.raises(IntegrityError):
         catalog.checkpoint(5)
-    assert catalog.empty_trash(older_than_s=0.0, now=1e9) == {}
+    assert empty_trash(catalog, older_than_s=0.0, now=1e9) == {}
     assert (5, CheckpointState.QUARANTINED) in states(catalog)
     catalog.refuse_existing(5)
 

@@ -41,7 +41,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.readers import reading
-from tests.storage.steps import content_of, save_export, save_step, stage
+from tests.storage.steps import content_of, empty_trash, save_export, save_step, stage
 
 IS_LONG = bool(os.environ.get("RAY_CKPT_LONG_TESTS"))
 HOURS = st.floats(min_value=-48.0, max_value=48.0)
@@ -175,7 +175,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def empty_the_trash(self) -> None:
         before = self._aside()
-        self.catalog.empty_trash(older_than_s=GRACE_S, now=self.now)
+        empty_trash(self.catalog, older_than_s=GRACE_S, now=self.now)
         self.erased |= before - self._aside()
 
     # ---- what must hold whatever happened ----

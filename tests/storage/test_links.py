@@ -14,7 +14,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.local import LocalStore
 from tests.roots import snapshot
-from tests.storage.steps import save_step
+from tests.storage.steps import empty_trash, save_step
 
 PRECIOUS = {"step-7.save7/notes.txt": b"mine", "save-x/notes.txt": b"mine"}
 
@@ -82,7 +82,7 @@ def test_a_save_in_the_trash_that_is_a_link_is_passed_over(
     trash = Path(catalog.uri, names.TRASH)
     trash.mkdir(parents=True, exist_ok=True)
     (trash / "step-7.save7").symlink_to(elsewhere)
-    assert catalog.empty_trash(older_than_s=0.0, now=1e12) == {}
+    assert empty_trash(catalog, older_than_s=0.0, now=1e12) == {}
     with pytest.raises(UsageError, match="the trash holds no step-7"):
         catalog.restore(7)
     with pytest.raises(UsageError, match="symbolic link"):
@@ -195,5 +195,5 @@ def test_a_hostile_manifest_in_the_trash_erases_nothing(either: Catalog) -> None
     aside = names.set_aside_dir(names.TRASH, 7, "save7")
     text = hostile(manifest, files=[file_entry("../step-8/.metadata")])
     either.store.write(names.manifest_key(aside), text)
-    assert either.empty_trash(older_than_s=0.0, now=1e12) == {}
+    assert empty_trash(either, older_than_s=0.0, now=1e12) == {}
     either.verify(8)

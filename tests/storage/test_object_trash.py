@@ -12,7 +12,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_object
 from ray_ckpt.storage.lease import Lease
-from tests.storage.steps import FILES, content_of, save_step
+from tests.storage.steps import FILES, content_of, empty_trash, save_step
 
 pytestmark = pytest.mark.s3
 OLD = {".metadata": b"old index", "__0_0.distcp": b"old weights", "hf_assets/a.json": b"old"}
@@ -85,7 +85,7 @@ def test_the_trash_is_emptied_save_by_save(catalog: Catalog) -> None:
     catalog.records.write_action(ActionRecord(action=purged).started(1.0).succeeded({}, 1.0))
     save_step(catalog, 10, files=NEW, save_id="new", created_at=LATER)
     catalog.trash(10)
-    assert list(catalog.empty_trash(older_than_s=60.0, now=100.0)) == [10]
+    assert list(empty_trash(catalog, older_than_s=60.0, now=100.0)) == [10]
     catalog.restore(10)
     assert content_of(catalog, 10) == NEW
 

@@ -197,7 +197,11 @@ def test_an_export_has_the_types_in_which_transformers_keeps_the_model(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bfloat16")
     exported = StateDictTransforms(adapter=adapter, dtype="bfloat16").to_hf(native)
-    assert _dtypes(exported) == _dtypes(load_file(tmp_path / "bfloat16/model.safetensors"))
+    cast = _dtypes(load_file(tmp_path / "bfloat16/model.safetensors"))
+    # transformers keeps the routers in float32 since 5.24
+    routers = {key: torch.float32 for key in cast if key.endswith("mlp.gate.weight")}
+    keeps_routers = any(key.endswith("e_score_correction_bias") for key in cast)
+    assert _dtypes(exported) == cast | (routers if keeps_routers else {})
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "torchtitan_llama3"])

@@ -17,7 +17,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.readers import readers_by_step
 from ray_ckpt.tensors import export as export_module
-from ray_ckpt.tensors import manager as manager_module
+from ray_ckpt.tensors import loader as loader_module
 from ray_ckpt.tensors.export import export_step
 from tests.roots import make_root
 from tests.tensors.plain import Layer, plain_manager, save_steps
@@ -70,7 +70,7 @@ def test_a_load_holds_its_step(root: str, monkeypatch: pytest.MonkeyPatch, step:
             purge(root, 1 if step == 1 else 3)
         refusals.append(caught.value.what)
 
-    in_the_middle(monkeypatch, manager_module, "restore", try_to_purge)
+    in_the_middle(monkeypatch, loader_module, "restore", try_to_purge)
     model = Layer()
     manager = plain_manager(root, model)
     manager.load(step=step)
@@ -89,7 +89,7 @@ def test_a_run_that_starts_from_another_runs_step_holds_it_there(
     seen: list[dict[int, list[str]]] = []
     store = open_catalog(root).store
     in_the_middle(
-        monkeypatch, manager_module, "restore", lambda: seen.append(readers_by_step(store))
+        monkeypatch, loader_module, "restore", lambda: seen.append(readers_by_step(store))
     )
     manager = plain_manager(tmp_path / "other", Layer())
     manager.load(config=LoadConfig(start=FromWeights(path=f"{root}/step-1")))

@@ -74,8 +74,8 @@ def _moe(config: Mapping[str, Any]) -> list[Rule]:
     single = _HF_LAYER + "mlp.experts.{e}."
     shared = _feed_forward("moe.shared_experts", "mlp.shared_experts")
     return [
-        rename(_LAYER + "moe.router.gate.weight", _HF_LAYER + "mlp.gate.weight"),
-        # moves by tiny steps, which decide whom a token is sent to: transformers keeps it as well
+        # by tiny steps they decide whom a token is sent to: transformers does not cast them either
+        uncast(rename(_LAYER + "moe.router.gate.weight", _HF_LAYER + "mlp.gate.weight")),
         uncast(
             rename(_LAYER + "moe.expert_bias_E", _HF_LAYER + "mlp.gate.e_score_correction_bias")
         ),

@@ -22,8 +22,8 @@ class IdentityAdapter:
         return dict(state_dict)
 
     def is_cast(self, native: str) -> bool:
-        """All but the routing biases that transformers never loads in another type."""
-        return not native.endswith("e_score_correction_bias")
+        """All but the routers that transformers keeps in float32 where it has routing biases."""
+        return not native.endswith(("e_score_correction_bias", "mlp.gate.weight"))
 
     def expect_whole(self, native: Iterable[str]) -> None:
         """Returns: any set of names is a model."""

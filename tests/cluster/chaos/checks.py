@@ -20,7 +20,7 @@ from torch import Tensor
 
 from jobs.train import make_assets
 from ray_ckpt.core import names
-from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
@@ -95,8 +95,7 @@ def _twice_by_events(catalog: Catalog) -> Iterator[str]:
 
 def _stuck(observed: Observation) -> Iterator[str]:
     for record in observed.records.values():
-        is_over = record.state in (ActionState.SUCCEEDED, *GIVEN_UP)
-        if record.action.kind is not ActionKind.SCRUB and not is_over:
+        if record.action.kind is not ActionKind.SCRUB and not record.state.is_terminal:
             yield f"{record.action.title} is {record.state}"
         if record.state is ActionState.DEAD:
             yield f"{record.action.title} is dead: {record.error}"
