@@ -97,6 +97,9 @@ class Patient:
     def why_waiting(self) -> str:
         return self._executor.why_waiting()
 
+    def has_room(self) -> bool:
+        return self._executor.has_room()
+
     def end_process(self, beat: Beat) -> None:
         self._executor.end_process(beat)
 

@@ -64,6 +64,10 @@ class Executor(Protocol):
         """What an attempt that has not begun waits for."""
         ...
 
+    def has_room(self) -> bool:
+        """Whether what has not begun waits for nothing that anybody could name."""
+        ...
+
     def end_process(self, beat: Beat) -> None:
         """The process that spoke last in `beat` will be gone, if it is one of the executor's."""
         ...
@@ -102,6 +106,10 @@ class RayTasks:
     def why_waiting(self) -> str:
         """A slot, most likely."""
         return nodes.why_waiting()
+
+    def has_room(self) -> bool:
+        """A slot is free, or none is needed."""
+        return nodes.has_free_slot()
 
     def end_process(self, beat: Beat) -> None:
         """By a task on its node."""
@@ -163,6 +171,10 @@ class Threads:
     def why_waiting(self) -> str:
         """Its one thread, which a hanging attempt never gives back."""
         return "waits for the one before it, which was given up, to let its thread go"
+
+    def has_room(self) -> bool:
+        """Never: an attempt that waits, waits for the thread."""
+        return False
 
     def end_process(self, beat: Beat) -> None:
         """Nothing: it is this one."""

@@ -14,7 +14,7 @@ from ray_ckpt.cluster.executors import DiedError, Executor, Running
 from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import Occupant, Placement
-from ray_ckpt.core.beats import Beat, Watch
+from ray_ckpt.core.beats import WAITS_AFTER_S, Beat, Watch
 from ray_ckpt.core.errors import TransientError
 from ray_ckpt.core.limits import Limits
 from ray_ckpt.storage.base import Store
@@ -132,7 +132,7 @@ class InFlight:
             watch = flight.watch.without(deaf_s).after(beat, now)
             flight = replace(flight, watch=watch)
             self._flights[key] = flight
-            why = flight.watch.why_dead(limits, now)
+            why = watch.why_dead(limits, now) or self._why_lost(watch, limits, now)
             if why is not None:
                 self.stop(key)
                 given_up.append((flight, TransientError(why, self._store.uri, _SAFE)))
@@ -156,7 +156,7 @@ class InFlight:
     def problems(self) -> list[str]:
         """Sentences about attempts that should have begun long ago."""
         now = time.monotonic()
-        waiting = [f for f in self._flights.values() if f.watch.has_waited_long(now)]
+        waiting = [f for f in self._flights.values() if f.watch.has_waited(WAITS_AFTER_S, now)]
         if not waiting:
             return []
         why = self._executor.why_waiting()
@@ -171,6 +171,15 @@ class InFlight:
         swept = sweep_beats(self._store, except_for=_beat_keys(self._flights.values()))
         if swept:
             log.info("swept signs of life of dead attempts num=%d", len(swept))
+
+    def _why_lost(self, watch: Watch, limits: Limits, now: float) -> str | None:
+        """Why an attempt that was never heard of is given up; None while it may wait for its turn.
+
+        Its process, if it has one, is unknown: should it wake up, it finds that it was given up.
+        """
+        if not watch.has_waited(limits.stalled_after_s, now) or not self._executor.has_room():
+            return None
+        return f"it has not begun for {now - watch.begun_at:.0f} s although there is room for it"
 
     def _last_words(self, flight: Flight) -> Beat | None:
         """The newest beat; it may have come after the last time that anybody listened."""

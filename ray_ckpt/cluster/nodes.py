@@ -62,8 +62,16 @@ def why_waiting() -> str:
     total = ray.cluster_resources().get(IO_RESOURCE)
     if total is None:
         return "waits for a worker process of Ray"
-    free = ray.available_resources().get(IO_RESOURCE, 0.0)
-    return f"waits for a slot of {IO_RESOURCE}: {free:.0f} of {total:.0f} free"
+    return f"waits for a slot of {IO_RESOURCE}: {_free_slots():.0f} of {total:.0f} free"
+
+
+def has_free_slot() -> bool:
+    """Whether a task could begin now; where nobody has slots none is needed."""
+    return IO_RESOURCE not in ray.cluster_resources() or _free_slots() >= 1.0
+
+
+def _free_slots() -> float:
+    return ray.available_resources().get(IO_RESOURCE, 0.0)
 
 
 def end_process(beat: Beat) -> None:

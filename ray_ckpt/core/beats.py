@@ -86,6 +86,8 @@ class Watch:
 
     def without(self, seconds: float) -> "Watch":
         """The same, had the last so many seconds not passed: nobody listened then."""
+        if self.last is None:
+            return replace(self, begun_at=self.begun_at + seconds)
         heard_at, moved_at = self.heard_at + seconds, self.moved_at + seconds
         return replace(self, heard_at=heard_at, moved_at=moved_at)
 
@@ -101,9 +103,9 @@ class Watch:
             return f"it came no further for {now - self.moved_at:.0f} s: {self.last.sentence}"
         return None
 
-    def has_waited_long(self, now: float) -> bool:
-        """Whether it should have begun by now."""
-        return self.last is None and now - self.begun_at > WAITS_AFTER_S
+    def has_waited(self, seconds: float, now: float) -> bool:
+        """Whether it has not begun for longer than that."""
+        return self.last is None and now - self.begun_at > seconds
 
     @property
     def bytes_per_s(self) -> float | None:

@@ -32,7 +32,8 @@ class Limits:
     hung_after_s: float = 120.0
     """An attempt that has not been heard of for so long is stopped and tried again."""
     stalled_after_s: float = 1800.0
-    """And one that is heard of, but has counted no byte for so long, where it counts them."""
+    """And one that is heard of, but has counted no byte for so long, where it counts them; or one
+    that has not begun for so long although there is room."""
 
     def __post_init__(self) -> None:
         at_least(1, total=self.total, per_destination=self.per_destination, per_node=self.per_node)

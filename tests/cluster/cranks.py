@@ -102,6 +102,9 @@ class Unreachable:
     def why_waiting(self) -> str:
         return "waits for a process"
 
+    def has_room(self) -> bool:
+        return False
+
     def end_process(self, beat: Beat) -> None:
         pass
 

@@ -34,7 +34,7 @@ class SlowUploads:
         self._upload: Running | None = None
         self.is_let = threading.Event()
 
-    def has_room(self, action: Action) -> bool:
+    def wants(self, action: Action) -> bool:
         is_busy = self._upload is not None and not self._upload.done()
         return action.kind is not ActionKind.PUBLISH or not is_busy
 
@@ -46,6 +46,9 @@ class SlowUploads:
 
     def why_waiting(self) -> str:
         return "waits for a thread"
+
+    def has_room(self) -> bool:
+        return False
 
     def end_process(self, beat: Beat) -> None:
         pass
@@ -92,7 +95,7 @@ def test_uploads_that_fall_behind_skip_to_the_newest_step_and_free_the_rest(
     make_root(root, (10,), EXPORTS)
     drain(catalog, Threads())
     catalog.records.begin_run("run", policy)
-    manager = Reconciler(catalog, uploads, owner="m", wants=uploads.has_room)
+    manager = Reconciler(catalog, uploads, owner="m", wants=uploads.wants)
     manager.round(time.time())
     assert publishes(catalog) == {10: ActionState.RUNNING}
 

@@ -5,6 +5,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from jobs.bench.counting import CountingStore
 from ray_ckpt.cluster.in_flight import InFlight
 from ray_ckpt.cluster.tasks import Attempt
@@ -24,6 +26,9 @@ HERE = Placement(node=LiveNode(id="here", name="here"), strength="prefer")
 class Nobody:
     """Begins nothing."""
 
+    def __init__(self, *, has_room: bool = False) -> None:
+        self._has_room = has_room
+
     def nodes(self) -> Sequence[LiveNode]:
         return [HERE.node]
 
@@ -36,6 +41,9 @@ class Nobody:
     def why_waiting(self) -> str:
         return "waits for ever"
 
+    def has_room(self) -> bool:
+        return self._has_room
+
     def end_process(self, beat: Beat) -> None:
         pass
 
@@ -43,8 +51,8 @@ class Nobody:
         pass
 
 
-def flying(store: Store, *steps: int) -> InFlight:
-    found = InFlight(store, Nobody())
+def flying(store: Store, *steps: int, has_room: bool = False) -> InFlight:
+    found = InFlight(store, Nobody(has_room=has_room))
     for step in steps:
         record = ActionRecord(action=verify_action(view(step))).started(7.0)
         attempt = Attempt(action=record.action, number=1, started_at=7.0, epoch=1, beat_s=1.0)
@@ -79,3 +87,32 @@ def test_an_older_attempt_of_the_same_number_is_not_listened_to(root: str) -> No
     some.listen(Limits())
     assert some.all()[0].describe()["percent"] == 50
     assert [o.node for o in some.occupants()] == ["there"]
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_what_never_begins_is_given_up_unless_it_waits_for_room(
+    root: str, monkeypatch: pytest.MonkeyPatch, has_room: bool
+) -> None:
+    """A hung task, before its first word."""
+    now = 1.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    some = flying(open_catalog(root).store, 10, has_room=has_room)
+    while now < 1806.0:
+        assert some.listen(Limits()) == []
+        now += 5.0
+    given_up = some.listen(Limits())
+    assert [error.what for _, error in given_up] == (
+        ["it has not begun for 1805 s although there is room for it"] if has_room else []
+    )
+    assert len(some.all()) == (0 if has_room else 1)
+
+
+def test_a_manager_that_stood_still_does_not_blame_what_waits(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    some = flying(open_catalog(root).store, 10, has_room=True)
+    assert some.listen(Limits()) == []
+    now = 4000.0
+    assert some.listen(Limits()) == []

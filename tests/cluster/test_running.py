@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from ray_ckpt.cluster import priority
+from ray_ckpt.cluster import in_flight, priority
 from ray_ckpt.cluster.executors import Executor, RayTasks
 from ray_ckpt.cluster.nodes import IO_RESOURCE, kill_if_same
-from ray_ckpt.core import beats
 from ray_ckpt.core.admission import NODE
 from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
@@ -143,7 +142,7 @@ def test_a_destination_that_hangs_holds_up_no_other(
 def test_a_task_that_waits_for_a_slot_is_told_of_and_not_given_up(
     root: str, ray_cluster: str, crank: Cranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beats, "WAITS_AFTER_S", 0.5)
+    monkeypatch.setattr(in_flight, "WAITS_AFTER_S", 0.5)
     make_root(root, (10,), LifecyclePolicy(limits=Limits(hung_after_s=1.0)))
     slots = [{IO_RESOURCE: 1.0}] * 2
     others = ray.util.placement_group(slots)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ray_ckpt.core.beats import Beat, Watch
+from ray_ckpt.core.beats import WAITS_AFTER_S, Beat, Watch
 from ray_ckpt.core.limits import Limits
 
 LIMITS = Limits(hung_after_s=10, stalled_after_s=100)
@@ -23,9 +23,9 @@ def heard(*beats: tuple[float, Beat | None]) -> Watch:
 def test_an_attempt_that_has_not_begun_is_never_dead_but_told_of_after_a_minute() -> None:
     watch = heard((1.0, None), (500.0, None))
     assert watch.why_dead(LIMITS, 10_000.0) is None
-    assert not watch.has_waited_long(60.0)
-    assert watch.has_waited_long(61.0)
-    assert not heard((70.0, FIRST)).has_waited_long(500.0)
+    assert not watch.has_waited(WAITS_AFTER_S, 60.0)
+    assert watch.has_waited(WAITS_AFTER_S, 61.0)
+    assert not heard((70.0, FIRST)).has_waited(WAITS_AFTER_S, 500.0)
 
 
 def test_the_same_beat_again_or_none_at_all_is_no_sign_of_life() -> None:
