@@ -1,7 +1,7 @@
 """Something dies every few seconds, and afterwards nothing is lost, done twice or forgotten.
 
-`RAY_CKPT_CHAOS=200` lets so many things happen, in an order of their own each time; without it a
-short, fixed order runs. `-s` shows what happened, and the sum at the end.
+`RAY_CKPT_CHAOS=200` lets so many things happen, in an order of their own each time, to a run on a
+folder and then to one on S3; without it a short, fixed order runs on a folder.
 """
 
 import os
@@ -17,8 +17,9 @@ from tests.cluster.chaos.faults import FAULTS, happen
 from tests.cluster.chaos.world import world
 from tests.servers.seaweed import S3Endpoint
 
+IS_LONG = "RAY_CKPT_CHAOS" in os.environ
 NUM_FAULTS = int(os.environ.get("RAY_CKPT_CHAOS", len(FAULTS)))
-SEED = random.randrange(10**6) if "RAY_CKPT_CHAOS" in os.environ else 1
+SEED = random.randrange(10**6) if IS_LONG else 1
 NOTHING = Findings(lost=(), duplicate=(), stuck=(), wrong=())
 
 pytestmark = [
@@ -29,8 +30,9 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("kept_on", ["folder", "s3"] if IS_LONG else ["folder"])
 def test_whatever_dies_nothing_is_lost_done_twice_or_forgotten(
-    root: str,
+    kept_on: str,
     tmp_path: Path,
     s3_server: S3Endpoint,
     s3_root: str,
@@ -44,7 +46,8 @@ def test_whatever_dies_nothing_is_lost_done_twice_or_forgotten(
             sys.stdout.write(f"\n{time.monotonic() - began_at:6.1f} s  {sentence}")
             sys.stdout.flush()
 
-    with world(root, tmp_path, s3_server, s3_copies=s3_root, seed=SEED) as run:
+    root = str(tmp_path / "run") if kept_on == "folder" else s3_root
+    with world(root, tmp_path, s3_server, s3_copies=f"{s3_root}-copies", seed=SEED) as run:
         for sentence in happen(run, num_faults=NUM_FAULTS):
             tell(sentence)
         run.come_to_rest(timeout_s=600.0)

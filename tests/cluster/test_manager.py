@@ -97,6 +97,7 @@ def test_a_record_left_running_by_a_dead_manager_runs_again(
 
 
 def test_the_manager_outlives_the_driver_that_started_it(root: str, ray_cluster: str) -> None:
+    """Scenario 29: the job ends while work waits."""
     make_root(root, (10, 20))
     code = (
         "import ray, sys; from ray_ckpt.cluster.connect import start_manager;"

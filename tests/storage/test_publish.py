@@ -162,6 +162,7 @@ def test_publishing_to_the_hub_twice_makes_one_commit(
 def test_a_commit_whose_answer_was_lost_is_found_and_not_made_again(
     catalog: Catalog, root: str, hub: HubDouble
 ) -> None:
+    """Scenario 36: the Hub says 500, and has committed."""
     make_export(catalog)
     client = api(hub)
     client.create_repo("ray/model")

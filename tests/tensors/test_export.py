@@ -153,6 +153,7 @@ def test_a_second_run_returns_the_same_and_writes_nothing(root: Path) -> None:
 def test_another_export_of_the_same_name_is_refused(
     root: Path, other: Callable[[Catalog], tuple[Manifest, ExportSpec]]
 ) -> None:
+    """Scenario 48: two exports of one step in different types do not meet."""
     catalog = open_catalog(str(root))
     before = files_in(root)
     with pytest.raises(ObjectExistsError, match="hf-fp32"):
