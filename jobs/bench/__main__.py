@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", help="manager: a folder or s3://bucket/prefix to measure on")
     parser.add_argument("--steps", default="10,100,1000", help="manager: how many, several times")
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
+    parser.add_argument("--actions", type=int, default=100, help="manager: done by one")
     parsed = parser.parse_args(arguments)
     rows = [asdict(row) for row in BENCHMARKS[parsed.what](parsed)]
     print_table(rows)
@@ -71,7 +72,9 @@ def manager(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of the looks at roots of different sizes."""
     steps = [int(number) for number in parsed.steps.split(",")]
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-") as folder:
-        return measure_looks(parsed.root or folder, steps, num_tensors=parsed.tensors)
+        return measure_looks(
+            parsed.root or folder, steps, num_tensors=parsed.tensors, num_actions=parsed.actions
+        )
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {

@@ -29,7 +29,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export import export_step
 
 STEP = 1
-NUM_STEPS = 10
+NUM_STEPS = 5
 """Training steps in one measurement."""
 TRAINED = DecoderConfig(
     dim=256, num_layers=4, num_heads=8, num_kv_heads=4, ffn_dim=704, max_seq_len=128

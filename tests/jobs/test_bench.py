@@ -49,15 +49,27 @@ def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
     ]
 
 
+def test_training_is_measured_beside_exports_that_give_way_and_others(tmp_path: Path) -> None:
+    words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
+    _, (alone, polite, rude) = measure("beside", *words)
+    assert (alone["ratio"], alone["num_exports"]) == (1.0, 0)
+    assert rude["num_exports"] > 0
+    for row in (alone, polite, rude):
+        assert row["ratio"] == pytest.approx(row["median_s"] / alone["median_s"])
+        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("root", ["tmp_path", pytest.param("s3_root", marks=pytest.mark.s3)])
 def test_looks_of_a_manager_are_measured_and_counted(
     root: str, request: pytest.FixtureRequest
 ) -> None:
     uri = str(request.getfixturevalue(root))
-    _, rows = measure("manager", "--root", uri, "--steps", "3,5")
+    _, rows = measure("manager", "--root", uri, "--steps", "3,5", "--actions", "7")
     looks = [(row["num_steps"], row["look"]) for row in rows]
-    names = ("first", "again", "one more step", "close")
+    names = ("first", "again", "one more step", "close", "a manager starts", "7 actions")
     assert looks == [(steps, name) for steps in (3, 5) for name in names]
     assert [row["num_get"] for row in rows[:4]] == [2 * 3 + 1, 1, 3, 1]
-    assert all(row["wall_s"] > 0 and row["num_head"] == 0 for row in rows)
+    assert all(row["wall_s"] > 0 for row in rows)
+    assert all(row["num_head"] == 0 for row in rows if row["look"] in names[:4])
     assert list(open_catalog(uri).store.list_objects("")) == []
