@@ -10,9 +10,11 @@ T = TypeVar("T")
 def wait_for(look: Callable[[], T | None], *, timeout_s: float = 60.0) -> T:
     """The first thing `look` returns that is not None or False."""
     deadline = time.monotonic() + timeout_s
+    pause_s = 0.005
     while time.monotonic() < deadline:
         found = look()
         if found:
             return found
-        time.sleep(0.1)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.1)
     raise AssertionError(f"{look} had nothing to show within {timeout_s} s; last: {found!r}")

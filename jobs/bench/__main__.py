@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
     parser.add_argument("--folder", type=Path, help="integrity, beside: the disk to use")
     parser.add_argument("--root", help="manager: a folder or s3://bucket/prefix to measure on")
-    parser.add_argument("--steps", default="10,100,1000", help="manager: how many, several times")
+    parser.add_argument("--steps", default="10,100,1000", help="manager: how many, in turn")
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
     parser.add_argument("--actions", type=int, default=100, help="manager: done by one")
     parsed = parser.parse_args(arguments)

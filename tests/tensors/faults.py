@@ -9,9 +9,12 @@ refuses it. Each attempt is a process of its own, forked from a server that has 
 
 import builtins
 import io
+import itertools
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tests.tensors.ranks import fork_server
 DIED = 9
 SURVIVED = 0
 MAX_CHANGES = 300
+NUM_AHEAD = 3
 _AUDITED = {"os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
 _BACKGROUND = {Path(key).name for key in (names.LEASES, names.READERS, names.EVENTS)}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -155,19 +159,37 @@ def arm_s3(_: Path, number: int, act: Callable[[], None]) -> None:
 def attempts(
     target: Callable[..., None], roots: Iterator[str], *args: Any
 ) -> Iterator[tuple[int, str]]:
-    """Number and root of each attempt in which `target(root, number, *args)` met its fault."""
-    for number, root in zip(range(MAX_CHANGES), roots, strict=False):
-        process = fork_server().Process(
-            target=_run, args=(dict(os.environ), target, root, number, args)
-        )
-        process.start()
-        process.join()
-        if process.exitcode == SURVIVED:
-            assert number > 2, "there must be changes to be tried"
-            return
-        assert process.exitcode == DIED, f"attempt {number} ended with {process.exitcode}"
-        yield number, root
+    """Number and root of each attempt in which `target(root, number, *args)` met its fault.
+
+    Some run ahead of the one that is looked at, each on a root of its own.
+    """
+    numbered = iter(zip(range(MAX_CHANGES), roots, strict=False))
+    running = deque(_begun(target, args, *next(numbered)) for _ in range(NUM_AHEAD))
+    try:
+        while running:
+            number, root, process = running[0]
+            process.join()
+            if process.exitcode == SURVIVED:
+                assert number > 2, "there must be changes to be tried"
+                return
+            assert process.exitcode == DIED, f"attempt {number} ended with {process.exitcode}"
+            running.popleft()
+            running.extend(_begun(target, args, *one) for one in itertools.islice(numbered, 1))
+            yield number, root
+    finally:
+        for _, _, process in running:
+            process.join()
     raise AssertionError("it makes more changes than anybody counted")
+
+
+def _begun(
+    target: Callable[..., None], args: tuple[Any, ...], number: int, root: str
+) -> tuple[int, str, ForkServerProcess]:
+    process = fork_server().Process(
+        target=_run, args=(dict(os.environ), target, root, number, args)
+    )
+    process.start()
+    return number, root, process
 
 
 def _run(

@@ -5,8 +5,8 @@ ranks        all        all         all        all        rank 0       rank 0
 """
 
 import functools
-import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,5 +138,5 @@ def before(moment: str, act: Callable[[], Any], *, times: int = 1) -> None:
 
 
 def signal_self(number: signal.Signals) -> Callable[[], None]:
-    """A call that sends this process the signal."""
-    return lambda: os.kill(os.getpid(), number)
+    """A call that sends this process the signal, and does not return before it is met."""
+    return lambda: signal.pthread_kill(threading.get_ident(), number)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -257,12 +258,17 @@ def error_of(function: Callable[[], Any]) -> RayCkptError | None:
 
 def files_in(folder: Path | str) -> dict[str, str]:
     """Every file below `folder` and its digest; not what comes and goes, or others write."""
-    root = Path(folder)
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and not {"lease", "readers", "events"} & set(path.parts)
-    }
+    found: dict[str, str] = {}
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(_kept(folders))
+        for path in (Path(parent, name) for name in sorted(_kept(files))):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def _kept(listed: list[str]) -> set[str]:
+    return {*listed} - {"lease", "readers", "events"}
 
 
 def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
