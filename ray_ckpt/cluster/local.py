@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from ray_ckpt.core.errors import RayCkptError
 
 _LOG_LINES = 25
 _POLL_S = 0.3
+_RAY_FOLDER = "RAY_TMPDIR"
 
 
 class LocalJobs:
@@ -89,6 +91,18 @@ def embedded_ray(
     """
     # no token file may be left behind that changes how another cluster of this user is reached
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    with _folder_of_its_own(), _cluster() as cluster:
+        context = ray.init(
+            address=cluster.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            job_config=JobConfig(metadata={"job_name": name}),
+        )
+        yield LocalJobs(f"http://{context.dashboard_url}", environment, on_poll)
+
+
+@contextlib.contextmanager
+def _cluster() -> Generator[Cluster]:
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -101,16 +115,27 @@ def embedded_ray(
         },
     )
     try:
-        context = ray.init(
-            address=cluster.address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            job_config=JobConfig(metadata={"job_name": name}),
-        )
-        yield LocalJobs(f"http://{context.dashboard_url}", environment, on_poll)
+        yield cluster
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@contextlib.contextmanager
+def _folder_of_its_own() -> Generator[None]:
+    """Ray's files of this cluster lie apart from those of any other Ray.
+
+    One of them names the newest cluster there: it is where Ray runs a job, to whichever cluster it
+    was submitted, and where a `ray.init` of this user goes.
+    """
+    before = os.environ.get(_RAY_FOLDER)
+    os.environ[_RAY_FOLDER] = tempfile.mkdtemp(prefix="ray-")
+    try:
+        yield
+    finally:
+        os.environ.pop(_RAY_FOLDER)
+        if before is not None:
+            os.environ[_RAY_FOLDER] = before
 
 
 def _free_port() -> int:
