@@ -17,7 +17,14 @@ from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import NODE
 from ray_ckpt.core.copies import COPIED_AT
-from ray_ckpt.core.errors import IntegrityError, LeaseHeldError, OutOfMemoryError, StorageError
+from ray_ckpt.core.errors import (
+    ConflictError,
+    IntegrityError,
+    LeaseHeldError,
+    OutOfMemoryError,
+    StepNotFoundError,
+    StorageError,
+)
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
@@ -167,7 +174,27 @@ def _export(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> R
 
 
 def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
-    """Looks at the destination first; the same content there means nothing is sent."""
+    """Looks at the destination first; the same content there means nothing is sent.
+
+    Raises:
+        ConflictError: somebody removed the export after this was planned; it is to be made again.
+    """
+    assert action.export is not None, "a publish action names its export"
+    try:
+        return _copied(catalog, action, progress)
+    except (StepNotFoundError, StorageError) as error:
+        folder = names.export_dir(action.export.name, action.step)
+        if catalog.store.stat(names.manifest_key(folder)) is not None:
+            raise
+        raise ConflictError(
+            f"somebody removed {action.export.name} of step-{action.step} before it was copied",
+            f"{catalog.uri}/{folder}",
+            "the checkpoint is untouched, and no reader sees a part of the copy",
+            "nothing, it is made again; if nobody is to need it, leave it out of the policy",
+        ) from error
+
+
+def _copied(catalog: Catalog, action: Action, progress: Progress) -> Result:
     assert action.export is not None, "a publish action names its export"
     assert action.destination is not None, "and where it goes"
     export = catalog.export(action.export.name, action.step)

@@ -1,5 +1,7 @@
 """Rounds under a lease: who acts, who stands by, and what a paused manager may still do."""
 
+import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from ray_ckpt.core.wanted import export_action, purge_action, verify_action
 from ray_ckpt.storage import lease
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.local import LocalStore
 from tests.roots import make_root
 from tests.waiting import wait_for
 
@@ -191,6 +194,44 @@ def test_a_drained_root_has_all_that_its_policy_and_its_people_ask_for(
     assert {(e.name, e.step) for e in observed.exports} == {("hf", 40), ("asked", 30)}
     assert open_catalog(copies).export("hf", 40).step == 40
     assert "running: verify step-10" in " ".join(told)
+
+
+@pytest.mark.parametrize("moment", ["before it begins", "after its first file"])
+def test_an_export_that_somebody_removes_while_it_is_copied_is_made_and_copied_again(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Scenario 54, of an export: found by the chaos test."""
+    copies = str(tmp_path / "copies")
+    policy = LifecyclePolicy(
+        export=(ExportPolicy(name="hf", every_steps=10),),
+        publish=(PublishPolicy(export="hf", to=copies),),
+    )
+    make_root(root, (10,), policy)
+    removed: list[str] = []
+
+    def removing(method: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not removed and when(*args):
+                removed.append(moment)
+                shutil.rmtree(f"{root}/exports")
+            return method(self, *args, **kwargs)
+
+        return call
+
+    if moment == "before it begins":
+        begins = removing(Threads.start, lambda _, attempt, __: "publish" in attempt.title)
+        monkeypatch.setattr(Threads, "start", begins)
+    else:
+        sent = itertools.count()
+        sends = removing(LocalStore.download, lambda *_: next(sent) == 1)
+        monkeypatch.setattr(LocalStore, "download", sends)
+    catalog = open_catalog(root)
+    drain(catalog, Threads())
+    assert removed == [moment]
+    assert ended(catalog, ActionKind.PUBLISH) == {10: ActionState.SUCCEEDED}
+    assert ended(catalog, ActionKind.EXPORT) == {10: ActionState.SUCCEEDED}
+    export = catalog.export("hf", 10)
+    assert open_catalog(copies).export("hf", 10).manifest == export.manifest
 
 
 def test_when_time_is_over_the_rest_is_told_and_stays_asked_for(root: str) -> None:

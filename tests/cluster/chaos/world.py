@@ -111,14 +111,19 @@ class World:
     def start_rival(self, *, timeout_s: float) -> "subprocess.Popen[bytes]":
         """A person's own manager, which waits for the other or takes over from it."""
         command = [sys.executable, "-m", "ray_ckpt", "drain", self.root]
-        rival = subprocess.Popen(
-            [*command, "--timeout", str(timeout_s)],
-            env={**os.environ, **self.environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        with self._log(len(self.rivals)).open("wb") as log:
+            rival = subprocess.Popen(
+                [*command, "--timeout", str(timeout_s)],
+                env={**os.environ, **self.environment},
+                stdout=log,
+                stderr=log,
+            )
         self.rivals.append(rival)
         return rival
+
+    def _log(self, number: int) -> Path:
+        """What a rival said."""
+        return self.folder / f"rival-{number}.log"
 
     def come_to_rest(self, *, timeout_s: float) -> None:
         """Training has ended with a last step, and nothing is left to do."""
@@ -128,7 +133,8 @@ class World:
         (self.folder / "end").touch()
         wait_for(self._tend_trainer, timeout_s=timeout_s)
         last = self.start_rival(timeout_s=timeout_s)
-        last.wait(timeout=timeout_s + 30)
+        code = last.wait(timeout=timeout_s + 30)
+        assert code == 0, self._log(len(self.rivals) - 1).read_text()
 
     def close(self) -> None:
         """Nothing of it runs any more."""
