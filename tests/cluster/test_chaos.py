@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.s3,
     pytest.mark.slow,
-    pytest.mark.timeout(1200 + 30 * NUM_FAULTS),
+    pytest.mark.timeout(1200 + 60 * NUM_FAULTS),
 ]
 
 
@@ -50,7 +50,7 @@ def test_whatever_dies_nothing_is_lost_done_twice_or_forgotten(
     with world(root, tmp_path, s3_server, s3_copies=f"{s3_root}-copies", seed=SEED) as run:
         for sentence in happen(run, num_faults=NUM_FAULTS):
             tell(sentence)
-        run.come_to_rest(timeout_s=600.0)
+        run.come_to_rest(timeout_s=600.0 + 20.0 * NUM_FAULTS)
         found = examine(run)
         tell(
             f"seed {SEED}: {NUM_FAULTS} faults survived, {len(set(run.told()))} steps committed, "
