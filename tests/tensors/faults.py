@@ -26,7 +26,7 @@ SURVIVED = 0
 MAX_CHANGES = 300
 NUM_AHEAD = 3
 _AUDITED = {"os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
-_BACKGROUND = {Path(key).name for key in (names.LEASES, names.READERS, names.EVENTS)}
+_BACKGROUND = {Path(key).name for key in (names.LEASES, names.READERS, names.EVENTS, names.RUNNING)}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -163,18 +163,18 @@ def attempts(
 
     Some run ahead of the one that is looked at, each on a root of its own.
     """
-    numbered = iter(zip(range(MAX_CHANGES), roots, strict=False))
-    running = deque(_begun(target, args, *next(numbered)) for _ in range(NUM_AHEAD))
+    numbered = zip(range(MAX_CHANGES), roots, strict=False)
+    begun = (_begun(target, args, number, root) for number, root in numbered)
+    running = deque(itertools.islice(begun, NUM_AHEAD))
     try:
         while running:
-            number, root, process = running[0]
+            number, root, process = running.popleft()
             process.join()
             if process.exitcode == SURVIVED:
                 assert number > 2, "there must be changes to be tried"
                 return
             assert process.exitcode == DIED, f"attempt {number} ended with {process.exitcode}"
-            running.popleft()
-            running.extend(_begun(target, args, *one) for one in itertools.islice(numbered, 1))
+            running.extend(itertools.islice(begun, 1))
             yield number, root
     finally:
         for _, _, process in running:

@@ -76,6 +76,7 @@ def test_a_manager_that_dies_anywhere_leaves_nothing_or_all_and_the_next_ends_it
     found = [_check(root, disks) for _, root in attempts(_dying, roots, disks, arm)]
     assert [] in found
     assert [5] in found
+    assert found == sorted(found)
 
 
 @pytest.mark.s3
@@ -87,3 +88,4 @@ def test_on_an_object_store_the_same_holds(s3_root: str, tmp_path: Path) -> None
     found = [_check(root, disks) for _, root in attempts(_dying, roots, disks, arm_s3)]
     assert [] in found
     assert [5] in found
+    assert found == sorted(found)
