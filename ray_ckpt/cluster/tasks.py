@@ -9,7 +9,7 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -180,25 +180,10 @@ def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> 
         ConflictError: somebody removed the export after this was planned; it is to be made again.
     """
     assert action.export is not None, "a publish action names its export"
-    try:
-        return _copied(catalog, action, progress)
-    except (StepNotFoundError, StorageError) as error:
-        folder = names.export_dir(action.export.name, action.step)
-        if catalog.store.stat(names.manifest_key(folder)) is not None:
-            raise
-        raise ConflictError(
-            f"somebody removed {action.export.name} of step-{action.step} before it was copied",
-            f"{catalog.uri}/{folder}",
-            "the checkpoint is untouched, and no reader sees a part of the copy",
-            "nothing, it is made again; if nobody is to need it, leave it out of the policy",
-        ) from error
-
-
-def _copied(catalog: Catalog, action: Action, progress: Progress) -> Result:
-    assert action.export is not None, "a publish action names its export"
     assert action.destination is not None, "and where it goes"
-    export = catalog.export(action.export.name, action.step)
-    published = publish_export(catalog, export, action.destination, progress=progress)
+    with _export_stays(catalog, action.export.name, action.step):
+        export = catalog.export(action.export.name, action.step)
+        published = publish_export(catalog, export, action.destination, progress=progress)
     return {
         "location": published.location,
         "bytes": published.bytes_sent,
@@ -206,6 +191,23 @@ def _copied(catalog: Catalog, action: Action, progress: Progress) -> Result:
         METRICS: dict(export.manifest.metrics),
         NON_FINITE: len(export.manifest.non_finite),
     }
+
+
+@contextlib.contextmanager
+def _export_stays(catalog: Catalog, name: str, step: int) -> Generator[None]:
+    """What goes wrong because somebody removed the export meanwhile is a ConflictError."""
+    try:
+        yield
+    except (StepNotFoundError, StorageError) as error:
+        folder = names.export_dir(name, step)
+        if catalog.store.stat(names.manifest_key(folder)) is not None:
+            raise
+        raise ConflictError(
+            f"somebody removed {name} of step-{step} before it was copied",
+            f"{catalog.uri}/{folder}",
+            "the checkpoint is untouched, and no reader sees a part of the copy",
+            "nothing, it is made again; if nobody is to need it, leave it out of the policy",
+        ) from error
 
 
 def _promote(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:
