@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
@@ -55,7 +56,9 @@ class Countdown:
         self._act = act
 
     def change(self) -> bool:
-        """Whether the next change is the one."""
+        """Whether the next change is the one; when daemon threads make theirs, nobody knows."""
+        if threading.current_thread().daemon:
+            return False
         self._left -= 1
         return self._left == -1
 
