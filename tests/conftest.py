@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # read by huggingface_hub and ray when they are imported, hence before everything else
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -12,16 +13,22 @@ os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.servers.seaweed import S3Endpoint, make_bucket, seaweedfs
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n`, all that needs Ray runs in one process, on one cluster; so does each module."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Under `-n`, modules that need Ray run in one process, on one cluster; no module is split."""
+    config.option.loadscopereorder = False  # they come first as it is, and take longest
+    return _ByCluster(config, log)
+
+
+class _ByCluster(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        needs_ray = "pytest.mark.ray" in Path(self.config.rootpath, module).read_text()
+        return "ray" if needs_ray else module
 
 
 @pytest.fixture(scope="session")

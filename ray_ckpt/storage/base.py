@@ -59,6 +59,19 @@ class Store(Protocol):
         """A seekable stream over the object, for reading; the caller closes it."""
         ...
 
+    @property
+    def reads_at_once(self) -> int:
+        """So many reads side by side are faster than one after the other."""
+        ...
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        """The bytes from `offset` on, as many as there is room for in the buffer.
+
+        Raises:
+            IntegrityError: the object ends before.
+        """
+        ...
+
     def write(self, key: str, data: bytes) -> None:
         """Put `data` under `key`, durable when this returns; readers see the old or the new."""
         ...

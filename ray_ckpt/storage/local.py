@@ -16,6 +16,7 @@ from typing import BinaryIO, cast
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
+    IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
     RayCkptError,
@@ -91,6 +92,24 @@ class LocalStore:
         """The file itself, unbuffered: callers read in large pieces or buffer themselves."""
         with translated(self.path(key)):
             return cast(BinaryIO, self.path(key).open("rb", buffering=0))
+
+    @property
+    def reads_at_once(self) -> int:
+        """One: the kernel reads ahead."""
+        return 1
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        """Straight into place."""
+        left = buffer.cast("B")
+        with translated(self.path(key)), self.path(key).open("rb", buffering=0) as file:
+            file.seek(offset)
+            while left.nbytes:
+                num_bytes = file.readinto(left)
+                if not num_bytes:
+                    raise IntegrityError(
+                        f"ends before byte {offset + buffer.nbytes}", str(self.path(key))
+                    )
+                left = left[num_bytes:]
 
     def write(self, key: str, data: bytes) -> None:
         """Written beside, synced, renamed over; then the folder is synced."""

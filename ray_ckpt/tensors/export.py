@@ -1,39 +1,30 @@
 """A committed step becomes a Hugging Face folder, without the training code and without the model.
 
     plan     names, shapes and dtypes alone: which tensors go into which output shard
-    shard    reads that shard's sources, runs what was recorded, writes one safetensors file
+    shard    reads what that shard is made of, writes one safetensors file; see `shard_writer`
     finish   index, config, tokenizer, model card, manifest; then the one commit
 
-Works in a private folder; what is visible is whole. Memory is bounded by one output shard and the
-tensors it is made of.
+Works in a private folder; what is visible is whole.
 """
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.readers import reading
 from ray_ckpt.storage.room import expect_room
-from ray_ckpt.tensors.export_files import write_companions, write_tensors
-from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_export
-from ray_ckpt.tensors.reader import read_asset, read_tensors
-from ray_ckpt.tensors.recording import TensorSpec
-
-Read = Callable[[Sequence[str]], dict[str, Tensor]]
-"""The step's own tensors by their names, whole and on the CPU."""
+from ray_ckpt.tensors.export_files import described, write_companions
+from ray_ckpt.tensors.export_plan import plan_export
+from ray_ckpt.tensors.reader import read_asset
+from ray_ckpt.tensors.shard_writer import write_shard
+from ray_ckpt.tensors.step_tensors import step_tensors
 
 
 def export_step(
@@ -69,28 +60,20 @@ def _export(catalog: Catalog, manifest: Manifest, spec: ExportSpec, progress: Pr
     staging = catalog.commit.staging(f"export-{uuid.uuid4().hex}")
     try:
         expect_room(staging, plan.total_bytes, what=f"{spec.name} of step-{manifest.step}")
-        progress.begin(f"exports {spec.name}", _work_bytes(manifest, plan))
-        read = partial(read_tensors, catalog, manifest, progress=progress)
-        for shard in plan.shards:
-            write_shard(plan, shard, read=read, folder=staging)
-            progress.advance(shard.size_bytes)
+        progress.begin(f"exports {spec.name}", plan.total_bytes)
+        tensors = step_tensors(catalog, manifest)
+        written = [
+            write_shard(staging / shard.file, plan, shard, tensors, progress=progress)
+            for shard in plan.shards
+        ]
         write_companions(_assets(catalog, manifest), plan, manifest, staging)
-        export = _manifest(manifest, spec, staging, progress=progress)
+        export = _manifest(manifest, spec, [*written, *described(staging, except_for=written)])
         _expect_the_same(catalog, manifest)  # a trainer that rolls back asks no reader
         catalog.commit_export(staging, spec.name, export)
     except BaseException:
         catalog.commit.discard(staging)
         raise
     return export
-
-
-def _work_bytes(manifest: Manifest, plan: ExportPlan) -> int:
-    """Of all that is done: sources are read, outputs written and then digested."""
-    sizes = {
-        entry.name: TensorSpec(shape=entry.shape, dtype=getattr(torch, entry.dtype)).size_bytes
-        for entry in manifest.tensors
-    }
-    return sum(sizes[key] for shard in plan.shards for key in shard.sources) + 2 * plan.total_bytes
 
 
 def _expect_the_same(catalog: Catalog, manifest: Manifest) -> None:
@@ -102,13 +85,6 @@ def _expect_the_same(catalog: Catalog, manifest: Manifest) -> None:
             "no export was made; both saves are as they were",
             "run the same command again to export the new one",
         )
-
-
-def write_shard(plan: ExportPlan, shard: OutputShard, *, read: Read, folder: Path) -> None:
-    """One output file, written and synced."""
-    sources = read(shard.sources)
-    made = plan.recording.run(shard.outputs, sources.pop)  # let go once it is used
-    write_tensors(made, plan, folder / shard.file)
 
 
 def _present(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Manifest | None:
@@ -147,14 +123,7 @@ def _assets(catalog: Catalog, manifest: Manifest) -> dict[str, bytes]:
     return {path.removeprefix(prefix): data for path, data in read.items() if data is not None}
 
 
-def _manifest(source: Manifest, spec: ExportSpec, folder: Path, *, progress: Progress) -> Manifest:
-    files: list[FileEntry] = [
-        describe_file(
-            path, path.relative_to(folder).as_posix(), STRONG_ALGORITHM, progress=progress
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
+def _manifest(source: Manifest, spec: ExportSpec, files: Sequence[FileEntry]) -> Manifest:
     return Manifest(
         step=source.step,
         save_id=uuid.uuid4().hex[:16],
@@ -166,7 +135,7 @@ def _manifest(source: Manifest, spec: ExportSpec, folder: Path, *, progress: Pro
             source_id=source.content_id,
             recipe=_recipe(source, spec),
         ),
-        files=tuple(files),
+        files=tuple(sorted(files, key=lambda entry: entry.path)),
         is_last_step=source.is_last_step,
         metrics=source.metrics,
         non_finite=source.non_finite,

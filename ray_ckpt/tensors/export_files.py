@@ -7,37 +7,15 @@ README.md                           the model card
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
-from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.storage.local import sync_file, write_synced
+from ray_ckpt.core.manifest import FileEntry, Manifest
+from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
+from ray_ckpt.storage.local import write_synced
 from ray_ckpt.tensors.export_plan import CONFIG, ExportPlan
 from ray_ckpt.tensors.model_card import model_card
-
-
-def write_tensors(tensors: Mapping[str, Tensor], plan: ExportPlan, path: Path) -> None:
-    """One safetensors file, written and synced."""
-    save_file(_apart(tensors), path, metadata={"format": "pt", **plan.layout.metadata})
-    sync_file(path)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share memory: safetensors holds each by itself."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        own = tensor.contiguous()
-        storage = own.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        apart[name] = own
-    return apart
 
 
 def write_companions(
@@ -51,6 +29,14 @@ def write_companions(
     if plan.index_file is not None:
         write_synced(folder / plan.index_file, _json(_index(plan)))
     write_synced(folder / "README.md", model_card(source, plan).encode())
+
+
+def described(folder: Path, *, except_for: Iterable[FileEntry]) -> list[FileEntry]:
+    """A manifest's entries for the files of an export, but for those that have one already."""
+    known = {entry.path for entry in except_for}
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    named = ((path, path.relative_to(folder).as_posix()) for path in paths)
+    return [describe_file(p, name, STRONG_ALGORITHM) for p, name in named if name not in known]
 
 
 def _config(plan: ExportPlan) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class ExportPlan:
         return sum(shard.size_bytes for shard in self.shards)
 
     @property
+    def file_metadata(self) -> dict[str, str]:
+        """What every safetensors file says of itself."""
+        return {"format": "pt", **self.layout.metadata}
+
+    @property
     def index_file(self) -> str | None:
         """Says which shard holds which tensor; None where the format knows one file only."""
         return f"{self.layout.weights}.safetensors.index.json" if _is_sharded(self.layout) else None
@@ -210,7 +215,8 @@ def _is_sharded(layout: ExportLayout) -> bool:
 def _shards(
     recording: Recording, layout: ExportLayout, max_shard_bytes: int
 ) -> tuple[OutputShard, ...]:
-    sizes = {name: output.spec.size_bytes for name, output in recording.outputs.items()}
+    order = sorted(recording.outputs, key=_natural)  # the same from whichever order of inputs
+    sizes = {name: recording.outputs[name].spec.size_bytes for name in order}
     groups = _split(sizes, max_shard_bytes) if _is_sharded(layout) else [list(sizes)]
     sources = [[s for name in group for s in recording.outputs[name].sources] for group in groups]
     return tuple(
@@ -222,6 +228,11 @@ def _shards(
         )
         for index, group in enumerate(groups)
     )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _split(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

@@ -27,25 +27,11 @@ from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.listing import sizes_in
 from ray_ckpt.tensors.fqn import told
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
+from ray_ckpt.tensors.safetensors_file import DTYPES
 from ray_ckpt.tensors.source_files import SourceFiles
 
 _SUFFIX = ".safetensors"
 _AGAIN = "download or export the folder again"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +145,7 @@ class HfFolder:
                 begin, end = entry["data_offsets"]
                 self.tensors[name] = StoredTensor(
                     key=f"{self._folder}/{file}",
-                    dtype=_DTYPES[entry["dtype"]],
+                    dtype=DTYPES[entry["dtype"]],
                     shape=tuple(entry["shape"]),
                     begin=8 + len(header) + begin,
                     end=8 + len(header) + end,

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -24,9 +25,8 @@ from ray_ckpt.core.errors import ConfigError, IntegrityError, StateDictError
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.core.saving import HuggingFace
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.tensors.adapters import make_adapter
-from ray_ckpt.tensors.export_files import write_companions, write_tensors
+from ray_ckpt.tensors.export_files import described, write_companions
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_model
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
@@ -34,6 +34,7 @@ from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.run import HfAssets
+from ray_ckpt.tensors.shard_writer import write_shard
 from ray_ckpt.tensors.transforms import StateDictTransforms
 
 
@@ -129,12 +130,29 @@ def _write_shards(
         if not is_mine or errors:
             continue
         try:
-            write_tensors(plan.recording.run(shard.outputs, whole.pop), plan, folder / shard.file)
-            own.append(describe_file(folder / shard.file, shard.file, STRONG_ALGORITHM))
+            own.append(write_shard(folder / shard.file, plan, shard, _Held(whole)))
         except Exception as error:  # noqa: BLE001  the other ranks still need this one's pieces
             errors.append(error)
     ranks.together(lambda: _raise_first(errors))
     return [entry for entries in ranks.gather(own) for entry in entries]
+
+
+class _Held:
+    """Tensors in memory."""
+
+    reads_at_once = 1
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].dtype
+
+    def read(self, key: str, begin: int, into: Tensor) -> None:
+        into.copy_(self._tensors[key].reshape(-1)[begin : begin + into.numel()])
+
+    def whole(self, key: str) -> Tensor:
+        return self._tensors[key].contiguous()
 
 
 def _gather(shard: OutputShard, tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -150,13 +168,8 @@ def _gather(shard: OutputShard, tensors: Mapping[str, Tensor], *, keep: bool) ->
 
 def _commit(save: HfSave, plan: ExportPlan, written: list[FileEntry], staging: Path) -> None:
     """On rank 0, after every shard: the other files, then the manifest that names all."""
-    shards = {entry.path for entry in written}
     write_companions(save.assets.files, plan, save.draft, staging)
-    others = [
-        describe_file(path, path.relative_to(staging).as_posix(), STRONG_ALGORITHM)
-        for path in sorted(staging.rglob("*"))
-        if path.is_file() and path.relative_to(staging).as_posix() not in shards
-    ]
+    others = described(staging, except_for=written)
     recipe = {"name": save.what.name, "dtype": save.what.dtype, "family": save.assets.family}
     manifest = replace(
         save.draft,

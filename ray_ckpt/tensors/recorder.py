@@ -15,6 +15,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ray_ckpt.core.errors import StateDictError
+from ray_ckpt.tensors.views import View, whole
+
+_SAME_ORDER = frozenset(
+    {"to", "type", "float", "half", "bfloat16", "double", "clone", "contiguous", "reshape"}
+    | {"flatten", "unflatten", "view"}
+)
+"""Calls that keep elements in their order where they give a contiguous tensor of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +67,10 @@ class Recorder(TorchFunctionMode):
         self._input_of = {_storage(meta): key for key, meta in inputs.items()}
         self._readers: dict[int, list[int]] = {}
         self._writers: dict[int, list[int]] = {}
+        self._elements = {
+            _storage(meta): (whole(key, meta.shape), meta.dtype) for key, meta in inputs.items()
+        }
+        """By storage: what its elements are, one after the other, if they are an input's."""
 
     def __torch_function__(
         self,
@@ -80,6 +91,7 @@ class Recorder(TorchFunctionMode):
             self._refuse_changed_inputs(func, written)
             for path, tensor in made:
                 self._know(tensor, Value(holder=len(self.operations), path=path))
+                self._follow(func, metas, tensor)
             self._note(func, given, tensors=tensors, written=written)
         return returned
 
@@ -93,6 +105,25 @@ class Recorder(TorchFunctionMode):
             )
         writers = self._writers.get(_storage(value), ()) if value.is_meta else ()
         return Result(value=self._value_of(value), after=tuple(writers))
+
+    def view(self, tensor: Tensor) -> View | None:
+        """The elements of one input that the tensor holds; None if it is more than a view."""
+        if not tensor.is_meta or _storage(tensor) in self._writers:
+            return None
+        elements, dtype = self._elements.get(_storage(tensor), (None, None))
+        if elements is None or tensor.dtype is not dtype or tensor.is_conj() or tensor.is_neg():
+            return None
+        return elements.of(tensor)
+
+    def _follow(self, func: Callable[..., Any], metas: Sequence[Tensor], made: Tensor) -> None:
+        """What the elements of a new tensor are, if they are those of the only one given."""
+        if len(metas) != 1 or getattr(func, "__name__", "") not in _SAME_ORDER:
+            return
+        given = self.view(metas[0])
+        if given is None or _storage(made) in self._elements or not made.is_contiguous():
+            return
+        view = given if made.dtype is metas[0].dtype else given.cast(made.dtype)
+        self._elements[_storage(made)] = view, made.dtype
 
     def _note(
         self,

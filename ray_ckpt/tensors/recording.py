@@ -10,7 +10,7 @@ through views, is replayed in the order it was done. A recording is plain data a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ray_ckpt.tensors.recorder import Operation, Recorder, Result, Value, replaced
+from ray_ckpt.tensors.views import View
 
 Transform = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 Read = Callable[[str], Tensor]
@@ -47,8 +48,8 @@ class Output:
     spec: TensorSpec
     sources: tuple[str, ...]
     """Inputs that it is made of, each once, in order of use."""
-    is_copy: bool
-    """It is its one source, no operation between: the bytes can be copied."""
+    view: View | None
+    """Which elements of its one source it holds; None if it is more than a view of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +71,11 @@ class Recording:
         Returns:
             Tensors by name; one may share storage with its source or with another.
         """
-        with torch.no_grad():
-            return _Replay(self, tuple(names), read).outputs()
+        return dict(self.each(names, read))
+
+    def each(self, names: Iterable[str], read: Read) -> Iterator[tuple[str, Tensor]]:
+        """Like `run`, one after the other, so that each can be let go before the next is made."""
+        return _Replay(self, tuple(names), read).outputs()
 
 
 def record(transform: Transform, inputs: Mapping[str, TensorSpec]) -> Recording:
@@ -88,7 +92,14 @@ def record(transform: Transform, inputs: Mapping[str, TensorSpec]) -> Recording:
     results = {name: recorder.result(name, value) for name, value in made.items()}
     sources = _sources(recorder.operations)
     return Recording(
-        outputs={name: _output(made[name], results[name], sources) for name in made},
+        outputs={
+            name: Output(
+                spec=TensorSpec(shape=tuple(made[name].shape), dtype=made[name].dtype),
+                sources=_union([result.value.holder, *result.after], sources),
+                view=recorder.view(made[name]),
+            )
+            for name, result in results.items()
+        },
         operations=tuple(recorder.operations),
         results=results,
     )
@@ -109,14 +120,13 @@ class _Replay:
         uses += [result.value for result in self._results.values()]
         self._uses = Counter(value.holder for value in uses if not isinstance(value.holder, Tensor))
 
-    def outputs(self) -> dict[str, Tensor]:
+    def outputs(self) -> Iterator[tuple[str, Tensor]]:
         """Output by output, so that little is held at once."""
-        made: dict[str, Tensor] = {}
         for name, result in self._results.items():
-            for index in self._steps[name]:
-                self._perform(index)
-            made[name] = self._take(result.value)
-        return made
+            with torch.no_grad():
+                for index in self._steps[name]:
+                    self._perform(index)
+            yield name, self._take(result.value)
 
     def _needed(self, result: Result, seen: set[int]) -> list[int]:
         """Operations that this output needs and none before it did, in an order that works."""
@@ -174,11 +184,3 @@ def _union(holders: Iterable[Any], sources: Sequence[tuple[str, ...]]) -> tuple[
         elif isinstance(holder, int):
             keys.update(dict.fromkeys(sources[holder]))
     return tuple(keys)
-
-
-def _output(made: Tensor, result: Result, sources: Sequence[tuple[str, ...]]) -> Output:
-    return Output(
-        spec=TensorSpec(shape=tuple(made.shape), dtype=made.dtype),
-        sources=_union([result.value.holder, *result.after], sources),
-        is_copy=isinstance(result.value.holder, str),
-    )

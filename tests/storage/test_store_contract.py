@@ -11,6 +11,7 @@ from botocore.exceptions import HTTPClientError
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
+    IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
     TransientError,
@@ -43,6 +44,28 @@ def test_what_was_written_is_read(store: Store) -> None:
     store.write("a/b", b"old")
     store.write("a/b", b"new and longer")
     assert store.read("a/b") == b"new and longer"
+
+
+def test_any_range_is_read_into_place(store: Store) -> None:
+    data = os.urandom(100_000)
+    store.write("a/b", data)
+    for offset, size in ((0, 100_000), (0, 1), (99_999, 1), (50_000, 12_345), (70_000, 0)):
+        buffer = bytearray(size)
+        store.read_into("a/b", offset, memoryview(buffer))
+        assert buffer == data[offset : offset + size]
+    assert store.reads_at_once >= 1
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 11), (5, 6), (10, 1), (20, 1)])
+def test_a_range_beyond_the_end_is_damage(store: Store, offset: int, size: int) -> None:
+    store.write("a/b", b"0123456789")
+    with pytest.raises(IntegrityError):
+        store.read_into("a/b", offset, memoryview(bytearray(size)))
+
+
+def test_no_range_can_be_read_of_what_is_not_there(store: Store) -> None:
+    with pytest.raises(ObjectNotFoundError):
+        store.read_into("a/b", 0, memoryview(bytearray(1)))
 
 
 def test_an_empty_object_is_an_object(store: Store) -> None:

@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,9 +28,10 @@ from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.adopt import adopt_step
 from ray_ckpt.tensors.converters import CONVERTERS, WHOLE_MODEL, ExportLayout
 from ray_ckpt.tensors.converters.lora import LoRA
-from ray_ckpt.tensors.export import export_step, write_shard
+from ray_ckpt.tensors.export import export_step
 from ray_ckpt.tensors.export_plan import plan_export
-from ray_ckpt.tensors.reader import read_tensors
+from ray_ckpt.tensors.shard_writer import write_shard
+from ray_ckpt.tensors.step_tensors import step_tensors
 from tests.tensors.tiny import SIZES
 
 FP32 = ExportSpec(name="hf", dtype="float32")
@@ -233,9 +233,9 @@ def test_a_stack_may_lie_across_several_shards(tmp_path: Path) -> None:
     step = _step(tmp_path / "run", native, _mixtral().to_dict(), family="mixtral")
     plan = plan_export(step.catalog, step.manifest, FP32, max_shard_bytes=2000)
     written: dict[str, Tensor] = {}
-    read = partial(read_tensors, step.catalog, step.manifest)
+    tensors = step_tensors(step.catalog, step.manifest)
     for shard in plan.shards:
-        write_shard(plan, shard, read=read, folder=tmp_path)
+        write_shard(tmp_path / shard.file, plan, shard, tensors)
         written |= load_file(tmp_path / shard.file)
     assert written.keys() == saved.keys()
     assert all(torch.equal(written[key], saved[key]) for key in saved)

@@ -1,0 +1,149 @@
+"""One safetensors file of an export, written once, from its first byte to its last.
+
+    an output that is its input          read straight into the block that is written
+    a view: cast, cut out, rows moved    read and made block by block
+    all others: merged, dequantized      made tensor by tensor
+
+Memory holds some blocks, and what one tensor of the third kind is made of.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.storage.digests import STRONG_ALGORITHM
+from ray_ckpt.storage.ordered_file import OrderedFile
+from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard
+from ray_ckpt.tensors.recording import Output, Recording
+from ray_ckpt.tensors.safetensors_file import header, in_file_order
+from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, bytes_of
+from ray_ckpt.tensors.views import View
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Tensors(Protocol):
+    """What a file is made of: tensors by name, any piece of them."""
+
+    @property
+    def reads_at_once(self) -> int:
+        """So many reads side by side are faster than one after the other."""
+        ...
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Of one tensor's elements."""
+        ...
+
+    def read(self, key: str, begin: int, into: Tensor) -> None:
+        """As many elements as `into` has, which is flat, from number `begin` on."""
+        ...
+
+    def whole(self, key: str) -> Tensor:
+        """One tensor, contiguous and on the CPU; it is not changed."""
+        ...
+
+
+def write_shard(
+    path: Path,
+    plan: ExportPlan,
+    shard: OutputShard,
+    tensors: Tensors,
+    *,
+    progress: Progress = UNTOLD,
+) -> FileEntry:
+    """A new file at `path` with the outputs of one shard, durable; returns its manifest entry.
+
+    Raises:
+        IntegrityError: a source cannot be read.
+        StorageError: something is there already, or it cannot be written; nothing is left of it.
+    """
+    outputs = {name: plan.recording.outputs[name] for name in shard.outputs}
+    specs = in_file_order({name: output.spec for name, output in outputs.items()})
+    file = OrderedFile(path, algorithm=STRONG_ALGORITHM)
+    try:
+        file.write(memoryview(header(specs, plan.file_metadata)))
+        writing = _Shard(file, tensors, progress)
+        writing.write({name: outputs[name] for name in specs}, plan.recording)
+        return file.close()
+    except BaseException:
+        file.discard()
+        raise
+
+
+class _Shard:
+    """The tensors of one file."""
+
+    def __init__(self, file: OrderedFile, tensors: Tensors, progress: Progress) -> None:
+        self._file = file
+        self._tensors = tensors
+        self._progress = progress
+        self._reads_straight = tensors.reads_at_once == 1
+
+    def write(self, outputs: Mapping[str, Output], recording: Recording) -> None:
+        """One after the other, in this order."""
+        others = [name for name, output in outputs.items() if output.view is None]
+        computed = recording.each(others, self._tensors.whole)
+        blocks = self._blocks(output.view for output in outputs.values() if output.view)
+        with ThreadPoolExecutor(self._tensors.reads_at_once) as threads:
+            read = _ahead(threads, self._read, blocks, count=self._tensors.reads_at_once)
+            for output in outputs.values():
+                if output.view is None:
+                    self._write(next(computed)[1])
+                elif self._is_straight(output.view):
+                    self._pass_on(output.view)
+                else:
+                    for view in self._blocks([output.view]):
+                        self._write(view.taken(next(read)))
+
+    def _blocks(self, views: Iterable[View]) -> Iterator[View]:
+        """Of all that is not read straight into place."""
+        for view in views:
+            if not self._is_straight(view):
+                item_bytes = self._tensors.dtype(view.source).itemsize
+                yield from view.blocks(BLOCK_BYTES // item_bytes)
+
+    def _is_straight(self, view: View) -> bool:
+        return self._reads_straight and view.is_contiguous and not view.casts
+
+    def _read(self, view: View) -> Tensor:
+        elements = torch.empty(view.span, dtype=self._tensors.dtype(view.source))
+        self._tensors.read(view.source, view.offset, elements)
+        return elements
+
+    def _pass_on(self, view: View) -> None:
+        dtype = self._tensors.dtype(view.source)
+        done = 0
+        while done < view.num_elements:
+            room = self._file.room()
+            count = min(len(room) // dtype.itemsize, view.num_elements - done)
+            into = torch.frombuffer(room, dtype=dtype, count=count)
+            self._tensors.read(view.source, view.offset + done, into)
+            self._file.filled(count * dtype.itemsize)
+            self._progress.advance(count * dtype.itemsize)
+            done += count
+
+    def _write(self, tensor: Tensor) -> None:
+        if tensor.numel():
+            self._file.write(bytes_of(tensor.contiguous()))
+            self._progress.advance(tensor.nbytes)
+
+
+def _ahead(
+    threads: ThreadPoolExecutor, read: Callable[[T], R], items: Iterable[T], *, count: int
+) -> Iterator[R]:
+    """`read` of each item, in order; so many of them are read before somebody asks."""
+    waiting = iter(items)
+    begun: deque[Future[R]] = deque(threads.submit(read, item) for item in islice(waiting, count))
+    while begun:
+        result = begun.popleft().result()
+        begun.extend(threads.submit(read, item) for item in islice(waiting, 1))
+        yield result
