@@ -24,6 +24,9 @@ from ray_ckpt.core.failures import (
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, move_action
 
 MAX_INTERRUPTIONS = 8
+MAX_SHARD_BYTES = 5_000_000_000
+_FLAVOR = "flavor."
+_CUT = "max_shard_bytes"
 _INTERRUPTED = "interrupted"
 
 
@@ -35,16 +38,31 @@ class ExportSpec:
     dtype: Dtype = "bfloat16"
     flavors: Mapping[str, str] = field(default_factory=dict[str, str])
     """Converter to what it is exported as, for example `{"lora": "peft"}`; each has a default."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Of each safetensors file; one that holds a single larger tensor is as large as that."""
     allow_non_finite: bool = False
     """Also export a step with NaN or Inf in its weights."""
+
+    @property
+    def recipe(self) -> dict[str, str]:
+        """What the manifest of such an export says of how it was made."""
+        flavors = {f"{_FLAVOR}{name}": flavor for name, flavor in self.flavors.items()}
+        cut = {} if self.max_shard_bytes == MAX_SHARD_BYTES else {_CUT: str(self.max_shard_bytes)}
+        return {"name": self.name, "dtype": self.dtype, **flavors, **cut}
 
     @classmethod
     def of_recipe(cls, recipe: Mapping[str, str]) -> "ExportSpec":
         """What was asked for when an export of this recipe was made."""
-        prefix = "flavor."
-        dtype = cast(Dtype, recipe["dtype"])
-        flavors = {k.removeprefix(prefix): v for k, v in recipe.items() if k.startswith(prefix)}
-        return cls(name=recipe["name"], dtype=dtype, flavors=flavors)
+        return cls(
+            name=recipe["name"],
+            dtype=cast(Dtype, recipe["dtype"]),
+            flavors={
+                key.removeprefix(_FLAVOR): flavor
+                for key, flavor in recipe.items()
+                if key.startswith(_FLAVOR)
+            },
+            max_shard_bytes=int(recipe.get(_CUT, MAX_SHARD_BYTES)),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

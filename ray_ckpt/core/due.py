@@ -56,9 +56,7 @@ def is_export_of(manifest: Manifest, source_id: str, spec: ExportSpec) -> bool:
     recipe = manifest.lineage.recipe
     if recipe.get("name") != spec.name or manifest.lineage.source_id != source_id:
         return False
-    flavors = {f"flavor.{name}": flavor for name, flavor in spec.flavors.items()}
-    wanted = {"name": spec.name, "dtype": spec.dtype, **flavors}
-    return wanted == {key: value for key, value in recipe.items() if key != "family"}
+    return spec.recipe == {key: value for key, value in recipe.items() if key != "family"}
 
 
 def unreported_metrics(observed: Observation) -> Iterator[str]:

@@ -54,6 +54,7 @@ LOGS = f"{PRIVATE}/logs"
 EVENTS = f"{PRIVATE}/events"
 SNAPSHOT = f"{PRIVATE}/snapshot.json"
 SAVE_NOW = f"{PRIVATE}/save-now.json"
+PARTS = f"{PRIVATE}/parts"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"
@@ -64,6 +65,7 @@ _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]*)\.([0-9a-zA-Z]+)")
 _SHARD = re.compile(r"__[0-9]+_([0-9a-zA-Z]+)_[0-9]+\.distcp")
 _READER = re.compile(r"(0|[1-9][0-9]*)\.([0-9a-f]+)\.json")
+_PART_NOTE = re.compile(r"([0-9a-f]+)/[^/]+\.json")
 _DRAFT = re.compile(r"([0-9a-zA-Z]+)\.json")
 _TOKEN = 12
 """Characters of a save id that name its trainer; the number of its save follows."""
@@ -201,6 +203,27 @@ def save_of_shard(name: str) -> str | None:
 def staging_dir(attempt: str) -> str:
     """Private folder of one attempt to save or export."""
     return f"{STAGING}/{attempt}"
+
+
+def export_attempt(export_id: str) -> str:
+    """Name of an attempt to export; several attempts at the same export share it."""
+    return f"export-{export_id}"
+
+
+def parts_dir(export_id: str) -> str:
+    """Folder of the notes about finished files of an export."""
+    return f"{PARTS}/{export_id}"
+
+
+def part_note(export_id: str, file: str) -> str:
+    """Key of the note about one finished file."""
+    return f"{parts_dir(export_id)}/{file}.json"
+
+
+def parse_part_note(key: str) -> str | None:
+    """Id of the export whose note lies under `key`, or None."""
+    match = _PART_NOTE.fullmatch(key.removeprefix(f"{PARTS}/"))
+    return match[1] if match else None
 
 
 def begun_key(folder: str) -> str:

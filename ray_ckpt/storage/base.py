@@ -38,6 +38,32 @@ class UnfinishedWrite:
     """What the store itself knows it by."""
 
 
+class Blocks(Protocol):
+    """Where the bytes of one object go; nobody sees it before `finish`."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Of every block but the last one."""
+        ...
+
+    @property
+    def puts_at_once(self) -> int:
+        """So many blocks are sent side by side."""
+        ...
+
+    def put(self, number: int, block: memoryview, num_bytes: int) -> None:
+        """Sends the first `num_bytes` of one block; blocks are numbered from 0 on."""
+        ...
+
+    def finish(self, size_bytes: int) -> None:
+        """All blocks were sent: the object is there, durable; it has so many bytes."""
+        ...
+
+    def abandon(self) -> None:
+        """Nothing is left of it. Twice is harmless."""
+        ...
+
+
 class Store(Protocol):
     """Objects under "/"-separated string keys, relative to one root.
 
@@ -86,6 +112,10 @@ class Store(Protocol):
 
     def upload(self, source: Path, key: str, *, progress: Progress = UNTOLD) -> None:
         """Stream a local file of any size to `key`; readers see all of it or none."""
+        ...
+
+    def begin(self, key: str, size_bytes: int) -> Blocks:
+        """A new object of at most that size, to be written block by block; see `ordered_write`."""
         ...
 
     def copy(self, source: str, target: str) -> None:

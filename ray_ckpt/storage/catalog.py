@@ -28,6 +28,7 @@ from ray_ckpt.storage.digests import find_damage
 from ray_ckpt.storage.drafts import Drafts
 from ray_ckpt.storage.listing import look_at_step, manifest_in, sizes_in
 from ray_ckpt.storage.observer import Observer, with_verdict
+from ray_ckpt.storage.parts import ExportParts
 from ray_ckpt.storage.pins import read_pins, write_pin
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.records import Records
@@ -136,8 +137,13 @@ class Catalog:
         except ObjectExistsError as error:
             raise step_errors.exists(self.uri, manifest.step) from error
 
-    def commit_export(self, staging: Path, name: str, manifest: Manifest) -> None:
-        """The export is there, whole. One of the same content that came first wins."""
+    def export_parts(self, export_id: str, name: str, step: int) -> ExportParts:
+        """The finished files of an export that is still being made."""
+        folder = names.export_dir(name, step)
+        return ExportParts(self.store, self.commit, export_id=export_id, folder=folder)
+
+    def commit_export(self, staging: Path, name: str, manifest: Manifest) -> Manifest:
+        """The export is there, whole; returns its manifest: of equal ones the first counts."""
         folder = names.export_dir(name, manifest.step)
         try:
             self.commit.publish(staging, folder, manifest.to_json())
@@ -146,6 +152,8 @@ class Catalog:
             present = manifest_in(self.store, folder)
             if present is None or present.content_id != manifest.content_id:
                 raise
+            return present
+        return manifest
 
     def adopt(self, manifest: Manifest) -> None:
         """A foreign folder whose files `manifest` describes is committed from now on."""

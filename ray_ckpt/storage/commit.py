@@ -22,15 +22,8 @@ from typing import Protocol
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.storage.local import (
-    LocalStore,
-    changed_at,
-    make_folder,
-    size_of,
-    sync_folder,
-    translated,
-    write_synced,
-)
+from ray_ckpt.storage.local import LocalStore, changed_at, size_of
+from ray_ckpt.storage.posix import make_folder, sync_folder, translated, write_synced
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _GIVEN_UP = ".dead"
@@ -92,6 +85,21 @@ class Commit(Protocol):
         Raises:
             ObjectExistsError: a committed folder is there already; it is untouched.
         """
+        ...
+
+    def part_key(self, folder: str, export_id: str, file: str, *, token: str) -> str:
+        """Where a file of an export is written before `folder` is published; see `storage.parts`.
+
+        The token tells those apart who write the same file at once, where each has its own place.
+        """
+        ...
+
+    def take_part(self, key: str, target: Path) -> None:
+        """The finished file under `key` will be in the folder, where `target` is in its staging."""
+        ...
+
+    def drop_parts(self, export_id: str) -> None:
+        """Nothing is left of the files of an export that no folder has taken."""
         ...
 
     def discard(self, staging: Path) -> None:
@@ -166,6 +174,19 @@ class RenameCommit:
         """Like `publish`: all files are synced."""
         staging = names.staging_dir(names.gather_attempt(manifest.save_id))
         self.publish(self._store.path(staging), folder, manifest.to_json())
+
+    def part_key(self, folder: str, export_id: str, file: str, *, token: str) -> str:
+        """In a staging folder that all who make this export share."""
+        return f"{names.staging_dir(names.export_attempt(export_id))}/{token}-{file}"
+
+    def take_part(self, key: str, target: Path) -> None:
+        """A second link to it: whoever else makes the same export finds it in its place."""
+        with translated(target):
+            target.hardlink_to(self._store.path(key))
+
+    def drop_parts(self, export_id: str) -> None:
+        """The shared folder is removed."""
+        self.discard(self._store.inside(names.staging_dir(names.export_attempt(export_id))))
 
     def discard(self, staging: Path) -> None:
         """The folder and what is in it are removed."""

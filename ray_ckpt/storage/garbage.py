@@ -4,6 +4,7 @@
     the trash                    whose grace time is over
     writes that never ended      below .ray_ckpt/, which is ours alone
     heartbeats                   of readers and of attempts that died
+    notes about finished files   of exports that nobody goes on with
     records and logs             of checkpoints that are nowhere any more
     copies that were begun       at destinations, by publishes that died there
     scratch folders              on this host, of processes that died
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import RayCkptError
-from ray_ckpt.core.garbage import GRACE_S, duration, spent_records, why_dead
+from ray_ckpt.core.garbage import ABANDONED_AFTER_S, GRACE_S, duration, spent_records, why_dead
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.retention import CLOCK_SKEW_S
@@ -55,6 +56,7 @@ def find_garbage(catalog: Catalog, observed: Observation, *, now: float) -> list
         *_trash(catalog, observed, now),
         *_writes(catalog.store, now),
         *_heartbeats(catalog.store, now),
+        *_parts(catalog.store, now),
         *_records(catalog, observed, now),
         *_copies(catalog, observed, now),
         *_scratches(now),
@@ -139,6 +141,21 @@ def _heartbeats(store: Store, now: float) -> Iterator[Garbage]:
         idle_s, what = now - info.modified_at, _whose_heartbeat(info.key)
         if what is not None and idle_s >= GRACE_S:
             yield _object(store, info, what=what, why=f"no beat for {duration(idle_s)}")
+
+
+def _parts(store: Store, now: float) -> Iterator[Garbage]:
+    """Notes of an export of which no file was finished for a long time."""
+    notes: dict[str, list[ObjectInfo]] = {}
+    for info in store.list_objects(names.PARTS):
+        export_id = names.parse_part_note(info.key)
+        if export_id is not None:
+            notes.setdefault(export_id, []).append(info)
+    for export_id, infos in sorted(notes.items()):
+        idle_s = now - max(info.modified_at for info in infos)
+        if idle_s >= ABANDONED_AFTER_S:
+            what = f"note about a finished file of export {export_id}"
+            for info in infos:
+                yield _object(store, info, what=what, why=f"untouched for {duration(idle_s)}")
 
 
 def _whose_heartbeat(key: str) -> str | None:

@@ -5,7 +5,6 @@ synced. Names that start with `.tmp-` are unfinished and never listed.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import stat
@@ -15,33 +14,15 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ray_ckpt.core.errors import (
-    AuthorizationError,
     IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
-    RayCkptError,
-    StorageError,
-    StorageFullError,
-    TransientError,
     UsageError,
 )
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
+from ray_ckpt.storage.file_blocks import TEMPORARY, FileBlocks, new_file
+from ray_ckpt.storage.posix import make_folder, sync_file, sync_folder, translated, write_synced
 from ray_ckpt.storage.progress import UNTOLD, Progress
-
-_TEMPORARY = ".tmp-"
-_KINDS: dict[int, type[StorageError]] = {
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), AuthorizationError),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), StorageFullError),
-    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN), TransientError),
-    errno.ENOENT: ObjectNotFoundError,
-}
-_CURES: dict[type[StorageError], str] = {
-    AuthorizationError: "check owner and mode of the folder, or choose another root",
-    StorageFullError: "free space, then run the same command again",
-    TransientError: "look at the disk or the mount, then run the same command again",
-    ObjectNotFoundError: "check the path",
-}
-
 
 _UNTOUCHED = "nothing was changed, neither here nor where a link points"
 
@@ -134,6 +115,10 @@ class LocalStore:
             temporary.replace(self.path(key))
             sync_folder(self.path(key).parent)
 
+    def begin(self, key: str, size_bytes: int) -> FileBlocks:
+        """Written beside, past the page cache, and linked into place."""
+        return new_file(self.path(key))
+
     def copy(self, source: str, target: str) -> None:
         """Copied beside, synced, renamed into place."""
         self.upload(self.path(source), target)
@@ -209,7 +194,7 @@ class LocalStore:
         found: list[UnfinishedWrite] = []
         with translated(self.path(folder)):
             for parent, _, files in os.walk(self.path(folder)):
-                paths = (Path(parent, name) for name in files if name.startswith(_TEMPORARY))
+                paths = (Path(parent, name) for name in files if name.startswith(TEMPORARY))
                 found.extend(write for path in paths if (write := self._unfinished(path)))
         return found
 
@@ -249,7 +234,7 @@ class LocalStore:
         """A private name beside `key`, gone afterwards whatever happens."""
         parent = self.path(key).parent
         make_folder(parent)
-        temporary = parent / f"{_TEMPORARY}{uuid.uuid4().hex}"
+        temporary = parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             yield temporary
         finally:
@@ -267,7 +252,7 @@ def _scan(
             continue
         if entry.is_dir(follow_symlinks=False):
             folders.append(f"{parent}{entry.name}")
-        elif not entry.name.startswith(_TEMPORARY):
+        elif not entry.name.startswith(TEMPORARY):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile, or a broken link
                 info = _info(f"{parent}{entry.name}", entry.stat())
                 files.extend([info] if info else [])
@@ -305,61 +290,3 @@ def _statuses(folder: Path) -> Iterator[os.stat_result]:
     for path in (folder, *folder.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # published or discarded meanwhile
             yield path.lstat()
-
-
-def sync_file(path: Path) -> None:
-    """The file's bytes are on the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-sync_folder = sync_file
-"""The folder's entries are on the device: a new name in it survives a power cut."""
-
-
-def make_folder(folder: Path) -> None:
-    """The folder is there, and survives a power cut with every folder that was made on its way.
-
-    Raises:
-        NotADirectoryError: a file is on the way.
-    """
-    if folder.is_dir():
-        return
-    if folder.exists() and not folder.is_dir():  # somebody may have made it this moment
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
-
-
-@contextlib.contextmanager
-def translated(where: Path) -> Generator[None]:
-    """Turns the operating system's errors into ours, once."""
-    try:
-        yield
-    except RayCkptError:
-        raise
-    except FileExistsError as error:
-        raise ObjectExistsError("something is there already", str(where)) from error
-    except (NotADirectoryError, IsADirectoryError) as error:
-        raise UsageError(
-            f"not usable as a place for checkpoints: {error.strerror}",
-            str(where),
-            "nothing was changed",
-            "name a folder, or one that can be made",
-        ) from error
-    except OSError as error:
-        kind = _KINDS.get(error.errno or 0, StorageError)
-        text = error.strerror or str(error)
-        raise kind(text, str(where), do=_CURES.get(kind, "")) from error
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """The file holds `data`, on the device."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -91,6 +91,17 @@ class MarkerCommit:
         self._store.create(names.manifest_key(folder), manifest.to_json())
         self._end(folder)
 
+    def part_key(self, folder: str, export_id: str, file: str, *, token: str) -> str:
+        """In its place; the note comes first, as in `contribute`."""
+        self._store.write(names.begun_key(folder), b"")
+        return f"{folder}/{file}"
+
+    def take_part(self, key: str, target: Path) -> None:
+        """Nothing to do: it is there."""
+
+    def drop_parts(self, export_id: str) -> None:
+        """Nothing to do: `clear` removes what no manifest names."""
+
     def _end(self, folder: str) -> None:
         """Nobody writes to the folder any more, and no note says so."""
         # must come before the note goes: it alone tells that they are ours

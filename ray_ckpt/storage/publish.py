@@ -21,7 +21,7 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file, size_damage
 from ray_ckpt.storage.hub import publish_to_hub
 from ray_ckpt.storage.listing import manifest_in, sizes_in
-from ray_ckpt.storage.local import sync_file
+from ray_ckpt.storage.posix import sync_file
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.retire import finish_retiring
 from ray_ckpt.storage.room import expect_room

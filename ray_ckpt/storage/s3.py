@@ -9,6 +9,7 @@ import contextlib
 import errno
 import inspect
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -25,6 +26,7 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.storage.s3_blocks import S3Blocks
 
 _BLOCK_BYTES = 8 << 20
 _READS_AT_ONCE = 8
@@ -134,6 +136,13 @@ class S3Store:
         """One PUT, or a multipart upload whose completion makes it visible; told of by parts."""
         with translated(self._where(key)):
             self._file_system.put_file(str(source), self._path(key), callback=_Told(progress))
+
+    def begin(self, key: str, size_bytes: int) -> S3Blocks:
+        """A multipart upload, sent part by part."""
+        bucket, _, name = self._path(key).partition("/")
+        return S3Blocks(
+            partial(self._call, key=key), bucket=bucket, name=name, size_bytes=size_bytes
+        )
 
     def copy(self, source: str, target: str) -> None:
         """Server-side; in parts where the object is larger than 5 GB."""

@@ -4,45 +4,141 @@
     shard    reads what that shard is made of, writes one safetensors file; see `shard_writer`
     finish   index, config, tokenizer, model card, manifest; then the one commit
 
-Works in a private folder; what is visible is whole.
+Shards are made by whoever the caller sends, in any order, and noted as they are finished: a killed
+export goes on from them. What is visible is whole.
 """
 
+import hashlib
+import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
+
+import torch
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.errors import ObjectExistsError, UsageError
+from ray_ckpt.core.errors import (
+    ConflictError,
+    ObjectExistsError,
+    RayCkptError,
+    StorageError,
+    TransientError,
+    UsageError,
+)
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import manifest_in
+from ray_ckpt.storage.parts import ExportParts
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.readers import reading
-from ray_ckpt.storage.room import expect_room
+from ray_ckpt.storage.room import expect_room_in
 from ray_ckpt.tensors.export_files import described, write_companions
-from ray_ckpt.tensors.export_plan import plan_export
+from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_export
 from ray_ckpt.tensors.reader import read_asset
 from ray_ckpt.tensors.shard_writer import write_shard
 from ray_ckpt.tensors.step_tensors import step_tensors
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """One export that is being made, as every process knows it that has a part in it."""
+
+    catalog: Catalog
+    source: Manifest
+    spec: ExportSpec
+    plan: ExportPlan
+    parts: ExportParts
+
+    def missing(self, *, progress: Progress = UNTOLD) -> list[OutputShard]:
+        """Shards that nobody has finished yet; those that somebody has are read and compared."""
+        finished = self.parts.intact(progress=progress)
+        return [shard for shard in self.plan.shards if shard.file not in finished]
+
+    def make(self, shard: OutputShard, *, progress: Progress = UNTOLD) -> None:
+        """The shard is finished. Twice is harmless."""
+        key, blocks = self.parts.begin(shard.file, shard.size_bytes)
+        tensors = step_tensors(self.catalog, self.source)
+        entry = write_shard(blocks, self.plan, shard, tensors, progress=progress)
+        self.parts.end(entry, key)
+
+    def finish(self) -> Manifest:
+        """The export is there, whole; every shard was finished before.
+
+        Raises:
+            ConflictError: somebody has removed one, or replaced it.
+        """
+        parts = self.parts.finished()
+        lacking = [shard.file for shard in self.plan.shards if shard.file not in parts]
+        if lacking:
+            raise ConflictError(
+                f"{len(lacking)} files of {self.spec.name} are gone or were replaced, first "
+                f"{lacking[0]}: another export of this name was made meanwhile",
+                self.catalog.uri,
+                "the checkpoint is untouched, and no reader sees a part of the export",
+                "nothing, they are made again; give exports that differ different names",
+            )
+        staging = self.catalog.commit.staging(f"export-{uuid.uuid4().hex}")
+        try:
+            self.parts.take(staging, parts)
+            write_companions(_assets(self.catalog, self.source), self.plan, self.source, staging)
+            written = [part.entry for part in parts.values()]
+            files = [*written, *described(staging, except_for=written)]
+            export = _manifest(self.source, self.spec, files)
+            _expect_the_same(self.catalog, self.source)  # a trainer that rolls back asks no reader
+            present = self.catalog.commit_export(staging, self.spec.name, export)
+        except BaseException:
+            self.catalog.commit.discard(staging)
+            raise
+        self.parts.drop()
+        return present
+
+
+Crew = Callable[[Export, Sequence[OutputShard], Progress], None]
+"""Makes these shards, and tells of the bytes as they are written."""
+
+
+def alone(export: Export, shards: Sequence[OutputShard], progress: Progress) -> None:
+    """In this process, one after the other."""
+    for shard in shards:
+        export.make(shard, progress=progress)
+
+
+def begin_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Export:
+    """The export, planned: the same for every process that asks. Writes nothing.
+
+    Raises:
+        UsageError: the checkpoint holds no model that can be exported in this form.
+        StateDictError: a tensor that no rule speaks for, or one that is lacking.
+        IntegrityError: the step holds NaN or Inf; or an asset or the index differs from the
+            manifest.
+    """
+    plan = plan_export(catalog, manifest, spec)
+    export_id = _id(manifest, spec, plan)
+    parts = catalog.export_parts(export_id, spec.name, manifest.step)
+    return Export(catalog=catalog, source=manifest, spec=spec, plan=plan, parts=parts)
+
+
 def export_step(
-    catalog: Catalog, manifest: Manifest, spec: ExportSpec, *, progress: Progress = UNTOLD
+    catalog: Catalog,
+    manifest: Manifest,
+    spec: ExportSpec,
+    *,
+    progress: Progress = UNTOLD,
+    crew: Crew = alone,
 ) -> Manifest:
     """The export is in `exports/<name>/step-<n>`, whole; returns its manifest.
 
     The caller has verified the step: shards are read once, for the export, not twice.
 
     A second run is harmless: an export of the same source and spec that is there is returned as it
-    is, and two at once work in folders of their own until one of them commits.
+    is, one that was not finished is gone on with, and two at once share what each has finished.
 
     Raises:
-        UsageError: the checkpoint holds no model that can be exported in this form, or another
-            export of the same name is in the way.
-        StateDictError: a tensor that no rule speaks for, or one that is lacking.
-        IntegrityError: the step holds NaN or Inf; or an asset or the index differs from the
-            manifest.
+        UsageError, StateDictError, IntegrityError: as `begin_export`.
+        ObjectExistsError: another export of the same name is in the way.
         StorageFullError: not enough room; nothing was written.
         StepNotFoundError: the step was taken away meanwhile; no export was made.
     """
@@ -51,29 +147,42 @@ def export_step(
         return present
     with reading(catalog.store, manifest.step, who=f"export {spec.name}"):
         _expect_the_same(catalog, manifest)  # a purge may have come before the lease
-        return _export(catalog, manifest, spec, progress)
+        export = begin_export(catalog, manifest, spec)
+        try:
+            return _made(export, progress, crew)
+        except StorageError:
+            present = _present(catalog, manifest, spec)  # somebody was faster, and has tidied up
+            if present is None:
+                raise
+            return present
 
 
-def _export(catalog: Catalog, manifest: Manifest, spec: ExportSpec, progress: Progress) -> Manifest:
-    """In a private folder, then committed."""
-    plan = plan_export(catalog, manifest, spec)
-    staging = catalog.commit.staging(f"export-{uuid.uuid4().hex}")
+def _made(export: Export, progress: Progress, crew: Crew) -> Manifest:
+    """What is finished stays for the next attempt, if another attempt may help."""
     try:
-        expect_room(staging, plan.total_bytes, what=f"{spec.name} of step-{manifest.step}")
-        progress.begin(f"exports {spec.name}", plan.total_bytes)
-        tensors = step_tensors(catalog, manifest)
-        written = [
-            write_shard(staging / shard.file, plan, shard, tensors, progress=progress)
-            for shard in plan.shards
-        ]
-        write_companions(_assets(catalog, manifest), plan, manifest, staging)
-        export = _manifest(manifest, spec, [*written, *described(staging, except_for=written)])
-        _expect_the_same(catalog, manifest)  # a trainer that rolls back asks no reader
-        catalog.commit_export(staging, spec.name, export)
-    except BaseException:
-        catalog.commit.discard(staging)
+        shards = export.missing(progress=progress)
+        missing_bytes = sum(shard.size_bytes for shard in shards)
+        what = f"{export.spec.name} of step-{export.source.step}"
+        expect_room_in(export.catalog.store, missing_bytes, what=what)
+        progress.begin(f"exports {export.spec.name}", missing_bytes)
+        crew(export, shards, progress)
+        return export.finish()
+    except TransientError:
         raise
-    return export
+    except RayCkptError:
+        export.parts.drop()
+        raise
+
+
+def _id(manifest: Manifest, spec: ExportSpec, plan: ExportPlan) -> str:
+    """Stands for everything that shapes a byte of the shards, or says which shard holds what."""
+    shapes = {
+        "source": manifest.content_id,
+        "recipe": _recipe(manifest, spec),
+        "shards": {shard.file: shard.outputs for shard in plan.shards},
+        "made by": f"ray_ckpt {version('ray_ckpt')}, torch {torch.__version__}",
+    }
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _expect_the_same(catalog: Catalog, manifest: Manifest) -> None:
@@ -107,8 +216,7 @@ def _present(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Manifest
 
 def _recipe(manifest: Manifest, spec: ExportSpec) -> dict[str, str]:
     family = manifest.model.family if manifest.model else None
-    flavors = {f"flavor.{name}": flavor for name, flavor in spec.flavors.items()}
-    return {"name": spec.name, "dtype": spec.dtype, "family": family or "", **flavors}
+    return {**spec.recipe, "family": family or ""}
 
 
 def _sentence(recipe: Mapping[str, str]) -> str:

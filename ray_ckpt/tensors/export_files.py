@@ -13,7 +13,7 @@ from typing import Any
 
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
-from ray_ckpt.storage.local import write_synced
+from ray_ckpt.storage.posix import write_synced
 from ray_ckpt.tensors.export_plan import CONFIG, ExportPlan
 from ray_ckpt.tensors.model_card import model_card
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.actions import MAX_SHARD_BYTES, ExportSpec
 from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import IntegrityError, StateDictError, UsageError
 from ray_ckpt.core.manifest import Manifest, ModelEntry
@@ -28,7 +28,6 @@ from ray_ckpt.tensors.reader import read_asset
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.transforms import StateDictTransforms
 
-MAX_SHARD_BYTES = 5_000_000_000
 CONFIG = "config.json"
 _UNTOUCHED = "the checkpoint is untouched and can be resumed"
 _NAMES_TOLD = 3
@@ -74,13 +73,7 @@ class ExportPlan:
         return f"{self.layout.weights}.safetensors.index.json" if _is_sharded(self.layout) else None
 
 
-def plan_export(
-    catalog: Catalog,
-    manifest: Manifest,
-    spec: ExportSpec,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> ExportPlan:
+def plan_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> ExportPlan:
     """Which tensors go where; reads the assets and no tensor.
 
     Raises:
@@ -99,7 +92,7 @@ def plan_export(
     )
     _refuse_without_base(catalog, manifest, transforms)
     inputs = _inputs(manifest, model)
-    return plan_model(transforms, inputs, config, max_shard_bytes=max_shard_bytes)
+    return plan_model(transforms, inputs, config, max_shard_bytes=spec.max_shard_bytes)
 
 
 def plan_model(

@@ -25,6 +25,7 @@ from ray_ckpt.core.errors import ConfigError, IntegrityError, StateDictError
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.core.saving import HuggingFace
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.file_blocks import new_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export_files import described, write_companions
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_model
@@ -130,7 +131,7 @@ def _write_shards(
         if not is_mine or errors:
             continue
         try:
-            own.append(write_shard(folder / shard.file, plan, shard, _Held(whole)))
+            own.append(write_shard(new_file(folder / shard.file), plan, shard, _Held(whole)))
         except Exception as error:  # noqa: BLE001  the other ranks still need this one's pieces
             errors.append(error)
     ranks.together(lambda: _raise_first(errors))

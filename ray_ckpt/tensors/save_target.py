@@ -24,8 +24,8 @@ from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.room import Room
 from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.local import sync_folder, translated
-from ray_ckpt.storage.room import room_at
+from ray_ckpt.storage.posix import sync_folder, translated
+from ray_ckpt.storage.room import room_at, room_in
 
 Superseded = tuple[tuple[int, str], ...]
 """Step and save id of what another branch of training has saved."""
@@ -99,10 +99,7 @@ class IntoRoot:
 
     def room(self, staging: Path) -> Room:
         """One place for all ranks, unless each sends its files from a disk of its own."""
-        free_bytes = self.catalog.store.free_bytes()
-        if free_bytes is None:
-            return room_at(staging)
-        return Room(place=self.catalog.uri, where=self.catalog.uri, free_bytes=free_bytes)
+        return room_in(self.catalog.store) or room_at(staging)
 
     def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
         """Newer steps are in the trash, and drafts that would become such are given up."""

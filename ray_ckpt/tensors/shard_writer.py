@@ -11,15 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.storage.base import Blocks
 from ray_ckpt.storage.digests import STRONG_ALGORITHM
-from ray_ckpt.storage.ordered_file import OrderedFile
+from ray_ckpt.storage.ordered_write import OrderedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard
 from ray_ckpt.tensors.recording import Output, Recording
@@ -53,22 +53,22 @@ class Tensors(Protocol):
 
 
 def write_shard(
-    path: Path,
+    blocks: Blocks,
     plan: ExportPlan,
     shard: OutputShard,
     tensors: Tensors,
     *,
     progress: Progress = UNTOLD,
 ) -> FileEntry:
-    """A new file at `path` with the outputs of one shard, durable; returns its manifest entry.
+    """The outputs of one shard are written to a new file; returns its manifest entry.
 
     Raises:
         IntegrityError: a source cannot be read.
-        StorageError: something is there already, or it cannot be written; nothing is left of it.
+        StorageError: it cannot be written; nothing is left of it.
     """
     outputs = {name: plan.recording.outputs[name] for name in shard.outputs}
     specs = in_file_order({name: output.spec for name, output in outputs.items()})
-    file = OrderedFile(path, algorithm=STRONG_ALGORITHM)
+    file = OrderedWrite(blocks, name=shard.file, algorithm=STRONG_ALGORITHM)
     try:
         file.write(memoryview(header(specs, plan.file_metadata)))
         writing = _Shard(file, tensors, progress)
@@ -82,7 +82,7 @@ def write_shard(
 class _Shard:
     """The tensors of one file."""
 
-    def __init__(self, file: OrderedFile, tensors: Tensors, progress: Progress) -> None:
+    def __init__(self, file: OrderedWrite, tensors: Tensors, progress: Progress) -> None:
         self._file = file
         self._tensors = tensors
         self._progress = progress

@@ -19,7 +19,9 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.digests import describe_object
 from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.ordered_write import OrderedWrite
 from ray_ckpt.storage.s3 import S3Store
 from tests.servers.seaweed import S3Endpoint
 
@@ -66,6 +68,28 @@ def test_a_range_beyond_the_end_is_damage(store: Store, offset: int, size: int) 
 def test_no_range_can_be_read_of_what_is_not_there(store: Store) -> None:
     with pytest.raises(ObjectNotFoundError):
         store.read_into("a/b", 0, memoryview(bytearray(1)))
+
+
+@pytest.mark.parametrize("size_bytes", [1, 5_000, 16 << 20, (40 << 20) + 7])
+def test_an_object_may_be_written_block_by_block(store: Store, size_bytes: int) -> None:
+    data = os.urandom(1 << 20) * (size_bytes // (1 << 20) + 1)
+    write = OrderedWrite(store.begin("a/b", size_bytes), name="b", algorithm="sha256")
+    write.write(memoryview(data)[:size_bytes])
+    assert store.stat("a/b") is None
+    entry = write.close()
+    assert store.read("a/b") == data[:size_bytes]
+    assert entry == describe_object(store, "a/b", name="b", algorithm="sha256")
+    assert store.list_unfinished("a") == []
+
+
+def test_of_an_object_that_is_given_up_nothing_is_left(store: Store) -> None:
+    write = OrderedWrite(store.begin("a/b", 40 << 20), name="b", algorithm="sha256")
+    write.write(memoryview(bytes(40 << 20)))
+    assert len(store.list_unfinished("a")) == 1
+    write.discard()
+    write.discard()
+    assert store.stat("a/b") is None
+    assert store.list_unfinished("a") == []
 
 
 def test_an_empty_object_is_an_object(store: Store) -> None:

@@ -26,6 +26,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
+from ray_ckpt.storage.file_blocks import new_file
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export import export_step
@@ -101,12 +102,12 @@ def test_several_shards_hold_every_tensor_once_and_the_plan_says_where(
     catalog = open_catalog(str(root))
     manifest = catalog.manifest(12)
     limit = 20_000
-    plan = plan_export(catalog, manifest, FP32, max_shard_bytes=limit)
+    plan = plan_export(catalog, manifest, replace(FP32, max_shard_bytes=limit))
     assert len(plan.shards) > 2
     written: dict[str, str] = {}
     tensors_of_step = step_tensors(catalog, manifest)
     for shard in plan.shards:
-        write_shard(tmp_path / shard.file, plan, shard, tensors_of_step)
+        write_shard(new_file(tmp_path / shard.file), plan, shard, tensors_of_step)
         with safe_open(tmp_path / shard.file, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         assert set(tensors) == set(shard.outputs)

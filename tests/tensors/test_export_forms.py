@@ -24,6 +24,7 @@ from ray_ckpt.core.errors import ConfigError, IntegrityError, StateDictError, Us
 from ray_ckpt.core.manifest import ConverterEntry, Manifest, ModelEntry, NeededSource
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.file_blocks import new_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.adopt import adopt_step
 from ray_ckpt.tensors.converters import CONVERTERS, WHOLE_MODEL, ExportLayout
@@ -115,7 +116,7 @@ def test_an_adapter_alone_is_what_peft_loads(lora_model: Decoder, lora_step: Ste
 def test_an_adapter_is_one_file_without_an_index_and_without_the_models_config(
     lora_step: Step, tmp_path: Path
 ) -> None:
-    plan = plan_export(lora_step.catalog, lora_step.manifest, PEFT, max_shard_bytes=1)
+    plan = plan_export(lora_step.catalog, lora_step.manifest, replace(PEFT, max_shard_bytes=1))
     assert [shard.file for shard in plan.shards] == ["adapter_model.safetensors"]
     folder = lora_step.export(PEFT)
     assert {path.name for path in folder.iterdir()} == {
@@ -231,11 +232,11 @@ def test_a_stack_may_lie_across_several_shards(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "original/model.safetensors")
     native = make_adapter("mixtral", _mixtral().to_dict()).from_hf(saved)
     step = _step(tmp_path / "run", native, _mixtral().to_dict(), family="mixtral")
-    plan = plan_export(step.catalog, step.manifest, FP32, max_shard_bytes=2000)
+    plan = plan_export(step.catalog, step.manifest, replace(FP32, max_shard_bytes=2000))
     written: dict[str, Tensor] = {}
     tensors = step_tensors(step.catalog, step.manifest)
     for shard in plan.shards:
-        write_shard(tmp_path / shard.file, plan, shard, tensors)
+        write_shard(new_file(tmp_path / shard.file), plan, shard, tensors)
         written |= load_file(tmp_path / shard.file)
     assert written.keys() == saved.keys()
     assert all(torch.equal(written[key], saved[key]) for key in saved)

@@ -1,0 +1,89 @@
+"""Files and folders that survive a power cut, and the operating system's errors as ours."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+from ray_ckpt.core.errors import (
+    AuthorizationError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RayCkptError,
+    StorageError,
+    StorageFullError,
+    TransientError,
+    UsageError,
+)
+
+_KINDS: dict[int, type[StorageError]] = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), AuthorizationError),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), StorageFullError),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN), TransientError),
+    errno.ENOENT: ObjectNotFoundError,
+}
+_CURES: dict[type[StorageError], str] = {
+    AuthorizationError: "check owner and mode of the folder, or choose another root",
+    StorageFullError: "free space, then run the same command again",
+    TransientError: "look at the disk or the mount, then run the same command again",
+    ObjectNotFoundError: "check the path",
+}
+
+
+def sync_file(path: Path) -> None:
+    """The file's bytes are on the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_folder = sync_file
+"""The folder's entries are on the device: a new name in it survives a power cut."""
+
+
+def make_folder(folder: Path) -> None:
+    """The folder is there, and survives a power cut with every folder that was made on its way.
+
+    Raises:
+        NotADirectoryError: a file is on the way.
+    """
+    if folder.is_dir():
+        return
+    if folder.exists() and not folder.is_dir():  # somebody may have made it this moment
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def translated(where: Path) -> Generator[None]:
+    """Turns the operating system's errors into ours, once."""
+    try:
+        yield
+    except RayCkptError:
+        raise
+    except FileExistsError as error:
+        raise ObjectExistsError("something is there already", str(where)) from error
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise UsageError(
+            f"not usable as a place for checkpoints: {error.strerror}",
+            str(where),
+            "nothing was changed",
+            "name a folder, or one that can be made",
+        ) from error
+    except OSError as error:
+        kind = _KINDS.get(error.errno or 0, StorageError)
+        text = error.strerror or str(error)
+        raise kind(text, str(where), do=_CURES.get(kind, "")) from error
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """The file holds `data`, on the device."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
