@@ -5,6 +5,7 @@ what becomes visible does so in one step.
 """
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -124,9 +125,11 @@ def run_action(root: str, attempt: Attempt, *, node: str | None = None) -> Resul
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Torch's allocator says it with a RuntimeError."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    """Torch's allocator says it with a RuntimeError, a mapping with an OSError."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
     )
 
 

@@ -114,19 +114,27 @@ def _policy(world: World, observed: Observation) -> Iterator[str]:
 
 
 def _exports(world: World, catalog: Catalog, observed: Observation) -> Iterator[str]:
-    """Every export that was due or asked for is here, is the model, and is equal at every place."""
+    """Every export that was due or asked for is here, is the model, and is equal at every place.
+
+    One that a person removed once its step was purged cannot be made again: its copies are left.
+    """
     last = max(view.step for view in observed.readable())
     due = {("hf", s) for s in {*world.told(), last} if s % EXPORT_EVERY == 0 or s == last}
     asked = {(name, step) for step, name in world.asked.items()}
-    made = {(e.name, e.step): e.manifest for e in observed.exports}
+    made = {(e.name, e.step): catalog for e in observed.exports}
+    purged = set(world.told()) - {view.step for view in observed.readable()}
+    copies = open_catalog(world.copies)
+    kept = {e.step for e in copies.observe().exports}
+    made |= {("hf", s): copies for s in world.removed & purged & kept if ("hf", s) not in made}
     yield from (f"no export {name} of step-{step}" for name, step in (due | asked) - set(made))
     adapter = make_adapter("llama", json.loads(make_assets(MODEL).files["config.json"]))
     for step, expected in _expected(step for _, step in made):
         for name in (name for name, of in made if of == step):
-            if not _equal(_weights(catalog, name, step), adapter.to_hf(dict(expected))):
+            found = _weights(made[name, step], name, step)
+            if not _equal(found, adapter.to_hf(dict(expected))):
                 yield f"the export {name} of step-{step} is another model"
     for name, step in due & set(made):
-        content = made[name, step].content_id
+        content = made[name, step].export(name, step).manifest.content_id
         for destination in (world.copies, world.s3_copies):
             yield from _copy(open_catalog(destination), step, content)
         yield from _on_the_hub(world, step, content)

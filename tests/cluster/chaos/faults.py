@@ -124,12 +124,13 @@ def a_person_pins_and_asks(world: World) -> str | None:
 
 
 def a_person_removes_an_export(world: World) -> str | None:
-    """Copies of it are safe, and it is made again."""
+    """Copies of it are safe, and it is made again as long as its checkpoint is there."""
     made = [e for e in open_catalog(world.root).observe().exports if e.name == "hf"]
     if not made or "://" in world.root:
         return None
     export = world.random.choice(made)
     shutil.rmtree(Path(world.root) / "exports" / export.name / f"step-{export.step}")
+    world.removed.add(export.step)
     return f"step-{export.step}"
 
 

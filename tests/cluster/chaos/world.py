@@ -56,6 +56,8 @@ class World:
     pinned: set[int] = field(default_factory=set)
     asked: dict[int, str] = field(default_factory=dict)
     """Step to the name of an export that a person asked for."""
+    removed: set[int] = field(default_factory=set)
+    """Steps of which a person removed the export `hf`."""
     trainer: RankGroup | None = None
     rivals: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
     later: list[tuple[float, Process]] = field(default_factory=list)
