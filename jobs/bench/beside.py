@@ -19,16 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from jobs.bench.models import STEP, commit_model
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, init_weights
-from jobs.train import make_assets
-from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.cluster.priority import give_way
 from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export import export_step
 
-STEP = 1
 NUM_STEPS = 5
 """Training steps in one measurement."""
 TRAINED = DecoderConfig(
@@ -54,7 +52,7 @@ class Beside:
 def measure_beside(folder: Path, *, size_mb: int, repeats: int) -> list[Beside]:
     """One row a neighbour, measured in turn; the exports are of a model of `size_mb` megabytes."""
     root = str(folder / "run")
-    _commit_model(root, size_mb)
+    commit_model(root, size_mb)
     step = _training()
     step()
     neighbours: Mapping[str, Callable[[], None] | None] = {
@@ -108,23 +106,6 @@ def _training() -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-def _commit_model(root: str, size_mb: int) -> None:
-    """Step 1 holds a model of about so many megabytes in float32."""
-    config = DecoderConfig(
-        dim=1024, num_layers=max(1, size_mb // 50), num_heads=16, num_kv_heads=16, ffn_dim=2816
-    )
-    model = Decoder(config, VOCAB_SIZE)
-    init_weights(model)
-    manager = CheckpointManager(
-        root,
-        TrainingState(model=ModelWrapper(model)),
-        config=SaveConfig(mode="sync"),
-        assets=make_assets(config),
-    )
-    manager.save(STEP, last_step=True)
-    manager.close()
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import LiveNode, Placement
 from ray_ckpt.core.beats import Beat
 from ray_ckpt.core.errors import NodeLostError, OutOfMemoryError, TransientError
+from ray_ckpt.core.lifecycle import ActionKind
 
 
 class Running(Protocol):
@@ -123,7 +124,12 @@ class RayTasks:
 def run_on_ray(root: str, attempt: Attempt) -> Result:
     """The action's effect is there; the task gives way to training while it works."""
     node = ray.get_runtime_context().get_node_id()
-    return priority.giving_way(lambda: run_action(root, attempt, node=node))
+    crew = None
+    if attempt.action.kind is ActionKind.EXPORT:
+        from ray_ckpt.cluster.crew import together  # torch, which the manager never needs
+
+        crew = together(attempt.action.title)
+    return priority.giving_way(lambda: run_action(root, attempt, node=node, crew=crew))
 
 
 class _RayTask:

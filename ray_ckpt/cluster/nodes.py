@@ -70,6 +70,26 @@ def has_free_slot() -> bool:
     return IO_RESOURCE not in ray.cluster_resources() or _free_slots() >= 1.0
 
 
+def room_for_helpers(num_sent: int) -> int:
+    """How many tasks could begin now that only help, beside so many of them.
+
+    Where nobody has slots each other node takes one.
+    """
+    if IO_RESOURCE in ray.cluster_resources():
+        return int(_free_slots())
+    return max(0, len(living_nodes()) - 1 - num_sent)
+
+
+def options_of_helper() -> dict[str, Any]:
+    """Ray's options for one of these: a slot where there are any, far from the others."""
+    has_slots = IO_RESOURCE in ray.cluster_resources()
+    return {
+        "num_cpus": 0,
+        "resources": {IO_RESOURCE: 1.0} if has_slots else {},
+        "scheduling_strategy": "SPREAD",
+    }
+
+
 def _free_slots() -> float:
     return ray.available_resources().get(IO_RESOURCE, 0.0)
 

@@ -12,7 +12,8 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
@@ -38,6 +39,9 @@ from ray_ckpt.storage.promote import promote_copy
 from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.retire import retire_copy
+
+if TYPE_CHECKING:
+    from ray_ckpt.tensors.export import Crew
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
@@ -94,11 +98,14 @@ class AttemptGuard:
             )
 
 
-def run_action(root: str, attempt: Attempt, *, node: str | None = None) -> Result:
+def run_action(
+    root: str, attempt: Attempt, *, node: str | None = None, crew: "Crew | None" = None
+) -> Result:
     """The action's effect is there; returns what its record says about it.
 
-    Tells that it lives and how far it is meanwhile; `node` is Ray's id of where that is. What an
-    attempt that failed said lies under `.ray_ckpt/logs/` then.
+    Tells that it lives and how far it is meanwhile; `node` is Ray's id of where that is. `crew` has
+    a part in an export; without one it is made here alone. What an attempt that failed said lies
+    under `.ray_ckpt/logs/` then.
 
     Raises:
         OutOfMemoryError: this process may not take as much memory as it needs.
@@ -109,7 +116,10 @@ def run_action(root: str, attempt: Attempt, *, node: str | None = None) -> Resul
     first = first_beat(attempt_started_at=attempt.started_at, node=node)
     with beating(catalog.store, attempt.beat_key, first=first, every_s=attempt.beat_s) as progress:
         try:
-            result = _RUNNERS[attempt.action.kind](catalog, attempt.action, guard, progress)
+            run = _RUNNERS[attempt.action.kind]
+            if attempt.action.kind is ActionKind.EXPORT:
+                run = partial(_export, crew=crew)
+            result = run(catalog, attempt.action, guard, progress)
         except Exception as error:
             _keep_log(catalog, attempt, traceback.format_exc())
             if _is_lack_of_memory(error):
@@ -166,13 +176,15 @@ def _read(catalog: Catalog, action: Action, progress: Progress) -> Result:
     return {"bytes": manifest.total_bytes, "files": len(manifest.files)}
 
 
-def _export(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
+def _export(
+    catalog: Catalog, action: Action, _: Guard, progress: Progress, *, crew: "Crew | None" = None
+) -> Result:
     """The engine returns an export that is there already as it is."""
-    from ray_ckpt.tensors.export import export_step  # torch, which the manager never needs
+    from ray_ckpt.tensors.export import alone, export_step  # torch, which the manager never needs
 
     assert action.export is not None, "an export action names its export"
     source = catalog.manifest(action.step)
-    manifest = export_step(catalog, source, action.export, progress=progress)
+    manifest = export_step(catalog, source, action.export, progress=progress, crew=crew or alone)
     return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
 
 

@@ -41,12 +41,12 @@ class ExportParts:
     def __init__(self, store: Store, commit: Commit, *, export_id: str, folder: str) -> None:
         self._store = store
         self._commit = commit
-        self._id = export_id
+        self.export_id = export_id
         self._folder = folder
 
     def finished(self) -> dict[str, Part]:
         """By file name, what is noted and still there as it was; other notes are removed."""
-        noted = self._store.list_objects(names.parts_dir(self._id))
+        noted = self._store.list_objects(names.parts_dir(self.export_id))
         found = {info.key: self._read(info.key) for info in noted}
         lost = [key for key, part in found.items() if part is None]
         self._store.delete(lost)
@@ -57,12 +57,12 @@ class ExportParts:
         parts = self.finished()
         progress.begin("reads what was finished", sum(p.entry.size_bytes for p in parts.values()))
         broken = [f for f, part in parts.items() if not self._is_intact(part, progress)]
-        self._store.delete([names.part_note(self._id, file) for file in broken])
+        self._store.delete([names.part_note(self.export_id, file) for file in broken])
         return {file: part for file, part in parts.items() if file not in broken}
 
     def begin(self, file: str, size_bytes: int) -> tuple[str, Blocks]:
         """Where a new file of about that size will lie, and what its bytes are given to."""
-        key = self._commit.part_key(self._folder, self._id, file, token=uuid.uuid4().hex)
+        key = self._commit.part_key(self._folder, self.export_id, file, token=uuid.uuid4().hex)
         return key, self._store.begin(key, size_bytes)
 
     def end(self, entry: FileEntry, key: str) -> None:
@@ -70,7 +70,7 @@ class ExportParts:
         info = self._store.stat(key)
         if info is None:
             raise ObjectNotFoundError("somebody has removed it", f"{self._store.uri}/{key}")
-        note = names.part_note(self._id, entry.path)
+        note = names.part_note(self.export_id, entry.path)
         text = {"entry": asdict(entry), "key": key, "version": info.version}
         try:
             self._store.create(note, json.dumps(text).encode())
@@ -86,8 +86,10 @@ class ExportParts:
 
     def drop(self) -> None:
         """Nothing is left of them but what a folder has taken."""
-        self._store.delete([i.key for i in self._store.list_objects(names.parts_dir(self._id))])
-        self._commit.drop_parts(self._id)
+        self._store.delete(
+            [i.key for i in self._store.list_objects(names.parts_dir(self.export_id))]
+        )
+        self._commit.drop_parts(self.export_id)
 
     def _is_intact(self, part: Part, progress: Progress) -> bool:
         algorithm = part.entry.digest.partition(":")[0]

@@ -57,6 +57,10 @@ class Export:
         finished = self.parts.intact(progress=progress)
         return [shard for shard in self.plan.shards if shard.file not in finished]
 
+    def shard(self, file: str) -> OutputShard:
+        """The one that is written to that file."""
+        return next(shard for shard in self.plan.shards if shard.file == file)
+
     def make(self, shard: OutputShard, *, progress: Progress = UNTOLD) -> None:
         """The shard is finished. Twice is harmless."""
         key, blocks = self.parts.begin(shard.file, shard.size_bytes)

@@ -73,3 +73,14 @@ def test_looks_of_a_manager_are_measured_and_counted(
     assert all(row["wall_s"] > 0 for row in rows)
     assert all(row["num_head"] == 0 for row in rows if row["look"] in names[:4])
     assert list(open_catalog(uri).store.list_objects("")) == []
+
+
+def test_exports_are_measured_beside_others_and_a_bare_copy(tmp_path: Path) -> None:
+    words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
+    _, rows = measure("export", *words)
+    assert [row["dtype"] for row in rows] == ["float32"] * 4 + ["bfloat16"] * 4
+    for copy, ours, *others in (rows[:4], rows[4:]):
+        assert (copy["what"], copy["ratio"]) == ("bare copy", 1.0)
+        assert ours["what"] == "ray_ckpt export"
+        assert ours["written_mb"] < min(other["written_mb"] for other in others)
+    assert list(tmp_path.iterdir()) == []
