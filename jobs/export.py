@@ -10,7 +10,7 @@ from jobs.command import parse, run_job
 from ray_ckpt.cluster.perform import perform_on_cluster
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.config import Dtype
+from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.backends import open_catalog
 
@@ -29,6 +29,8 @@ class ExportConfig:
     """What floating-point tensors are cast to."""
     flavors: Mapping[str, str] = field(default_factory=dict[str, str])
     """Converter to what it is exported as: `flavors.lora=peft`."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """Of each safetensors file."""
     allow_non_finite: bool = False
     """Also with NaN or Inf in the weights."""
     to: str | None = None
@@ -43,6 +45,7 @@ def main() -> None:
         name=config.name,
         dtype=config.dtype,
         flavors=config.flavors,
+        max_shard_bytes=config.max_shard_bytes,
         allow_non_finite=config.allow_non_finite,
     )
     checkpoint = catalog.checkpoint(config.step)

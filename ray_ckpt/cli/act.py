@@ -1,10 +1,8 @@
-"""Verbs that change something: adopt, export, publish, pin, unpin, purge, undo, save-now."""
+"""Verbs that change something: adopt, pin, unpin, purge, undo, save-now."""
 
-import os
 import re
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,12 @@ from ray_ckpt.cli.output import (
     print_table,
     root_argument,
     say,
-    step_option,
 )
-from ray_ckpt.core import names
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import ConfigError, ForeignFolderError, IntegrityError, UsageError
 from ray_ckpt.core.pins import after, moment
 from ray_ckpt.core.policy import KeepConfig
-from ray_ckpt.core.wanted import export_action, publish_action
-from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import TRAINER, holder_of
 from ray_ckpt.storage.records import user_name
-
-_NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
 
 
 @click.command()
@@ -90,82 +80,6 @@ def _assets(folder: Path | None) -> dict[str, bytes]:
         for path in sorted(folder.iterdir())
         if path.suffix in suffixes and not path.name.endswith(".index.json")
     }
-
-
-@click.command()
-@root_argument
-@step_option
-@click.option(
-    "--name", help="Folder under exports/; by default form and dtype: hf-bf16, peft-hf-bf16."
-)
-@click.option(
-    "--dtype", type=click.Choice(list(_NAMES)), default="bfloat16", show_default=True,
-    help="What floating-point tensors are cast to.",
-)  # fmt: skip
-@click.option(
-    "--as", "forms", multiple=True, metavar="CONVERTER=FLAVOR",
-    help="In which form a converter is exported, as in lora=peft. Repeatable.",
-)  # fmt: skip
-@click.option("--allow-non-finite", is_flag=True, help="Also with NaN or Inf in the weights.")
-@click.option("--to", "destination", help="Also publish it there: /path, s3://..., hf://org/repo.")
-@json_option
-def export(
-    root: str,
-    step: int,
-    name: str | None,
-    dtype: Dtype,
-    forms: tuple[str, ...],
-    allow_non_finite: bool,
-    destination: str | None,
-    as_json: bool,
-) -> None:
-    """Make a Hugging Face folder of one checkpoint: ROOT/exports/NAME/step-N.
-
-    The checkpoint is verified first; a damaged one is set aside in quarantine and not exported.
-    """
-    catalog = open_root(root)
-    flavors = _flavors(forms)
-    spec = ExportSpec(
-        name=name or "-".join((*flavors.values(), _NAMES[dtype])),
-        dtype=dtype,
-        flavors=flavors,
-        allow_non_finite=allow_non_finite,
-    )
-    if not names.is_word(spec.name):
-        raise ConfigError(f"{spec.name!r} cannot be a folder name", "--name")
-    view = catalog.checkpoint(step)
-    action = export_action(view, spec)
-    _perform(catalog, action)
-    folder = f"{catalog.uri}/{names.export_dir(spec.name, step)}"
-    document: dict[str, Any] = {"step": step, "name": spec.name, "dtype": dtype, "path": folder}
-    if destination is not None:
-        record = _perform(catalog, publish_action(view, spec, destination))
-        document["published"] = {"destination": destination, **record.result}
-
-    def render() -> None:
-        click.echo(folder)
-        if "published" in document:
-            click.echo(document["published"]["location"])
-
-    emit(document, as_json=as_json, render=render)
-
-
-@click.command()
-@root_argument
-@step_option
-@click.option("--name", required=True, help="Which export.")
-@click.option("--to", "destination", required=True, help="/path, s3://bucket/prefix, hf://org/repo")
-@json_option
-def publish(root: str, step: int, name: str, destination: str, as_json: bool) -> None:
-    """Copy one export to another place: all of it or none of it, and only once."""
-    catalog = open_root(root)
-    found = catalog.export(name, step)
-    view = catalog.checkpoint(step)
-    spec = ExportSpec.of_recipe(found.manifest.lineage.recipe)
-    action = publish_action(view, spec, destination)
-    record = _perform(catalog, action)
-    document = {"step": step, "name": name, "destination": destination, **record.result}
-    emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
 
 
 @click.command()
@@ -287,30 +201,6 @@ def save_now(root: str, as_json: bool) -> None:
         f"next step, unless its SaveConfig.listen is off; then see: ray-ckpt ls {catalog.uri}"
     )
     emit(document, as_json=as_json, render=lambda: click.echo(text))
-
-
-def _perform(catalog: Catalog, action: Action) -> ActionRecord:
-    """On the cluster that RAY_ADDRESS names, else in this process."""
-    from ray_ckpt.cluster.perform import perform_here, perform_on_cluster
-
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        return perform_on_cluster(catalog.uri, action, address=address, told=say)
-    return perform_here(catalog, action, told=say)
-
-
-def _flavors(forms: Sequence[str]) -> dict[str, str]:
-    """Converter to flavor, from `CONVERTER=FLAVOR` words."""
-    pairs = [form.partition("=") for form in forms]
-    wrong = [form for form, (name, _, flavor) in zip(forms, pairs, strict=True) if not flavor]
-    twice = {name for name, _, _ in pairs if [pair[0] for pair in pairs].count(name) > 1}
-    if wrong or twice:
-        raise ConfigError(
-            f"expected one CONVERTER=FLAVOR a converter, got {' '.join(forms)}",
-            "--as",
-            do="write --as lora=peft",
-        )
-    return {name: flavor for name, _, flavor in pairs}
 
 
 def _user() -> str:

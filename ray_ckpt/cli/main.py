@@ -10,7 +10,7 @@ import sys
 
 import click
 
-from ray_ckpt.cli import act, inspect, queue
+from ray_ckpt.cli import act, export, inspect, queue
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.cli.events import events
 from ray_ckpt.cli.gc import gc
@@ -40,8 +40,8 @@ VERBS = (
     plan,
     events,
     act.adopt,
-    act.export,
-    act.publish,
+    export.export,
+    export.publish,
     act.pin,
     act.unpin,
     act.purge,

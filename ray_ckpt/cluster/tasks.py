@@ -30,10 +30,11 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.beats import beating, first_beat, peak_rss_bytes
+from ray_ckpt.storage.beats import beating, first_beat
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.gathering import commit_draft, free, gather
 from ray_ckpt.storage.lease import MANAGER, Guard, LeaseGuard
+from ray_ckpt.storage.memory import peak_rss_bytes
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.promote import promote_copy
 from ray_ckpt.storage.publish import publish_export

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, cast
 
-from ray_ckpt.core.config import Dtype
+from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype
 from ray_ckpt.core.draft import Node
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.failures import (
@@ -24,7 +24,6 @@ from ray_ckpt.core.failures import (
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, move_action
 
 MAX_INTERRUPTIONS = 8
-MAX_SHARD_BYTES = 5_000_000_000
 _FLAVOR = "flavor."
 _CUT = "max_shard_bytes"
 _INTERRUPTED = "interrupted"

@@ -18,6 +18,8 @@ from ray_ckpt.core.names import is_word
 
 Config = TypeVar("Config")
 Dtype = Literal["float32", "bfloat16", "float16"]
+MAX_SHARD_BYTES = 5_000_000_000
+"""Of one file of weights, unless somebody asks for another size."""
 
 
 def load_toml(

@@ -48,7 +48,12 @@ def due_exports(observed: Observation) -> dict[int, list[DueExport]]:
 
 def spec_of(policy: ExportPolicy) -> ExportSpec:
     """What the policy exports."""
-    return ExportSpec(name=policy.name, dtype=policy.dtype, flavors=policy.flavors)
+    return ExportSpec(
+        name=policy.name,
+        dtype=policy.dtype,
+        flavors=policy.flavors,
+        max_shard_bytes=policy.max_shard_bytes,
+    )
 
 
 def is_export_of(manifest: Manifest, source_id: str, spec: ExportSpec) -> bool:

@@ -10,7 +10,6 @@ not be written.
 import contextlib
 import itertools
 import os
-import resource
 import socket
 import sys
 import threading
@@ -22,12 +21,12 @@ from ray_ckpt.core import names
 from ray_ckpt.core.beats import Beat
 from ray_ckpt.core.errors import ObjectNotFoundError, RayCkptError
 from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.memory import peak_rss_bytes
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.read_once import at_once
 
 _START_FIELD = 19
 """Of /proc/<pid>/stat, counted after the program's name: clock ticks from boot to its start."""
-_RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 @contextlib.contextmanager
@@ -105,11 +104,6 @@ def sweep_beats(store: Store, *, except_for: Iterable[str]) -> list[str]:
     left = sorted(i.key for i in store.list_objects(names.RUNNING) if i.key not in kept)
     store.delete(left)
     return left
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES
 
 
 def _tell(store: Store, key: str, beat: Beat, progress: Progress) -> None:

@@ -10,6 +10,7 @@ export goes on from them. What is visible is whole.
 
 import hashlib
 import json
+import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +24,16 @@ from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import (
     ConflictError,
     ObjectExistsError,
+    OutOfMemoryError,
     RayCkptError,
     StorageError,
-    TransientError,
     UsageError,
 )
+from ray_ckpt.core.failures import RETRIES, classify
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import manifest_in
+from ray_ckpt.storage.memory import free_memory_bytes
 from ray_ckpt.storage.parts import ExportParts
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.readers import reading
@@ -62,7 +65,12 @@ class Export:
         return next(shard for shard in self.plan.shards if shard.file == file)
 
     def make(self, shard: OutputShard, *, progress: Progress = UNTOLD) -> None:
-        """The shard is finished. Twice is harmless."""
+        """The shard is finished. Twice is harmless.
+
+        Raises:
+            OutOfMemoryError: this host has not enough; nothing was written.
+        """
+        self._expect_memory()
         key, blocks = self.parts.begin(shard.file, shard.size_bytes)
         tensors = step_tensors(self.catalog, self.source)
         entry = write_shard(blocks, self.plan, shard, tensors, progress=progress)
@@ -98,6 +106,17 @@ class Export:
             raise
         self.parts.drop()
         return present
+
+    def _expect_memory(self) -> None:
+        needed, free = self.plan.memory_bytes, free_memory_bytes()
+        if free is not None and free < needed:
+            raise OutOfMemoryError(
+                f"a shard of {self.spec.name} is made in {needed / 1e9:.2f} GB of memory, "
+                f"{free / 1e9:.2f} GB are free on {socket.gethostname()}",
+                self.catalog.uri,
+                "nothing was written; the checkpoint is untouched",
+                "give tasks a node with more memory (custom resource ckpt_io)",
+            )
 
 
 Crew = Callable[[Export, Sequence[OutputShard], Progress], None]
@@ -171,10 +190,9 @@ def _made(export: Export, progress: Progress, crew: Crew) -> Manifest:
         progress.begin(f"exports {export.spec.name}", missing_bytes)
         crew(export, shards, progress)
         return export.finish()
-    except TransientError:
-        raise
-    except RayCkptError:
-        export.parts.drop()
+    except RayCkptError as error:
+        if classify(error) not in RETRIES:
+            export.parts.drop()
         raise
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ray_ckpt.core.actions import MAX_SHARD_BYTES, ExportSpec
-from ray_ckpt.core.config import Dtype
+from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype
 from ray_ckpt.core.errors import IntegrityError, StateDictError, UsageError
 from ray_ckpt.core.manifest import Manifest, ModelEntry
 from ray_ckpt.storage.catalog import Catalog
@@ -31,6 +31,8 @@ from ray_ckpt.tensors.transforms import StateDictTransforms
 CONFIG = "config.json"
 _UNTOUCHED = "the checkpoint is untouched and can be resumed"
 _NAMES_TOLD = 3
+_BLOCKS_BYTES = 64_000_000
+"""Read ahead, filled, digested and written at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,21 @@ class ExportPlan:
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that one shard is made in, about: blocks of it, and what it computes at once.
+
+        A tensor that is no view of its source is made of all its sources, and of as much again on
+        the way.
+        """
+        inputs, outputs = self.recording.inputs, self.recording.outputs
+        computed = [
+            sum(inputs[key].size_bytes for key in output.sources) + 2 * output.spec.size_bytes
+            for output in outputs.values()
+            if output.view is None
+        ]
+        return _BLOCKS_BYTES + max(computed, default=0)
 
     @property
     def file_metadata(self) -> dict[str, str]:

@@ -56,6 +56,7 @@ class Output:
 class Recording:
     """What a transform does, as plain data."""
 
+    inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, Output]
     operations: Sequence[Operation]
     results: Mapping[str, Result]
@@ -72,6 +73,12 @@ class Recording:
             Tensors by name; one may share storage with its source or with another.
         """
         return dict(self.each(names, read))
+
+    def calls(self, name: str) -> tuple[str, ...]:
+        """What is called to make this output, in order: `reshape`, `transpose`, `to`."""
+        steps = _needed(self.operations, self.results[name], set())
+        functions = (self.operations[index].function for index in steps)
+        return tuple(getattr(function, "__name__", str(function)) for function in functions)
 
     def each(self, names: Iterable[str], read: Read) -> Iterator[tuple[str, Tensor]]:
         """Like `run`, one after the other, so that each can be let go before the next is made."""
@@ -92,6 +99,7 @@ def record(transform: Transform, inputs: Mapping[str, TensorSpec]) -> Recording:
     results = {name: recorder.result(name, value) for name, value in made.items()}
     sources = _sources(recorder.operations)
     return Recording(
+        inputs=dict(inputs),
         outputs={
             name: Output(
                 spec=TensorSpec(shape=tuple(made[name].shape), dtype=made[name].dtype),
@@ -115,7 +123,9 @@ class _Replay:
         self._held: dict[str | int, Any] = {}
         """What was read or made and is still needed."""
         seen: set[int] = set()
-        self._steps = {name: self._needed(r, seen) for name, r in self._results.items()}
+        self._steps = {
+            name: _needed(self._operations, result, seen) for name, result in self._results.items()
+        }
         uses = [value for index in seen for value in self._operations[index].values]
         uses += [result.value for result in self._results.values()]
         self._uses = Counter(value.holder for value in uses if not isinstance(value.holder, Tensor))
@@ -127,20 +137,6 @@ class _Replay:
                 for index in self._steps[name]:
                     self._perform(index)
             yield name, self._take(result.value)
-
-    def _needed(self, result: Result, seen: set[int]) -> list[int]:
-        """Operations that this output needs and none before it did, in an order that works."""
-        needed: list[int] = []
-        waiting = [result.value.holder, *result.after]
-        while waiting:
-            index = waiting.pop()
-            if isinstance(index, int) and index not in seen:
-                seen.add(index)
-                needed.append(index)
-                operation = self._operations[index]
-                waiting += [value.holder for value in operation.values]
-                waiting += operation.after
-        return sorted(needed)
 
     def _perform(self, index: int) -> None:
         operation = self._operations[index]
@@ -165,6 +161,20 @@ class _Replay:
         for position in value.path:
             found = found[position]
         return found
+
+
+def _needed(operations: Sequence[Operation], result: Result, seen: set[int]) -> list[int]:
+    """Operations that an output needs and that were not seen before, in an order that works."""
+    needed: list[int] = []
+    waiting = [result.value.holder, *result.after]
+    while waiting:
+        index = waiting.pop()
+        if isinstance(index, int) and index not in seen:
+            seen.add(index)
+            needed.append(index)
+            waiting += [value.holder for value in operations[index].values]
+            waiting += operations[index].after
+    return sorted(needed)
 
 
 def _sources(operations: Sequence[Operation]) -> list[tuple[str, ...]]:
