@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ray_ckpt.cli.main import VERBS, cli
 from ray_ckpt.storage.backends import open_catalog
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 README = Path("README.md").read_text()
 STEPS = 3
@@ -51,7 +51,7 @@ def run(*command: str, **environment: str) -> str:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+PATIENCE_S = 300.0
+"""Longer than anything takes that works, also on a machine with much else to do."""
 
 
-def wait_for(look: Callable[[], T | None], *, timeout_s: float = 60.0) -> T:
+def wait_for(look: Callable[[], T | None], *, timeout_s: float = PATIENCE_S) -> T:
     """The first thing `look` returns that is not None or False."""
     deadline = time.monotonic() + timeout_s
     pause_s = 0.005

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ray_ckpt.storage.backends import open_catalog
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 def demo(root: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -33,7 +33,7 @@ def demo(root: Path, *arguments: str) -> "subprocess.Popen[str]":
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the demo's last line says; run once for all tests of this module."""
     process = demo(tmp_path_factory.mktemp("demo") / "run")
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     return json.loads(out.splitlines()[-1])
 
@@ -92,7 +92,7 @@ def test_it_says_how_long_each_part_took(told: dict[str, Any]) -> None:
 
 def test_run_again_it_has_nothing_left_to_do(told: dict[str, Any]) -> None:
     process = demo(Path(told["root"]))
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     again = json.loads(out.splitlines()[-1])
     assert again["killed_at_step"] is None
@@ -103,16 +103,16 @@ def test_run_again_it_has_nothing_left_to_do(told: dict[str, Any]) -> None:
 def test_ctrl_c_leaves_a_root_that_training_resumes_from(tmp_path: Path) -> None:
     process = demo(tmp_path / "run")
     catalog = open_catalog(str(tmp_path / "run"))
-    wait_for(lambda: [v for v in catalog.observe().readable() if v.step >= 10], timeout_s=120)
+    wait_for(lambda: [v for v in catalog.observe().readable() if v.step >= 10])
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
     started = time.monotonic()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, err
     assert f"ray-ckpt demo --root {tmp_path / 'run'}" in err
     assert time.monotonic() - started < 60
     newest = catalog.observe().readable()[-1].step
     assert catalog.damage(newest) == []
     process = demo(tmp_path / "run")
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["steps_committed"] == [10, 20, 30, 40, 50, 60]

@@ -19,6 +19,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import first_beat
 from tests.cli.conftest import Answer
 from tests.roots import make_root, snapshot
+from tests.waiting import PATIENCE_S
 
 Cli = Callable[..., Answer]
 POLICY = LifecyclePolicy(
@@ -138,7 +139,7 @@ def test_planning_imports_neither_torch_nor_ray(run_root: str) -> None:
         "cli(['plan', sys.argv[1]], standalone_mode=False);"
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, run_root], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, run_root], check=True, timeout=PATIENCE_S)
 
 
 def test_what_finds_no_room_says_which_limit_keeps_it_waiting(cli: Cli, root: str) -> None:

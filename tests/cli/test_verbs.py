@@ -19,6 +19,7 @@ from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.states import TrainingState
 from tests.cli.conftest import Answer
 from tests.roots import flip_byte, make_root, snapshot
+from tests.waiting import PATIENCE_S
 
 Cli = Callable[..., Answer]
 
@@ -286,7 +287,9 @@ def test_every_verb_helps_and_takes_json() -> None:
 
 def test_python_dash_m_is_the_same_command(run_root: str) -> None:
     command = [sys.executable, "-m", "ray_ckpt", "ls", run_root, "--json"]
-    out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    out = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=PATIENCE_S
+    ).stdout
     assert [row["step"] for row in json.loads(out)] == [10, 20, 30, 40]
 
 
@@ -296,7 +299,7 @@ def test_looking_at_a_root_imports_neither_torch_nor_ray(run_root: str) -> None:
         "cli(['ls', sys.argv[1]], standalone_mode=False);"
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, run_root], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, run_root], check=True, timeout=PATIENCE_S)
 
 
 @pytest.mark.s3
@@ -348,7 +351,11 @@ def test_scripts_can_tell_a_refusal_from_an_outage(
 ) -> None:
     command = [sys.executable, "-m", "ray_ckpt", "ls", s3_root]
     done = subprocess.run(
-        command, env={**os.environ, variable: value}, capture_output=True, text=True, timeout=90
+        command,
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == code, done.stderr
     assert "do:" in done.stderr

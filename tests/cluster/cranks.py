@@ -32,20 +32,18 @@ class Crank:
     def turn(self) -> Round:
         return self.reconciler.round(time.time())
 
-    def until(self, look: Callable[[Round], object], *, timeout_s: float = 60.0) -> Round:
+    def until(self, look: Callable[[Round], object]) -> Round:
         """The round after which `look` finds what it looks for."""
-        return wait_for(lambda: r if look(r := self.turn()) else None, timeout_s=timeout_s)
+        return wait_for(lambda: r if look(r := self.turn()) else None)
 
-    def until_all(
-        self, kind: ActionKind, state: ActionState, *, timeout_s: float = 60.0
-    ) -> list[ActionRecord]:
+    def until_all(self, kind: ActionKind, state: ActionState) -> list[ActionRecord]:
         """The records of a kind, once each is in this state."""
 
         def are_all(_: Round) -> bool:
             found = self.records(kind)
             return bool(found) and all(record.state is state for record in found)
 
-        self.until(are_all, timeout_s=timeout_s)
+        self.until(are_all)
         return self.records(kind)
 
     def beat_of(self, kind: ActionKind) -> Beat:

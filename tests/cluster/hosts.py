@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 _RAY = str(Path(sys.executable).parent / "ray")
 _SETTINGS = {
@@ -127,7 +127,7 @@ class Hosts:
         """The root has a manager on this cluster, started by a driver that has ended."""
         command = [sys.executable, "-c", _START_MANAGER, self.address, root]
         done = subprocess.run(
-            command, env=self._environment, capture_output=True, text=True, timeout=120
+            command, env=self._environment, capture_output=True, text=True, timeout=PATIENCE_S
         )
         assert done.returncode == 0, done.stderr
 

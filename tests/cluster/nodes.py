@@ -14,7 +14,7 @@ from pathlib import Path
 import ray
 
 from ray_ckpt.cluster.nodes import IO_RESOURCE
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 _RAY = str(Path(sys.executable).parent / "ray")
 TRAINER = "trainer"
@@ -86,7 +86,7 @@ class Nodes:
             *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot reclaim"),
             *("--deadline-remaining-seconds", str(deadline_s)),
         ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=PATIENCE_S)
 
     def close(self) -> None:
         """Every node is gone."""

@@ -26,7 +26,7 @@ from tests.waiting import wait_for
 
 HF = ExportSpec(name="hf", max_shard_bytes=8_000)
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.ray]
 
 
 class Slow(Progress):

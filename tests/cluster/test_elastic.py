@@ -23,12 +23,11 @@ from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.states import TrainState
 from tests.cluster.nodes import TRAINER, Node, Nodes, nodes_of
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(400),
     # Ray Train reads deprecated settings of Ray Data in the process that calls fit
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -180,7 +179,7 @@ def fit(train: TrainConfig) -> Callable[[], None]:
     thread.start()
 
     def wait() -> None:
-        thread.join(timeout=60)
+        thread.join(timeout=PATIENCE_S)
         assert failed == []
         assert not thread.is_alive()
 
@@ -193,15 +192,15 @@ def test_a_run_shrinks_grows_and_saves_for_a_node_that_leaves(root: str, nodes: 
     both: list[Node] = [nodes.add(), nodes.add()]
     finished = fit(train)
 
-    wait_for(lambda: committed(root), timeout_s=90)
+    wait_for(lambda: committed(root))
     home = next(note["node"] for note in notes(root) if note["rank"] == 0)
     # the rank that holds the lease and commits is the one that dies
     next(node for node in both if node.find_id() == home).kill()
-    wait_for(lambda: worlds(root) == [2, 1], timeout_s=90)
+    wait_for(lambda: worlds(root) == [2, 1])
     last = nodes.add()
-    wait_for(lambda: worlds(root) == [2, 1, 2], timeout_s=90)
+    wait_for(lambda: worlds(root) == [2, 1, 2])
     nodes.drain(last, deadline_s=600)
-    wait_for(lambda: [step for step in committed(root) if step % SAVE_EVERY], timeout_s=60)
+    wait_for(lambda: [step for step in committed(root) if step % SAVE_EVERY])
     (Path(root).parent / NOTES / HURRY).touch()
     finished()
 

@@ -16,7 +16,7 @@ from ray_ckpt.storage import lease
 from ray_ckpt.storage.backends import open_catalog
 from tests.cluster.hosts import Hosts, Process, hosts
 from tests.roots import make_root
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 10, 20, 30
@@ -53,7 +53,7 @@ def wait_until_all_is_done(root: str, copies: str) -> None:
         made = records(root, ActionKind.PUBLISH)
         return {s for s, r in made.items() if r.state is ActionState.SUCCEEDED} == set(STEPS)
 
-    wait_for(are_copied, timeout_s=100)
+    wait_for(are_copied)
     observed = open_catalog(root).observe()
     assert {v.step: v.state for v in observed.checkpoints} == dict.fromkeys(
         STEPS, CheckpointState.VERIFIED
@@ -129,7 +129,7 @@ def test_a_manager_that_stands_still_is_replaced_and_then_stands_by(
         wait_for(lambda: (h := lease.holder_of(store, lease.MANAGER)) and h.token != paused.token)
     finally:
         first.send(signal.SIGCONT)
-    assert second.wait(timeout=110) == 0
+    assert second.wait(timeout=PATIENCE_S) == 0
     wait_until_all_is_done(root, copies)
     succeeded = [r for kind in ActionKind for r in records(root, kind).values()]
     assert {record.state for record in succeeded} == {ActionState.SUCCEEDED}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 _ANOTHER = """
 import ray
@@ -29,6 +29,6 @@ def test_a_job_runs_where_it_was_submitted_also_beside_a_newer_ray(ray_cluster: 
         address = another.stdout.readline().decode().strip()
         assert address not in ("", ray_cluster)
         job = client.submit_job(entrypoint=_SAY_WHERE)
-        wait_for(lambda: client.get_job_status(job).is_terminal(), timeout_s=60)
-        another.communicate(b"\n", timeout=60)
+        wait_for(lambda: client.get_job_status(job).is_terminal())
+        another.communicate(b"\n", timeout=PATIENCE_S)
     assert client.get_job_logs(job).splitlines()[-1] == ray_cluster

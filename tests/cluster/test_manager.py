@@ -17,7 +17,7 @@ from ray_ckpt.core.observation import Request
 from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
 from tests.roots import flip_byte, make_root
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_S, wait_for
 
 pytestmark = pytest.mark.ray
 EXPORT = ExportPolicy(name="hf-bf16", last_step=True)
@@ -104,7 +104,9 @@ def test_the_manager_outlives_the_driver_that_started_it(root: str, ray_cluster:
         f"ray.init(address={ray_cluster!r}); handle = start_manager({root!r}, interval_s=0.2);"
         "ray.get(handle.status.remote())"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, timeout=PATIENCE_S
+    )
     open_catalog(root).records.add_request(Request(step=10, export=export_spec("hf-late")))
     wait_for(lambda: ended(root, ActionKind.EXPORT, ActionState.SUCCEEDED))
     assert open_catalog(root).export("hf-late", 10).step == 10

@@ -118,7 +118,7 @@ def test_the_jobs_do_the_same_from_a_job_of_their_own(
     outputs: dict[str, str] = {}
     for verb, arguments in commands.items():
         job = client.submit_job(entrypoint=f"{sys.executable} -m jobs.{verb} {arguments}")
-        wait_for(lambda job=job: client.get_job_status(job).is_terminal(), timeout_s=90)
+        wait_for(lambda job=job: client.get_job_status(job).is_terminal())
         outputs[verb] = client.get_job_logs(job)
         assert client.get_job_status(job) is JobStatus.SUCCEEDED, outputs[verb]
     assert f"{root}/exports/hf/step-10" in outputs["export"]

@@ -304,7 +304,7 @@ def test_a_job_finishes_a_queue_and_says_what_has_failed_for_good(
     )
     client = JobSubmissionClient(ray_cluster)
     job = client.submit_job(entrypoint=f"{sys.executable} -m jobs.reconcile root={root}")
-    wait_for(lambda: client.get_job_status(job).is_terminal(), timeout_s=90)
+    wait_for(lambda: client.get_job_status(job).is_terminal())
     said = client.get_job_logs(job)
     assert client.get_job_status(job) is JobStatus.FAILED, said
     assert "publish step-20 hf" in said

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from ray_ckpt.storage.backends import open_catalog
+from tests.waiting import PATIENCE_S
 
 
 def measure(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
     """The table's first line, and the rows for a script."""
     command = [sys.executable, "-m", "jobs.bench", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     header, *rows, last = done.stdout.splitlines()
     [measured] = json.loads(last).values()

@@ -8,13 +8,14 @@ import pytest
 from ray_ckpt.core.config import load_toml
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
+from tests.waiting import PATIENCE_S
 
 JOBS = ("train", "export", "publish", "purge", "reconcile", "sample")
 
 
 def run(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"jobs.{job}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_the_demo_config_is_valid_and_says_what_the_demo_says() -> None:

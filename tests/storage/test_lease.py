@@ -77,7 +77,6 @@ def test_two_roles_do_not_meet(store: Store) -> None:
     manager.release()
 
 
-@pytest.mark.timeout(20)
 def test_the_same_owner_takes_over_at_once_and_the_first_notices(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +116,6 @@ def test_nobody_holds_what_was_released(store: Store) -> None:
         first.check()
 
 
-@pytest.mark.timeout(20)
 def test_after_a_release_nobody_waits_although_an_earlier_holder_had_died(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +130,6 @@ def test_after_a_release_nobody_waits_although_an_earlier_holder_had_died(
     second.release()
 
 
-@pytest.mark.timeout(20)
 def test_the_lease_of_a_killed_process_on_this_host_is_taken_at_once(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from ray_ckpt.storage.retire import retire_copy
 from tests.servers.hub import HubDouble
 from tests.storage.test_publish import api, make_export, publish
 from tests.storage.test_retire import publish_of
+from tests.waiting import PATIENCE_S
 
 KEY = "exports/hf/latest"
 
@@ -176,7 +177,7 @@ def promote_to_tag(hub: HubDouble, export: ExportView, tag: str, content_id: str
     command = [sys.executable, "-c", PROMOTE, "hf://ray/model", str(export.step), wanted, tag]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     return done.stdout.strip()
 

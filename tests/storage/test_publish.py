@@ -22,6 +22,7 @@ from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.hub import parse_hub
 from ray_ckpt.storage.publish import publish_export
 from tests.servers.hub import HubDouble
+from tests.waiting import PATIENCE_S
 
 WEIGHTS = os.urandom(200_000)
 
@@ -123,7 +124,7 @@ def publish(root: str, hub: HubDouble, to: str, *, token: str | None = None) -> 
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": token or hub.token}
     command = [sys.executable, "-c", code, root, to]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     return done.stdout.strip()
 

@@ -69,7 +69,6 @@ def test_every_reader_of_a_step_counts(local: Store) -> None:
         ]
 
 
-@pytest.mark.timeout(30)
 def test_a_killed_reader_on_this_host_is_dead_at_once(
     local: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

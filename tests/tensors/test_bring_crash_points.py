@@ -67,7 +67,6 @@ def _check(root: str, disks: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_manager_that_dies_anywhere_leaves_nothing_or_all_and_the_next_ends_it(
     tmp_path: Path,
 ) -> None:
@@ -81,7 +80,6 @@ def test_a_manager_that_dies_anywhere_leaves_nothing_or_all_and_the_next_ends_it
 
 @pytest.mark.s3
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_on_an_object_store_the_same_holds(s3_root: str, tmp_path: Path) -> None:
     roots: Iterator[str] = (f"{s3_root}{number}" for number in itertools.count())
     disks = str(tmp_path / "disks")

@@ -64,7 +64,6 @@ def _modes_and_converters() -> list[Any]:
     return [*quick, *(pytest.param(*one, marks=pytest.mark.slow) for one in slow)]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("mode", "converters"), _modes_and_converters())
 def test_a_run_that_was_stopped_is_bit_identical_to_one_that_was_not(
     root: str, mode: Mode, converters: str

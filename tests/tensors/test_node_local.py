@@ -23,6 +23,7 @@ from tests.roots import flip_byte
 from tests.staged import HERE, config, rounds, stage
 from tests.tensors.plain import EVERY_STEP_SYNC, Layer, loaded, plain_manager, saved_steps
 from tests.tensors.tiny import error_of, record_log
+from tests.waiting import PATIENCE_S
 
 
 def view_of(catalog: Catalog, step: int) -> CheckpointView:
@@ -98,7 +99,9 @@ def test_each_host_brings_its_own_part_and_the_first_says_which_others_are_neede
     drain(catalog, Threads())
     assert view_of(catalog, 5).problem == "staged on 2 nodes, 1 of 2 brought here"
     command = [sys.executable, "-m", "ray_ckpt", "drain", root]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    said = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=PATIENCE_S
+    ).stdout
     assert f"step-5 is on host-b: type this there too: ray-ckpt drain {root}" in said
 
     monkeypatch.setattr(socket, "gethostname", lambda: "host-b")

@@ -99,7 +99,6 @@ def test_a_save_that_dies_anywhere_leaves_a_root_from_which_training_goes_on(
 
 @pytest.mark.s3
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["beside an older step", "in place of newer steps"])
 def test_a_save_to_an_object_store_that_dies_anywhere_is_there_whole_or_not(
     s3_root: str, name: str
