@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_S = 0.005
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 _PRELOAD = [
     "torch.distributed.checkpoint",
     "ray_ckpt.tensors.manager",
@@ -126,7 +126,7 @@ def _main(
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=num_ranks,

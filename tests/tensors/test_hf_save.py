@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import ConfigError
@@ -23,7 +22,13 @@ from ray_ckpt.tensors.states import TrainingState
 from tests.tensors import tiny
 from tests.tensors.plain import plain_manager
 from tests.tensors.ranks import run
-from tests.tensors.tiny import Setup, make_trainer, record_log, same_tensors, train_step
+from tests.tensors.tiny import (
+    Setup,
+    make_trainer,
+    record_log,
+    train_step,
+    weights_in,
+)
 
 SYNC = SaveConfig(every_steps=100, mode="sync")
 HF = replace(SYNC, last=HuggingFace(name="final", dtype="bfloat16"))
@@ -49,11 +54,6 @@ CONVERTERS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 @pytest.mark.parametrize("converters", CONVERTERS)
 def test_it_is_bit_for_bit_the_export_of_a_step_saved_at_the_same_moment(
     tmp_path: Path, converters: str
@@ -63,7 +63,7 @@ def test_it_is_bit_for_bit_the_export_of_a_step_saved_at_the_same_moment(
     catalog = open_catalog(str(twin))
     export_step(catalog, catalog.manifest(3), ExportSpec(name="final", dtype="bfloat16"))
     ours, theirs = root / "exports/final/step-3", twin / "exports/final/step-3"
-    assert same_tensors(_tensors(ours), _tensors(theirs))
+    assert same_tensors(weights_in(ours), weights_in(theirs))
     names = {path.name for path in ours.iterdir()}
     assert names == {path.name for path in theirs.iterdir()}
     for name in names - {"README.md", "ray_ckpt.manifest.json"}:

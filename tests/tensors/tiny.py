@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  what everybody calls it
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,6 +49,7 @@ class Setup:
     converters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name to options, in order of conversion."""
     load: LoadConfig = field(default_factory=LoadConfig)
+    device: str = "cpu"
 
     def make_converters(self) -> list[ModelConverter]:
         return [CONVERTERS[name](**options) for name, options in self.converters.items()]
@@ -156,7 +158,8 @@ def make_trainer(
         converter.convert(model)
     if setup.dropout:
         _drop(model, setup.dropout)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model.to(setup.device)
+    mesh = init_device_mesh(setup.device, (dist.get_world_size(),))
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -202,7 +205,8 @@ def committed_steps(tell: Callable[[int], None] | None) -> Callable[[SaveEvent],
 def train_step(trainer: Trainer) -> float:
     """The loss of one optimizer step, the mean over all ranks."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    batch = trainer.windows.next_batch(BATCH_SIZE, rank=rank, world_size=world_size)
+    device = next(trainer.model.parameters()).device
+    batch = trainer.windows.next_batch(BATCH_SIZE, rank=rank, world_size=world_size).to(device)
     logits = trainer.model(batch[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
@@ -271,6 +275,12 @@ def _kept(listed: list[str]) -> set[str]:
     return {*listed} - {"lease", "readers", "events"}
 
 
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a Hugging Face folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     """Whether names and all bits are equal."""
     return left.keys() == right.keys() and all(
@@ -279,4 +289,4 @@ def same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().cpu()
