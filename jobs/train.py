@@ -5,7 +5,6 @@
 Killed at any moment and submitted again, it goes on from the newest committed step.
 """
 
-import json
 import logging
 import os
 import tempfile
@@ -24,12 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
+from jobs.assets import make_assets
 from jobs.command import parse, run_job
-from jobs.corpus import EOS_ID, VOCAB_SIZE, Windows, standard_library_text, tokenizer_files
-from jobs.decoder import Decoder, DecoderConfig, hf_config, init_weights
+from jobs.corpus import VOCAB_SIZE, Windows, standard_library_text
+from jobs.decoder import Decoder, DecoderConfig, init_weights
 from ray_ckpt import (
     CheckpointManager,
-    HfAssets,
     LifecyclePolicy,
     LoadConfig,
     ModelWrapper,
@@ -190,20 +189,6 @@ def train_step(model: Decoder, batch: torch.Tensor, optimizer: torch.optim.Optim
     mean = loss.detach().clone()
     dist.all_reduce(mean)
     return mean.item() / dist.get_world_size()
-
-
-def make_assets(model: DecoderConfig) -> HfAssets:
-    """What an export of this model needs beside the weights."""
-    config = hf_config(model, vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID)
-    generation = {"eos_token_id": EOS_ID, "pad_token_id": EOS_ID}
-    return HfAssets(
-        family="llama",
-        files={
-            "config.json": json.dumps(config, indent=2, sort_keys=True).encode(),
-            "generation_config.json": json.dumps(generation, indent=2).encode(),
-            **tokenizer_files(model.max_seq_len),
-        },
-    )
 
 
 def make_trainer(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from jobs.assets import make_assets
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, init_weights
-from jobs.train import make_assets
 from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.tensors.manager import CheckpointManager

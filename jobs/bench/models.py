@@ -1,8 +1,8 @@
 """The model whose checkpoint several benchmarks work on."""
 
+from jobs.assets import make_assets
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, init_weights
-from jobs.train import make_assets
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 
 STEP = 1

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from jobs.assets import make_assets
 from jobs.corpus import EOS_ID, VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, hf_config
 from ray_ckpt.core.errors import RayCkptError
@@ -22,7 +23,7 @@ from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.ranks import expect_one_process
 from ray_ckpt.tensors.run import HfAssets
 from ray_ckpt.tensors.states import TrainingState, TrainState
-from tests.tensors.tiny import SIZES, error_of, make_assets, same_tensors
+from tests.tensors.tiny import SIZES, error_of, same_tensors
 
 RANK, ALPHA = 2, 4
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jobs.assets import make_assets
 from ray_ckpt.core.errors import (
     ConfigError,
     IntegrityError,
@@ -30,7 +31,7 @@ from tests.tensors.bases import (
     weights,
     with_adapter,
 )
-from tests.tensors.tiny import make_assets
+from tests.tensors.tiny import SIZES
 
 
 def test_a_folder_that_is_not_there_is_named(root: str, tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_a_tensor_of_another_shape_in_a_hugging_face_folder(root: str, hf: Path)
 
 
 def test_a_family_that_nobody_knows(root: str, hf: Path) -> None:
-    files = make_assets().files
+    files = make_assets(SIZES).files
     error = refused(root, weights(hf, format="hf"), assets=HfAssets(family="lama", files=files))
     assert isinstance(error, ConfigError)
     assert "'lama'" in error.what

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jobs.assets import make_assets
 from ray_ckpt.core.saving import Mode, SaveConfig
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.manager import CheckpointManager
@@ -20,7 +21,6 @@ from tests.tensors.tiny import (
     SIZES,
     Outcome,
     Setup,
-    make_assets,
     make_trainer,
     same_tensors,
     train,
@@ -134,7 +134,7 @@ def _save_elsewhere(root: str, other: str, mode: Mode) -> None:
         extra={"dataloader": trainer.windows},
     )
     config = SaveConfig(mode=mode, when_busy="wait")
-    copies = CheckpointManager(other, state, config=config, assets=make_assets())
+    copies = CheckpointManager(other, state, config=config, assets=make_assets(SIZES))
     copies.save(step, last_step=True)
     copies.close()
     trainer.checkpoints.close()

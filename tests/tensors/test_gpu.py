@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.assets import make_assets
 from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.saving import Mode, SaveConfig
 from ray_ckpt.storage.backends import open_catalog
@@ -13,7 +14,7 @@ from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export import export_step
 from ray_ckpt.tensors.transforms import cast_floating
 from tests.tensors.ranks import run
-from tests.tensors.tiny import SIZES, Setup, make_assets, same_tensors, train, weights_in
+from tests.tensors.tiny import SIZES, Setup, same_tensors, train, weights_in
 
 STOP, END = 10, 20
 ON_GPU = Setup(dropout=0.1, device="cuda")
@@ -52,7 +53,7 @@ def test_an_export_needs_no_gpu_and_holds_what_was_trained_on_one(root: str) -> 
     (outcome,) = run(train, root, STOP, save, 0, SIZES, ON_GPU, num_ranks=1)
     catalog = open_catalog(root)
     export_step(catalog, catalog.manifest(STOP), ExportSpec(name="hf"))
-    config = json.loads(make_assets().files["config.json"])
+    config = json.loads(make_assets(SIZES).files["config.json"])
     trained = {key: value for key, value in outcome.state.items() if ":" not in key}
     expected = make_adapter("llama", config).to_hf(cast_floating(trained, torch.bfloat16))
     assert same_tensors(weights_in(Path(root, f"exports/hf/step-{STOP}")), dict(expected))

@@ -26,6 +26,7 @@ from tests.tensors.tiny import (
     Setup,
     make_trainer,
     record_log,
+    same_tensors,
     train_step,
     weights_in,
 )

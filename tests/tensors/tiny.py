@@ -1,7 +1,6 @@
 """A training that is as real as any, in miniature: FSDP2, AdamW, a schedule, data, checkpoints."""
 
 import hashlib
-import json
 import logging
 import os
 import random
@@ -20,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from jobs.corpus import EOS_ID, VOCAB_SIZE, Windows, tokenizer_files
-from jobs.decoder import Decoder, DecoderConfig, hf_config, init_weights
+from jobs.assets import make_assets
+from jobs.corpus import VOCAB_SIZE, Windows
+from jobs.decoder import Decoder, DecoderConfig, init_weights
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.loading import LoadConfig
@@ -31,7 +31,7 @@ from ray_ckpt.tensors.converters.ema import EMA
 from ray_ckpt.tensors.loading import LoadReport
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
-from ray_ckpt.tensors.run import HfAssets, Run
+from ray_ckpt.tensors.run import Run
 from ray_ckpt.tensors.states import TrainingState
 
 SIZES = DecoderConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=24, max_seq_len=32)
@@ -228,13 +228,6 @@ def full_state(trainer: Trainer) -> dict[str, Tensor]:
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             state[f"{name}:{key}"] = _whole(value)
     return state
-
-
-def make_assets(sizes: DecoderConfig = SIZES) -> HfAssets:
-    """Config and tokenizer of the tiny decoder."""
-    config = hf_config(sizes, vocab_size=VOCAB_SIZE, eos_token_id=EOS_ID)
-    files = {"config.json": json.dumps(config).encode(), **tokenizer_files(sizes.max_seq_len)}
-    return HfAssets(family="llama", files=files)
 
 
 def record_log() -> list[str]:

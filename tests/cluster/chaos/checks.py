@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.train import make_assets
+from jobs.assets import make_assets
 from ray_ckpt.core import names
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Observation

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from jobs.assets import make_assets
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig
-from jobs.train import make_assets
 from ray_ckpt import CheckpointManager, ModelWrapper, Run, SaveConfig, TrainingState
 from ray_ckpt.core.events import SaveEvent
 
