@@ -1,11 +1,13 @@
 """What `import ray_ckpt` loads, and what it offers."""
 
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 
 import ray_ckpt
+from ray_ckpt.core.version import __version__
 
 PUBLIC = [
     "CheckpointManager",
@@ -56,3 +58,7 @@ def test_importing_the_package_loads_neither_torch_nor_ray() -> None:
         [sys.executable, "-c", LIGHT_IMPORTS], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_what_was_installed_says_the_version_of_its_source() -> None:
+    assert importlib.metadata.version("ray_ckpt") == __version__

@@ -16,12 +16,13 @@ from ray_ckpt.cli.events import events
 from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.plan import plan
 from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.version import __version__
 
 INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="ray_ckpt")
+@click.version_option(__version__)
 def cli() -> None:
     """The whole life of a checkpoint: save, verify, export, publish, resume, purge.
 

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 
 import torch
 
@@ -31,6 +30,7 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.core.failures import RETRIES, classify
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
+from ray_ckpt.core.version import __version__
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.memory import free_memory_bytes
@@ -202,7 +202,7 @@ def _id(manifest: Manifest, spec: ExportSpec, plan: ExportPlan) -> str:
         "source": manifest.content_id,
         "recipe": _recipe(manifest, spec),
         "shards": {shard.file: shard.outputs for shard in plan.shards},
-        "made by": f"ray_ckpt {version('ray_ckpt')}, torch {torch.__version__}",
+        "made by": f"ray_ckpt {__version__}, torch {torch.__version__}",
     }
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 

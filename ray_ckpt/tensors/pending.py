@@ -112,9 +112,11 @@ def _cause(error: BaseException, step: int, missing: Callable[[], str]) -> RayCk
     else:  # a collective failed: some rank is dead, or slower than the timeout
         text = f"{missing()} ({error!r})" if isinstance(error, RuntimeError) else repr(error)
         safe = "it is whole if rank 0 went on alone, else not visible; older steps are untouched"
-    return SaveError(
+    failed = SaveError(
         f"the save of step-{step} failed: {text}",
         f"step-{step}",
         safe,
         "look at the storage of the rank that is named; the next save tries anew",
     )
+    failed.__cause__ = error  # nobody foresaw it: where it happened is in its traceback
+    return failed

@@ -173,6 +173,8 @@ class CommittingWriter(FileSystemWriter):
         """On the coordinator, after every rank has written: the step is committed."""
         described = [cast(_DescribedResult, result) for rank in results for result in rank]
         plain = [[_plain(cast(_DescribedResult, r)) for r in rank] for rank in results]
+        # torch 2.11 fills them into a copy, 2.13 into the very object
+        metadata.storage_data = {r.index: r.storage_data for rank in plain for r in rank}
         with translated(self._folder_of_attempt):
             super().finish(metadata, plain)
             # torch syncs it while its bytes are still in the stream's buffer
