@@ -112,6 +112,7 @@ def _shards(catalog: Catalog) -> tuple[OutputShard, ...]:
 
 @pytest.mark.parametrize("finished", [0, 1, 3])
 def test_a_killed_export_goes_on_from_its_finished_shards(catalog: Catalog, finished: int) -> None:
+    """Scenario 45."""
     shards = _shards(catalog)
     _kill_after(catalog, sum(shard.size_bytes for shard in shards[:finished]) + 1)
     assert catalog.observe().exports == ()
