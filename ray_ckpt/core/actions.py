@@ -41,6 +41,8 @@ class ExportSpec:
     """Of each safetensors file; one that holds a single larger tensor is as large as that."""
     allow_non_finite: bool = False
     """Also export a step with NaN or Inf in its weights."""
+    allow_zeros: bool = False
+    """Also with a matrix that is nothing but zeros."""
 
     @property
     def recipe(self) -> dict[str, str]:

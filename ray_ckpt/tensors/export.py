@@ -34,13 +34,16 @@ from ray_ckpt.core.version import __version__
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.memory import free_memory_bytes
-from ray_ckpt.storage.parts import ExportParts
+from ray_ckpt.storage.parts import ExportParts, Part
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.readers import reading
 from ray_ckpt.storage.room import expect_room_in
 from ray_ckpt.tensors.export_files import described, write_companions
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_export
+from ray_ckpt.tensors.gate import expect_sound_assets, expect_sound_files
 from ray_ckpt.tensors.reader import read_asset
+from ray_ckpt.tensors.recording import TensorSpec
+from ray_ckpt.tensors.safetensors_file import specs_of
 from ray_ckpt.tensors.shard_writer import write_shard
 from ray_ckpt.tensors.step_tensors import step_tensors
 
@@ -94,6 +97,11 @@ class Export:
             )
         staging = self.catalog.commit.staging(f"export-{uuid.uuid4().hex}")
         try:
+            expected = {
+                shard.file: {name: self.plan.recording.outputs[name].spec for name in shard.outputs}
+                for shard in self.plan.shards
+            }
+            expect_sound_files(self._held(parts), expected)
             self.parts.take(staging, parts)
             write_companions(_assets(self.catalog, self.source), self.plan, self.source, staging)
             written = [part.entry for part in parts.values()]
@@ -106,6 +114,18 @@ class Export:
             raise
         self.parts.drop()
         return present
+
+    def _held(self, parts: Mapping[str, Part]) -> dict[str, dict[str, TensorSpec]]:
+        """By file and by name what lies there, read back."""
+        store = self.catalog.store
+        found: dict[str, dict[str, TensorSpec]] = {}
+        for file, part in parts.items():
+            length = bytearray(8)
+            store.read_into(part.key, 0, memoryview(length))
+            text = bytearray(int.from_bytes(length, "little"))
+            store.read_into(part.key, 8, memoryview(text))
+            found[file] = specs_of(bytes(text))
+        return found
 
     def _expect_memory(self) -> None:
         needed, free = self.plan.memory_bytes, free_memory_bytes()
@@ -139,6 +159,7 @@ def begin_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Expo
             manifest.
     """
     plan = plan_export(catalog, manifest, spec)
+    expect_sound_assets(_assets(catalog, manifest), plan.config)
     export_id = _id(manifest, spec, plan)
     parts = catalog.export_parts(export_id, spec.name, manifest.step)
     return Export(catalog=catalog, source=manifest, spec=spec, plan=plan, parts=parts)

@@ -7,7 +7,7 @@ Reads the step's `config.json` and nothing else.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ray_ckpt.tensors.converters import (
     ModelConverter,
     make_converters,
 )
+from ray_ckpt.tensors.gate import expect_sound_plan
 from ray_ckpt.tensors.reader import read_asset
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.transforms import StateDictTransforms
@@ -58,6 +59,8 @@ class ExportPlan:
     config: Mapping[str, Any]
     """The model's `config.json`, as it was saved."""
     shards: tuple[OutputShard, ...]
+    allow_non_finite: bool = False
+    allow_zeros: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -109,7 +112,12 @@ def plan_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Expor
     )
     _refuse_without_base(catalog, manifest, transforms)
     inputs = _inputs(manifest, model)
-    return plan_model(transforms, inputs, config, max_shard_bytes=spec.max_shard_bytes)
+    plan = plan_model(transforms, inputs, config, max_shard_bytes=spec.max_shard_bytes)
+    return replace(
+        plan,
+        allow_non_finite=spec.allow_non_finite,
+        allow_zeros=plan.allow_zeros or spec.allow_zeros,
+    )
 
 
 def plan_model(
@@ -124,8 +132,10 @@ def plan_model(
     Raises:
         UsageError: two converters ask for a format of their own.
         StateDictError: a tensor that no rule speaks for, or one that is lacking.
+        IntegrityError: the outputs are not the model that the config describes.
     """
     recording = record(transforms.whole_to_hf, inputs)
+    expect_sound_plan(recording, transforms, config)
     layout = _layout(transforms.converters, recording)
     return ExportPlan(
         recording=recording,
@@ -133,6 +143,7 @@ def plan_model(
         layout=layout,
         config=config,
         shards=_shards(recording, layout, max_shard_bytes),
+        allow_zeros=not _is_sharded(layout),  # an adapter begins with them
     )
 
 

@@ -38,6 +38,16 @@ def in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
+def specs_of(header: bytes) -> dict[str, TensorSpec]:
+    """By name, what the JSON of a header says of each tensor."""
+    entries = json.loads(header)
+    return {
+        name: TensorSpec(shape=tuple(entry["shape"]), dtype=DTYPES[entry["dtype"]])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+
+
 def header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """All that comes before the tensors, which follow in the order of `specs`."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}

@@ -22,6 +22,7 @@ from ray_ckpt.storage.digests import STRONG_ALGORITHM
 from ray_ckpt.storage.ordered_write import OrderedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard
+from ray_ckpt.tensors.gate import Values
 from ray_ckpt.tensors.recording import Output, Recording
 from ray_ckpt.tensors.safetensors_file import header, in_file_order
 from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, bytes_of
@@ -71,7 +72,7 @@ def write_shard(
     file = OrderedWrite(blocks, name=shard.file, algorithm=STRONG_ALGORITHM)
     try:
         file.write(memoryview(header(specs, plan.file_metadata)))
-        writing = _Shard(file, tensors, progress)
+        writing = _Shard(file, tensors, progress, plan)
         writing.write({name: outputs[name] for name in specs}, plan.recording)
         return file.close()
     except BaseException:
@@ -82,10 +83,13 @@ def write_shard(
 class _Shard:
     """The tensors of one file."""
 
-    def __init__(self, file: OrderedWrite, tensors: Tensors, progress: Progress) -> None:
+    def __init__(
+        self, file: OrderedWrite, tensors: Tensors, progress: Progress, plan: ExportPlan
+    ) -> None:
         self._file = file
         self._tensors = tensors
         self._progress = progress
+        self._plan = plan
         self._reads_straight = tensors.reads_at_once == 1
 
     def write(self, outputs: Mapping[str, Output], recording: Recording) -> None:
@@ -95,14 +99,24 @@ class _Shard:
         blocks = self._blocks(output.view for output in outputs.values() if output.view)
         with ThreadPoolExecutor(self._tensors.reads_at_once) as threads:
             read = _ahead(threads, self._read, blocks, count=self._tensors.reads_at_once)
-            for output in outputs.values():
+            for name, output in outputs.items():
+                values = self._values(name, output)
                 if output.view is None:
-                    self._write(next(computed)[1])
+                    self._write(next(computed)[1], values)
                 elif self._is_straight(output.view):
-                    self._pass_on(output.view)
+                    self._pass_on(output.view, values)
                 else:
                     for view in self._blocks([output.view]):
-                        self._write(view.taken(next(read)))
+                        self._write(view.taken(next(read)), values)
+                values.end()
+
+    def _values(self, name: str, output: Output) -> Values:
+        return Values(
+            name,
+            output.spec,
+            allow_non_finite=self._plan.allow_non_finite,
+            allow_zeros=self._plan.allow_zeros,
+        )
 
     def _blocks(self, views: Iterable[View]) -> Iterator[View]:
         """Of all that is not read straight into place."""
@@ -119,7 +133,7 @@ class _Shard:
         self._tensors.read(view.source, view.offset, elements)
         return elements
 
-    def _pass_on(self, view: View) -> None:
+    def _pass_on(self, view: View, values: Values) -> None:
         dtype = self._tensors.dtype(view.source)
         done = 0
         while done < view.num_elements:
@@ -127,13 +141,16 @@ class _Shard:
             count = min(len(room) // dtype.itemsize, view.num_elements - done)
             into = torch.frombuffer(room, dtype=dtype, count=count)
             self._tensors.read(view.source, view.offset + done, into)
+            values.look(into)
             self._file.filled(count * dtype.itemsize)
             self._progress.advance(count * dtype.itemsize)
             done += count
 
-    def _write(self, tensor: Tensor) -> None:
+    def _write(self, tensor: Tensor, values: Values) -> None:
         if tensor.numel():
-            self._file.write(bytes_of(tensor.contiguous()))
+            tensor = tensor.contiguous()
+            values.look(tensor)
+            self._file.write(bytes_of(tensor))
             self._progress.advance(tensor.nbytes)
 
 

@@ -87,6 +87,10 @@ class EMA:
         """Whether it is a shadow, or the number of updates."""
         return fqn.startswith(SHADOWS)
 
+    def has_part(self, fqn: str) -> bool:
+        """The shadows, unless the raw weights are asked for."""
+        return self.flavor != "raw" and fqn != NUM_UPDATES
+
     def state_dict_transform(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The model's own keys; averaged: with the shadows' values, in the parameters' dtypes.
 

@@ -83,6 +83,10 @@ class Float8:
         """None: there are no keys of its own."""
         return False
 
+    def has_part(self, fqn: str) -> bool:
+        """There are none."""
+        return True
+
     def state_dict_transform(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Plain tensors; fp8: with codes and scales instead of the targets' weights."""
         tensors = {key: plain(value) for key, value in state_dict.items()}

@@ -93,6 +93,10 @@ class LoRA:
         module = _module_of(fqn)
         return module is not None and matches(module, self.targets)
 
+    def has_part(self, fqn: str) -> bool:
+        """Every one: merged, or in PEFT's own file."""
+        return True
+
     def state_dict_transform(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Merged: every key of the base, with `weight + scaling * b @ a` for the targets.
 

@@ -59,6 +59,10 @@ class ModelConverter(Protocol):
         """Whether this converter owns the key."""
         ...
 
+    def has_part(self, fqn: str) -> bool:
+        """Whether one of its own keys shapes an export of this flavor."""
+        ...
+
     def state_dict_transform(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """`state_dict` as it is exported: LoRA merged, Float8 made plain. Pure: a new dict.
 

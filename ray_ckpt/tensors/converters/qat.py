@@ -86,6 +86,10 @@ class QAT:
         """None: there are no keys of its own."""
         return False
 
+    def has_part(self, fqn: str) -> bool:
+        """There are none."""
+        return True
+
     def state_dict_transform(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors as they are; else with codes and scales instead of the targets' weights."""
         if self.flavor == "plain":
