@@ -33,6 +33,8 @@ class ExportConfig:
     """Of each safetensors file."""
     allow_non_finite: bool = False
     """Also with NaN or Inf in the weights."""
+    allow_zeros: bool = False
+    """Also with a matrix that is nothing but zeros."""
     to: str | None = None
     """Also publish it there: `/path`, `s3://bucket/prefix` or `hf://org/repo`."""
 
@@ -47,6 +49,7 @@ def main() -> None:
         flavors=config.flavors,
         max_shard_bytes=config.max_shard_bytes,
         allow_non_finite=config.allow_non_finite,
+        allow_zeros=config.allow_zeros,
     )
     checkpoint = catalog.checkpoint(config.step)
     action = export_action(checkpoint, spec)

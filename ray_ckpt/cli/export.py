@@ -67,6 +67,7 @@ class Size(click.ParamType):
     metavar="SIZE", help="Of each file of weights: 5GB (the default), 500MB, 4GiB.",
 )  # fmt: skip
 @click.option("--allow-non-finite", is_flag=True, help="Also with NaN or Inf in the weights.")
+@click.option("--allow-zeros", is_flag=True, help="Also with a matrix that is nothing but zeros.")
 @click.option("--to", "destination", help="Also publish it there: /path, s3://..., hf://org/repo.")
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would be made; write nothing.")
 @json_option
@@ -78,6 +79,7 @@ def export(
     forms: tuple[str, ...],
     max_shard_bytes: int,
     allow_non_finite: bool,
+    allow_zeros: bool,
     destination: str | None,
     plan_only: bool,
     as_json: bool,
@@ -97,6 +99,7 @@ def export(
         flavors=flavors,
         max_shard_bytes=max_shard_bytes,
         allow_non_finite=allow_non_finite,
+        allow_zeros=allow_zeros,
     )
     if not names.is_word(spec.name):
         raise ConfigError(f"{spec.name!r} cannot be a folder name", "--name")

@@ -24,6 +24,7 @@ from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.hf_shapes import expected_shape
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, StateDictTransforms
+from ray_ckpt.tensors.views import View
 
 _NAMES_TOLD = 5
 _LOOK = "look at how it is made: ray-ckpt export ROOT --step N --plan --json"
@@ -112,7 +113,7 @@ class Values:
         Raises:
             IntegrityError: one of them is NaN or Inf.
         """
-        if self.is_zero and bool(block.view(-1).view(torch.uint8).any()):
+        if self.is_zero and self._holds_weights and bool(block.any()):
             self.is_zero = False
         if not self.allow_non_finite and not is_finite(block):
             what = f"{self.name} holds NaN or Inf once it is {_dtype(self.spec.dtype)}"
@@ -178,12 +179,23 @@ def _misnamed(recording: Recording, transforms: StateDictTransforms) -> Iterable
     """The way back leads to the tensors that each one came from."""
     specs = {name: output.spec for name, output in recording.outputs.items()}
     back = record(transforms.adapter.from_hf, specs)
+    used = {name for output in back.outputs.values() for name in output.sources}
+    yield from (f"{name} has no part in this model" for name in specs if name not in used)
     for native, output in back.outputs.items():
         origins = {native, SHADOWS + native}
         for name in output.sources:
             sources = recording.outputs[name].sources
             if sources and not origins & set(sources):
                 yield f"{name} is made of {_listed(sources)}, by its name of {native}"
+            elif _is_turned(recording.outputs[name].view, output.view):
+                yield f"the elements of {name} are not in the order that its name says"
+
+
+def _is_turned(there: View | None, back: View | None) -> bool:
+    """Whether one way exchanges elements and the other does not."""
+    if there is None or back is None:
+        return False
+    return there.is_contiguous != back.is_contiguous
 
 
 def _plain(key: str) -> str:

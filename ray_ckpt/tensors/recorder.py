@@ -23,6 +23,13 @@ _SAME_ORDER = frozenset(
 )
 """Calls that keep elements in their order where they give a contiguous tensor of its own."""
 
+_RANDOM = frozenset(
+    {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal"}
+    | {"bernoulli", "multinomial", "poisson", "dropout", "alpha_dropout", "feature_dropout"}
+    | {"uniform_", "normal_", "random_", "exponential_", "bernoulli_", "geometric_", "cauchy_"}
+)
+"""Calls that make another tensor each time."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
@@ -80,6 +87,7 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """What `func` returns on meta tensors; noted down if it makes or changes a tensor."""
+        _refuse_random(func)
         given = (tuple(args), dict(kwargs or {}))
         tensors = _tensors_in(given)
         on_meta, metas = _on_meta(given, tensors)
@@ -182,6 +190,15 @@ class Recorder(TorchFunctionMode):
                     safe="nothing was written",
                     do="work on a clone, or use the form of the operation that is not in place",
                 )
+
+
+def _refuse_random(func: Callable[..., Any]) -> None:
+    if getattr(func, "__name__", "") in _RANDOM:
+        raise StateDictError(
+            f"the transform calls {_name(func)}: what it makes would be another tensor each time",
+            safe="nothing was written",
+            do="make outputs of the checkpoint's tensors alone",
+        )
 
 
 def _called(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
