@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,7 +189,9 @@ def _kill(world: World, *titles: str) -> str | None:
 
 def _pause(world: World, process: Process, seconds: float) -> None:
     process.send(signal.SIGSTOP)
-    world.later.append((time.monotonic() + seconds, process))
+    timer = threading.Timer(seconds, process.send, (signal.SIGCONT,))
+    timer.start()
+    world.paused.append(timer)
 
 
 def _object_store(world: World) -> Process:

@@ -9,9 +9,9 @@ rival        a second manager, as a person starts one: `ray-ckpt drain`
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +29,7 @@ from ray_ckpt.core.policy import (
 )
 from ray_ckpt.storage.backends import open_catalog
 from tests.cluster.chaos.training import train
-from tests.cluster.hosts import Hosts, Process, hosts
+from tests.cluster.hosts import Hosts, hosts
 from tests.servers.hub import HubDouble
 from tests.servers.seaweed import S3Endpoint
 from tests.tensors.ranks import RankGroup
@@ -60,8 +60,8 @@ class World:
     """Steps of which a person removed the export `hf`."""
     trainer: RankGroup | None = None
     rivals: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
-    later: list[tuple[float, Process]] = field(default_factory=list)
-    """Processes that stand still, and when they go on."""
+    paused: list[threading.Timer] = field(default_factory=list)
+    """Each lets a process go on that stands still; who waits for that process need not care."""
 
     @property
     def copies(self) -> str:
@@ -93,9 +93,6 @@ class World:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             self._tend_trainer()
-            for at, process in [entry for entry in self.later if entry[0] < time.monotonic()]:
-                process.send(signal.SIGCONT)
-                self.later.remove((at, process))
             time.sleep(0.1)
 
     def start_trainer(self) -> None:
@@ -129,9 +126,8 @@ class World:
 
     def come_to_rest(self, *, timeout_s: float) -> None:
         """Training has ended with a last step, and nothing is left to do."""
-        for _, process in self.later:
-            process.send(signal.SIGCONT)
-        self.later.clear()
+        for timer in self.paused:
+            timer.join()
         (self.folder / "end").touch()
         wait_for(self._tend_trainer, timeout_s=timeout_s)
         last = self.start_rival(timeout_s=timeout_s)
@@ -140,8 +136,8 @@ class World:
 
     def close(self) -> None:
         """Nothing of it runs any more."""
-        for _, process in self.later:
-            process.send(signal.SIGCONT)
+        for timer in self.paused:
+            timer.join()
         if self.trainer is not None:
             self.trainer.kill()
         for rival in self.rivals:
