@@ -14,6 +14,7 @@ from ray_ckpt.cli import act, export, inspect, queue
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.cli.events import events
 from ray_ckpt.cli.gc import gc
+from ray_ckpt.cli.importing import import_
 from ray_ckpt.cli.plan import plan
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.version import __version__
@@ -41,6 +42,7 @@ VERBS = (
     plan,
     events,
     act.adopt,
+    import_,
     export.export,
     export.publish,
     act.pin,

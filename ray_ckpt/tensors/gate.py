@@ -27,6 +27,7 @@ from ray_ckpt.tensors.transforms import TORCH_DTYPES, StateDictTransforms
 from ray_ckpt.tensors.views import View
 
 _NAMES_TOLD = 5
+_A_FEW = 64
 _LOOK = "look at how it is made: ray-ckpt export ROOT --step N --plan --json"
 _NON_FINITE = "export in another --dtype; or, if you want it all the same, add --allow-non-finite"
 _ZEROS = "export another step; or, if you want it all the same, add --allow-zeros"
@@ -113,8 +114,10 @@ class Values:
         Raises:
             IntegrityError: one of them is NaN or Inf.
         """
-        if self.is_zero and self._holds_weights and bool(block.any()):
-            self.is_zero = False
+        if self.is_zero and self._holds_weights:
+            # a few say it nearly always, and ten times faster than all
+            flat = block.view(-1)
+            self.is_zero = not (bool(flat[:_A_FEW].any()) or bool(flat.any()))
         if not self.allow_non_finite and not is_finite(block):
             what = f"{self.name} holds NaN or Inf once it is {_dtype(self.spec.dtype)}"
             _refuse([what], do=_NON_FINITE)
@@ -131,8 +134,9 @@ class Values:
 
     @property
     def _holds_weights(self) -> bool:
-        """Zero points of a quantized weight may all be zero, and so may codes."""
-        return self.spec.dtype.is_floating_point and self.spec.dtype.itemsize > 1
+        """Zero points and codes of a quantized weight may all be zero, and so may biases."""
+        is_bias = "bias" in self.name.rpartition(".")[2]
+        return self.spec.dtype.is_floating_point and self.spec.dtype.itemsize > 1 and not is_bias
 
 
 def _made_of_nothing(recording: Recording) -> Iterable[str]:

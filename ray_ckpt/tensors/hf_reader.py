@@ -210,6 +210,10 @@ class HfReader(StorageReader):
         specs = {name: output.spec for name, output in self._recording.outputs.items()}
         return Metadata({name: _one_chunk(spec) for name, spec in specs.items()})
 
+    def tensor(self, name: str) -> Tensor:
+        """One native tensor, whole, on the CPU."""
+        return self._recording.run([name], self._folder.read)[name]
+
     def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
         """Nothing to do."""
 
@@ -228,7 +232,7 @@ class HfReader(StorageReader):
             assert item.type == LoadItemType.TENSOR, "a Hugging Face folder holds tensors alone"
             items.setdefault(item.storage_index.fqn, []).append(item)
         for name, parts in items.items():
-            tensor = self._recording.run([name], self._folder.read)[name]
+            tensor = self.tensor(name)
             for item in parts:
                 target = planner.resolve_tensor(item).detach()
                 ranges = zip(item.storage_offsets, item.lengths, strict=True)

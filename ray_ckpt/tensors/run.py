@@ -11,7 +11,7 @@ from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.policy import LifecyclePolicy
 
 CONFIG = "config.json"
-_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """How a tokenizer's and a model's own files end; code from the Hub is not taken along."""
 
 
@@ -27,7 +27,7 @@ class HfAssets:
     @classmethod
     def of_folder(cls, family: str, folder: str | Path) -> "HfAssets":
         """What a local Hugging Face folder holds beside its weights."""
-        files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in _TEXTS]
+        files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in TEXTS]
         return cls(
             family=family,
             files={p.name: p.read_bytes() for p in files if not p.name.endswith(".index.json")},
