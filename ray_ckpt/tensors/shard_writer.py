@@ -7,8 +7,9 @@
 Memory holds some blocks, and what one tensor of the third kind is made of.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -90,6 +91,8 @@ class _Shard:
         self._tensors = tensors
         self._progress = progress
         self._plan = plan
+        self._num_threads = torch.get_num_threads()
+        """For what is computed. Blocks have a core each already: reading, digesting, writing."""
         self._reads_straight = tensors.reads_at_once == 1
 
     def write(self, outputs: Mapping[str, Output], recording: Recording) -> None:
@@ -97,12 +100,14 @@ class _Shard:
         others = [name for name, output in outputs.items() if output.view is None]
         computed = recording.each(others, self._tensors.whole)
         blocks = self._blocks(output.view for output in outputs.values() if output.view)
-        with ThreadPoolExecutor(self._tensors.reads_at_once) as threads:
+        with ThreadPoolExecutor(self._tensors.reads_at_once) as threads, _torch_threads(1):
             read = _ahead(threads, self._read, blocks, count=self._tensors.reads_at_once)
             for name, output in outputs.items():
                 values = self._values(name, output)
                 if output.view is None:
-                    self._write(next(computed)[1], values)
+                    with _torch_threads(self._num_threads):
+                        _, tensor = next(computed)
+                    self._write(tensor, values)
                 elif self._is_straight(output.view):
                     self._pass_on(output.view, values)
                 else:
@@ -152,6 +157,17 @@ class _Shard:
             values.look(tensor)
             self._file.write(bytes_of(tensor))
             self._progress.advance(tensor.nbytes)
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Generator[None]:
+    """Torch's operations use so many inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ahead(
