@@ -1,6 +1,6 @@
 """A root with committed steps, made by the real CheckpointManager in this one process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
-from ray_ckpt.tensors.run import Run
+from ray_ckpt.tensors.run import HfAssets, Run
 from ray_ckpt.tensors.states import TrainingState
 
 TINY = DecoderConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=64)
@@ -24,8 +24,12 @@ def make_root(
     policy: LifecyclePolicy | None = None,
     *,
     sizes: DecoderConfig = TINY,
+    files: Mapping[str, bytes] | None = None,
 ) -> Decoder:
-    """Commits `steps` under `root`, the last one as the run's last; returns the model."""
+    """Commits `steps` under `root`, the last one as the run's last; returns the model.
+
+    `files` come beside those that every run of this model has.
+    """
     torch.manual_seed(0)
     model = Decoder(sizes, VOCAB_SIZE)
     init_weights(model)
@@ -34,7 +38,7 @@ def make_root(
         root,
         TrainingState(model=ModelWrapper(model), optimizer=optimizer),
         config=SaveConfig(every_steps=1, mode="sync"),
-        assets=make_assets(sizes),
+        assets=HfAssets(family="llama", files={**make_assets(sizes).files, **(files or {})}),
         run=Run(policy=policy),
     )
     for step in steps:

@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,11 @@ def _print_adopted(document: list[dict[str, Any]]) -> None:
         click.echo("no foreign step folder is here")
 
 
-def _assets(folder: Path | None) -> dict[str, bytes]:
+def _assets(folder: Path | None) -> Mapping[str, bytes]:
     """JSON, text and tokenizer models of a Hugging Face folder; never its weights."""
-    if folder is None:
-        return {}
-    suffixes = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-    return {
-        path.name: path.read_bytes()
-        for path in sorted(folder.iterdir())
-        if path.suffix in suffixes and not path.name.endswith(".index.json")
-    }
+    from ray_ckpt.tensors.run import HfAssets
+
+    return {} if folder is None else HfAssets.of_folder("", folder).files
 
 
 @click.command()

@@ -6,7 +6,8 @@ Reads the step's `config.json` and nothing else.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +28,12 @@ from ray_ckpt.tensors.converters import (
 from ray_ckpt.tensors.gate import expect_sound_plan
 from ray_ckpt.tensors.reader import read_asset
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
+from ray_ckpt.tensors.run import CONFIG, INDEX
 from ray_ckpt.tensors.transforms import StateDictTransforms
 
-CONFIG = "config.json"
 _UNTOUCHED = "the checkpoint is untouched and can be resumed"
 _NAMES_TOLD = 3
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _BLOCKS_BYTES = 64_000_000
 """Read ahead, filled, digested and written at a time."""
 
@@ -112,7 +114,9 @@ def plan_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Expor
     )
     _refuse_without_base(catalog, manifest, transforms)
     inputs = _inputs(manifest, model)
-    plan = plan_model(transforms, inputs, config, max_shard_bytes=spec.max_shard_bytes)
+    is_cut_as_asked = spec.max_shard_bytes != MAX_SHARD_BYTES
+    index = None if is_cut_as_asked else read_asset(catalog, manifest, INDEX)
+    plan = plan_model(transforms, inputs, config, max_shard_bytes=spec.max_shard_bytes, index=index)
     return replace(
         plan,
         allow_non_finite=spec.allow_non_finite,
@@ -126,8 +130,16 @@ def plan_model(
     config: Mapping[str, Any],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    index: bytes | None = None,
 ) -> ExportPlan:
     """Which tensors go where, for a whole model of these tensors.
+
+    Args:
+        transforms: from native tensors to those of the export.
+        inputs: the native tensors.
+        config: the model's `config.json`.
+        max_shard_bytes: of each file, unless an index says more.
+        index: the base model's; files are cut as there, if it names every tensor.
 
     Raises:
         UsageError: two converters ask for a format of their own.
@@ -142,7 +154,7 @@ def plan_model(
         dtype=transforms.dtype,
         layout=layout,
         config=config,
-        shards=_shards(recording, layout, max_shard_bytes),
+        shards=_shards(recording, layout, max_shard_bytes, _weight_map(index)),
         allow_zeros=not _is_sharded(layout),  # an adapter begins with them
     )
 
@@ -233,22 +245,57 @@ def _is_sharded(layout: ExportLayout) -> bool:
     return layout.weights == WHOLE_MODEL.weights
 
 
+def _weight_map(index: bytes | None) -> Mapping[str, str]:
+    """Tensor to file, as a base model's index says."""
+    try:
+        weight_map = {} if index is None else dict(json.loads(index)["weight_map"])
+        strange = {str(file) for file in weight_map.values() if not _SHARD.fullmatch(str(file))}
+    except (ValueError, KeyError, TypeError) as error:
+        weight_map, strange = {}, {repr(error)}
+    if strange:
+        raise IntegrityError(
+            f"{INDEX} is no index of safetensors files: {min(strange)}",
+            "hf_assets",
+            _UNTOUCHED,
+            "say how large files may be instead: --max-shard-size 4.9GB",
+        )
+    return weight_map
+
+
 def _shards(
-    recording: Recording, layout: ExportLayout, max_shard_bytes: int
+    recording: Recording,
+    layout: ExportLayout,
+    max_shard_bytes: int,
+    weight_map: Mapping[str, str],
 ) -> tuple[OutputShard, ...]:
     order = sorted(recording.outputs, key=_natural)  # the same from whichever order of inputs
     sizes = {name: recording.outputs[name].spec.size_bytes for name in order}
-    groups = _split(sizes, max_shard_bytes) if _is_sharded(layout) else [list(sizes)]
-    sources = [[s for name in group for s in recording.outputs[name].sources] for group in groups]
+    if _is_sharded(layout) and weight_map.keys() >= sizes.keys():
+        files = _grouped(sizes, weight_map)
+    else:
+        groups = _split(sizes, max_shard_bytes) if _is_sharded(layout) else [list(sizes)]
+        files = {_file_name(layout, n, len(groups)): group for n, group in enumerate(groups)}
+    sources = {
+        file: [source for name in group for source in recording.outputs[name].sources]
+        for file, group in files.items()
+    }
     return tuple(
         OutputShard(
-            file=_file_name(layout, index, len(groups)),
-            sources=tuple(dict.fromkeys(sources[index])),
+            file=file,
+            sources=tuple(dict.fromkeys(sources[file])),
             outputs=tuple(group),
             size_bytes=sum(sizes[name] for name in group),
         )
-        for index, group in enumerate(groups)
+        for file, group in files.items()
     )
+
+
+def _grouped(names: Iterable[str], weight_map: Mapping[str, str]) -> dict[str, list[str]]:
+    """File to names, as the base model has them."""
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(weight_map[name], []).append(name)
+    return dict(sorted(files.items()))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

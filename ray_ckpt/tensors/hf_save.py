@@ -34,7 +34,7 @@ from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.recording import TensorSpec
-from ray_ckpt.tensors.run import HfAssets
+from ray_ckpt.tensors.run import INDEX, HfAssets
 from ray_ckpt.tensors.shard_writer import write_shard
 from ray_ckpt.tensors.transforms import StateDictTransforms
 
@@ -116,7 +116,7 @@ def _plan(save: HfSave, model: ModelWrapper, tensors: Mapping[str, Tensor]) -> E
         converters=model.converters,
     )
     specs = {k: TensorSpec(shape=tuple(t.shape), dtype=t.dtype) for k, t in tensors.items()}
-    return plan_model(transforms, specs, config)
+    return plan_model(transforms, specs, config, index=save.assets.files.get(INDEX))
 
 
 def _write_shards(

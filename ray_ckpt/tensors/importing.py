@@ -28,7 +28,7 @@ from ray_ckpt.tensors.contents import Contents
 from ray_ckpt.tensors.hf_reader import HfReader
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.root_writer import RootWriter
-from ray_ckpt.tensors.run import CONFIG, TEXTS, HfAssets, Run
+from ray_ckpt.tensors.run import CONFIG, HfAssets, Run, is_asset
 from ray_ckpt.tensors.sources import Naming, open_source
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
 
@@ -110,12 +110,8 @@ def _assets(path: str, family: str | None) -> HfAssets:
     """What lies beside the weights, and the family: the one given, or its config's."""
     parent, _, folder = path.rstrip("/").rpartition("/")
     store = open_catalog(parent or ("/" if path.startswith("/") else ".")).store
-    texts = [name for name in sizes_in(store, folder) if name.endswith(TEXTS) and "/" not in name]
-    files = {
-        name: store.read(f"{folder}/{name}")
-        for name in sorted(texts)
-        if not name.endswith(".index.json")
-    }
+    found = sorted(name for name in sizes_in(store, folder) if is_asset(name) and "/" not in name)
+    files = {name: store.read(f"{folder}/{name}") for name in found}
     if CONFIG not in files:
         raise ConfigError(
             f"the folder holds no {CONFIG}, which says what model it is",

@@ -11,7 +11,9 @@ from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.policy import LifecyclePolicy
 
 CONFIG = "config.json"
-TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+INDEX = "model.safetensors.index.json"
+"""Of a base model: an export is cut into files as that is."""
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """How a tokenizer's and a model's own files end; code from the Hub is not taken along."""
 
 
@@ -27,15 +29,17 @@ class HfAssets:
     @classmethod
     def of_folder(cls, family: str, folder: str | Path) -> "HfAssets":
         """What a local Hugging Face folder holds beside its weights."""
-        files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in TEXTS]
-        return cls(
-            family=family,
-            files={p.name: p.read_bytes() for p in files if not p.name.endswith(".index.json")},
-        )
+        paths = [path for path in sorted(Path(folder).iterdir()) if is_asset(path.name)]
+        return cls(family=family, files={path.name: path.read_bytes() for path in paths})
 
     def config(self) -> dict[str, Any] | None:
         """What `config.json` says; None if it is not among the files."""
         return json.loads(self.files[CONFIG]) if CONFIG in self.files else None
+
+
+def is_asset(name: str) -> bool:
+    """Whether a file of a Hugging Face folder is taken along with its weights."""
+    return name == INDEX or (name.endswith(_TEXTS) and not name.endswith(".index.json"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
