@@ -51,6 +51,9 @@ class Commit(Protocol):
     """Whether shards must be named after their save (`names.shard_prefix`), because they stay where
     they are when the folder is set aside and written anew."""
 
+    is_staging_shared: bool
+    """Whether every rank that sees the root has the same staging folder."""
+
     def staging(self, attempt: str) -> Path:
         """A local folder where this process writes the files of `attempt`.
 
@@ -139,6 +142,7 @@ class RenameCommit:
     """For a POSIX folder, where one rename shows or hides a whole folder."""
 
     names_shards_by_save = False
+    is_staging_shared = True
 
     def __init__(self, store: LocalStore) -> None:
         self._store = store

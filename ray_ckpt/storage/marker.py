@@ -26,6 +26,7 @@ class MarkerCommit:
     """For an object store, where the manifest's own PUT and DELETE show and hide a folder."""
 
     names_shards_by_save = True
+    is_staging_shared = False
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -1,8 +1,9 @@
 """The last save as a Hugging Face folder, written by the ranks that train; no checkpoint beside it.
 
     plan      the export's own, recorded on the shapes of the live model: the same on every rank
-    shards    file i is made by rank i modulo the world size; for each tensor the ranks that hold
-              its pieces bring them together, one tensor after the other
+    files     on a file system that all ranks see each writes its own rows (`shared_files`);
+              for an object store file i is made by rank i modulo the world size, to which the
+              others bring what they hold, one tensor after the other
     finish    rank 0 writes the rest and commits the folder, as an export from storage does
 
 Training waits for it: it is the last thing a run does. Its tensors are bit for bit what an export
@@ -36,6 +37,7 @@ from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.run import INDEX, HfAssets
 from ray_ckpt.tensors.shard_writer import write_shard
+from ray_ckpt.tensors.shared_files import write_together
 from ray_ckpt.tensors.transforms import StateDictTransforms
 
 
@@ -98,7 +100,9 @@ def save_hf(save: HfSave, model: ModelWrapper, ranks: Ranks) -> None:
     staging = ranks.together(lambda: save.catalog.commit.staging(attempt))
     folder = names.export_dir(save.what.name, save.draft.step)
     try:
-        written = _write_shards(plan, tensors, ranks, folder=staging)
+        is_shared = save.catalog.commit.is_staging_shared
+        write = write_together if is_shared else _write_shards
+        written = write(plan, tensors, ranks, folder=staging)
         ranks.together(lambda: save.catalog.commit.contribute(staging, folder))
         ranks.on_coordinator(lambda: _commit(save, plan, written, staging))
     except BaseException:
