@@ -6,6 +6,7 @@ python -m jobs.bench vote         what a save() that finds nothing due costs on 
 python -m jobs.bench manager      what a look at a root costs, by the number of its steps
 python -m jobs.bench beside       what a training step takes while exports run beside it
 python -m jobs.bench export       a step becomes a Hugging Face folder: ours, others, a bare copy
+python -m jobs.bench last         a last save becomes one, written by the ranks that train
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 from jobs.bench.beside import measure_beside
 from jobs.bench.export import measure_exports
 from jobs.bench.integrity import measure_integrity
+from jobs.bench.last import measure_last_saves
 from jobs.bench.manager import measure_looks
 from jobs.bench.plan import measure_plans
 from jobs.bench.vote import measure_votes
@@ -33,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--layers", type=int, help="plan: fewer layers than the real models have")
     parser.add_argument(
-        "--size-mb", type=int, default=512, help="integrity, beside, export: of the weights"
+        "--size-mb", type=int, default=512, help="integrity, beside, export, last: of weights"
     )
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
-    parser.add_argument("--folder", type=Path, help="integrity, beside, export: the disk to use")
+    parser.add_argument("--folder", type=Path, help="the disk to use, but for vote")
     parser.add_argument("--root", help="manager: a folder or s3://bucket/prefix to measure on")
     parser.add_argument("--steps", default="10,100,1000", help="manager: how many, in turn")
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
@@ -71,6 +73,12 @@ def export(parsed: argparse.Namespace) -> Sequence[Any]:
         return measure_exports(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
 
 
+def last(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of last saves; what was written is removed."""
+    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
+        return measure_last_saves(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
+
+
 def vote(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows about a step without a save."""
     return measure_votes(parsed.repeats)
@@ -92,6 +100,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "manager": manager,
     "beside": beside,
     "export": export,
+    "last": last,
 }
 
 

@@ -85,3 +85,15 @@ def test_exports_are_measured_beside_others_and_a_bare_copy(tmp_path: Path) -> N
         assert ours["what"] == "ray_ckpt export"
         assert ours["written_mb"] < min(other["written_mb"] for other in others)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_last_saves_are_measured_beside_torchtitans_and_a_raw_write(tmp_path: Path) -> None:
+    words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
+    _, rows = measure("last", *words)
+    assert [row["what"] for row in rows] == [
+        f"{dtype}: {what}"
+        for dtype in ("float32", "bfloat16")
+        for what in ("raw write", "ray_ckpt", "TorchTitan")
+    ]
+    assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)
+    assert list(tmp_path.iterdir()) == []

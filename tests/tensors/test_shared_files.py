@@ -120,13 +120,21 @@ def _write(folder: str, how: str) -> list[Any]:
     return [e.path for e in write_together(_plan(), tensors, Ranks(), folder=Path(folder))]
 
 
-@pytest.mark.parametrize("how", ["rows", "columns", "copies", "plain", "replicas of shards"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("how", "num_ranks"),
+    [
+        ("rows", 1),
+        ("rows", 2),
+        ("rows", 4),
+        ("columns", 2),
+        ("copies", 2),
+        ("plain", 2),
+        ("replicas of shards", 4),
+    ],
+)
 def test_whatever_each_rank_holds_the_files_are_the_same(
     tmp_path: Path, how: str, num_ranks: int
 ) -> None:
-    if how == "replicas of shards" and num_ranks == 1:
-        pytest.skip("one rank has no replica")
     told = run(_write, str(tmp_path), how, num_ranks=num_ranks)
     assert all(sorted(paths) == ["one.safetensors", "two.safetensors"] for paths in told)
     made = {k: t for path in tmp_path.iterdir() for k, t in load_file(path).items()}
