@@ -12,7 +12,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.digests import find_damage
 from tests.waiting import PATIENCE_S
 
-MODEL_MB, LIMIT_MB = 300, 75
+MODEL_MB, LIMIT_MB = 560, 140
 EXPORT = """
 import resource, sys, threading
 threading.stack_size(1 << 18)  # stacks count as well
