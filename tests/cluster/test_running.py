@@ -206,8 +206,8 @@ def test_actions_run_beside_a_trainer_that_holds_every_cpu_and_gpu_close_to_the_
     """The resource recipe of the README: slots of `ckpt_io` beside the trainers' CPUs and GPUs."""
     policy = copying(str(tmp_path / "copies"), limits=Limits(per_node=1))
     make_root(root, (10, 20), policy)
-    # a slot to spare: Ray hears late that one is free, and would send the next action elsewhere
-    both = [nodes.add(num_gpus=1, num_slots=2), nodes.add(num_gpus=1, num_slots=2)]
+    # slots to spare: Ray hears late that one is free, and would send the next action elsewhere
+    both = [nodes.add(num_gpus=1, num_slots=8), nodes.add(num_gpus=1, num_slots=8)]
     trainer = {"CPU": 1.0, "GPU": 1.0}
     head = max(node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"])
     everything = [trainer, trainer, {"CPU": head}]
