@@ -183,7 +183,8 @@ def test_an_export_whose_node_dies_is_made_once_on_another(
     root: str, nodes: Nodes, crank: Cranks
 ) -> None:
     """Scenario 32: the node goes while an export runs there."""
-    make_root(root, (10,), LifecyclePolicy(export=(HF,)))
+    large = replace(TINY, dim=1024, ffn_dim=2816, num_layers=6)  # its export is seen at work
+    make_root(root, (10,), LifecyclePolicy(export=(HF,)), sizes=large)
     both = [nodes.add(num_slots=1), nodes.add(num_slots=1)]
     manager = crank(root, OnlyOn(*(node.find_id() for node in both)))
     home = manager.beat_of(ActionKind.EXPORT).node
