@@ -6,16 +6,12 @@ once more, into whole files; the names and permutations it gets from our adapter
 
 import json
 import mmap
-import multiprocessing
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -28,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from jobs.assets import make_assets
 from jobs.bench.models import config_of
 from jobs.bench.timing import Timing, interleaved
+from jobs.bench.two_ranks import NUM_RANKS, on_two_ranks
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig
 from ray_ckpt import CheckpointManager, HuggingFace, ModelWrapper, SaveConfig, TrainingState
@@ -37,41 +34,22 @@ from ray_ckpt.storage.posix import sync_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, cast_floating
 
-NUM_RANKS = 2
 NUM_FILES = 4
 
 
 def measure_last_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Timing]:
     """Rank 0's times; the model has `size_mb` megabytes in float32."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(dir=folder) as store:
-        ranks = [
-            context.Process(target=_rank, args=(rank, store, size_mb, repeats, send))
-            for rank in range(NUM_RANKS)
-        ]
-        for rank in ranks:
-            rank.start()
-        send.close()
-        try:
-            return receive.recv()
-        finally:
-            for rank in ranks:
-                rank.join()
+    return on_two_ranks(partial(_measured, size_mb, repeats), below=folder)
 
 
-def _rank(rank: int, folder: str, size_mb: int, repeats: int, send: Connection) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS
-    )
+def _measured(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
     config = config_of(size_mb)
     model = Decoder(config, VOCAB_SIZE)
     mesh = init_device_mesh("cpu", (NUM_RANKS,))
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    out = Path(folder, "out")
+    out = folder / "out"
     ways: dict[str, Callable[[], object]] = {}
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     for dtype in dtypes:
@@ -80,10 +58,7 @@ def _rank(rank: int, folder: str, size_mb: int, repeats: int, send: Connection) 
             f"{dtype}: ray_ckpt": partial(_ours, model, config, out, dtype),
             f"{dtype}: TorchTitan": partial(_theirs, model, config, out, dtype),
         }
-    timings = interleaved(ways, repeats, prepare=partial(_clear, out))
-    if rank == 0:
-        send.send(timings)
-    dist.destroy_process_group()
+    return interleaved(ways, repeats, prepare=partial(_clear, out))
 
 
 def _clear(out: Path) -> None:

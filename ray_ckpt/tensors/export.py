@@ -159,7 +159,6 @@ def begin_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Expo
             manifest.
     """
     plan = plan_export(catalog, manifest, spec)
-    expect_sound_assets(_assets(catalog, manifest), plan.config)
     export_id = _id(manifest, spec, plan)
     parts = catalog.export_parts(export_id, spec.name, manifest.step)
     return Export(catalog=catalog, source=manifest, spec=spec, plan=plan, parts=parts)
@@ -192,6 +191,7 @@ def export_step(
     with reading(catalog.store, manifest.step, who=f"export {spec.name}"):
         _expect_the_same(catalog, manifest)  # a purge may have come before the lease
         export = begin_export(catalog, manifest, spec)
+        expect_sound_assets(_assets(catalog, manifest), export.plan.config)
         try:
             return _made(export, progress, crew)
         except StorageError:

@@ -33,7 +33,7 @@ from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_model
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.pending import PendingSave
-from ray_ckpt.tensors.ranks import Ranks
+from ray_ckpt.tensors.ranks import Ranks, raise_first
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.run import INDEX, HfAssets
 from ray_ckpt.tensors.shard_writer import write_shard
@@ -138,7 +138,7 @@ def _write_shards(
             own.append(write_shard(new_file(folder / shard.file), plan, shard, _Held(whole)))
         except Exception as error:  # noqa: BLE001  the other ranks still need this one's pieces
             errors.append(error)
-    ranks.together(lambda: _raise_first(errors))
+    ranks.together(lambda: raise_first(errors))
     return [entry for entries in ranks.gather(own) for entry in entries]
 
 
@@ -213,8 +213,3 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _raise_first(errors: list[Exception]) -> None:
-    if errors:
-        raise errors[0]

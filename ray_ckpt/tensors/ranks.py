@@ -37,6 +37,12 @@ def sentence(error: CheckpointException) -> str:
     return ", ".join(f"rank {rank}: {cause!r}" for rank, cause in causes(error).items())
 
 
+def raise_first(errors: list[Exception]) -> None:
+    """Raises what went wrong here first, put off until the other ranks needed this one no more."""
+    if errors:
+        raise errors[0]
+
+
 class Phase(IntEnum):
     """How far one rank has come in one save."""
 

@@ -23,7 +23,7 @@ from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.posix import sync_file, translated
 from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard
 from ray_ckpt.tensors.gate import Values
-from ray_ckpt.tensors.ranks import Ranks
+from ray_ckpt.tensors.ranks import Ranks, raise_first
 from ray_ckpt.tensors.recording import Output
 from ray_ckpt.tensors.safetensors_file import header, in_file_order
 from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, bytes_of
@@ -78,7 +78,7 @@ def write_together(
         for name, place in _places(plan, shard, len(fronts[shard.file])).items():
             file.write(name, place, errors)
         _attempt(file.close, errors)
-    ranks.together(lambda: _raise_first(errors))
+    ranks.together(lambda: raise_first(errors))
     own = ranks.together(
         lambda: [
             describe_file(folder / shard.file, shard.file, STRONG_ALGORITHM)
@@ -247,8 +247,3 @@ def _attempt(act: Callable[[], None], errors: list[Exception]) -> None:
         act()
     except Exception as error:  # noqa: BLE001  the other ranks still need this one's pieces
         errors.append(error)
-
-
-def _raise_first(errors: list[Exception]) -> None:
-    if errors:
-        raise errors[0]
