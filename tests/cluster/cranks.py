@@ -8,7 +8,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ray_ckpt.cluster.executors import Executor, RayTasks
+from ray_ckpt.cluster.executors import Executor, RayTasks, Running
 from ray_ckpt.cluster.nodes import kill_if_same
 from ray_ckpt.cluster.reconciler import Reconciler, Round
 from ray_ckpt.cluster.tasks import Attempt, run_action
@@ -73,9 +73,17 @@ class OnlyOn(RayTasks):
 
     def __init__(self, *ids: str | None) -> None:
         self._ids = ids
+        self.asked: dict[tuple[int, ActionKind], str | None] = {}
+        """By step and kind, the node that Ray was asked for; it may take another one."""
 
     def nodes(self) -> Sequence[LiveNode]:
         return [node for node in super().nodes() if node.id in self._ids]
+
+    def start(self, root: str, attempt: Attempt, placement: Placement | None) -> Running:
+        self.asked[attempt.action.step, attempt.action.kind] = (
+            placement.node.id if placement else None
+        )
+        return super().start(root, attempt, placement)
 
 
 class Unreachable:
