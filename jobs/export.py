@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.perform import perform_on_cluster
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype
+from ray_ckpt.core.config import MAX_SHARD_BYTES, Device, Dtype, ExportFormat
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.backends import open_catalog
 
@@ -29,8 +29,14 @@ class ExportConfig:
     """What floating-point tensors are cast to."""
     flavors: Mapping[str, str] = field(default_factory=dict[str, str])
     """Converter to what it is exported as: `flavors.lora=peft`."""
+    format: ExportFormat = "safetensors"
+    """Of the weights: safetensors files, or one file for `torch.load`."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     """Of each safetensors file."""
+    device: Device = "cpu"
+    """Where merges are computed."""
+    logits_within: float | None = None
+    """Compare the logits of the run's prompt with the recorded ones, as in 0.02."""
     allow_non_finite: bool = False
     """Also with NaN or Inf in the weights."""
     allow_zeros: bool = False
@@ -47,7 +53,10 @@ def main() -> None:
         name=config.name,
         dtype=config.dtype,
         flavors=config.flavors,
+        format=config.format,
         max_shard_bytes=config.max_shard_bytes,
+        device=config.device,
+        logits_within=config.logits_within,
         allow_non_finite=config.allow_non_finite,
         allow_zeros=config.allow_zeros,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.perform import perform_on_cluster
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import publish_action
 from ray_ckpt.storage.backends import open_catalog
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
     from ray_ckpt.tensors.adapters import StateDictAdapter
     from ray_ckpt.tensors.converters import ModelConverter
+    from ray_ckpt.tensors.logits import Reference
     from ray_ckpt.tensors.manager import CheckpointManager
     from ray_ckpt.tensors.model_wrapper import ModelWrapper, StateDictMode
     from ray_ckpt.tensors.run import HfAssets, Run
@@ -34,6 +35,7 @@ __all__ = [
     "ModelOnly",
     "ModelWrapper",
     "RayCkptError",
+    "Reference",
     "Run",
     "SaveConfig",
     "Source",
@@ -57,6 +59,7 @@ _HOME = {
     "ModelOnly": "ray_ckpt.core.saving",
     "ModelWrapper": "ray_ckpt.tensors.model_wrapper",
     "RayCkptError": "ray_ckpt.core.errors",
+    "Reference": "ray_ckpt.tensors.logits",
     "Run": "ray_ckpt.tensors.run",
     "SaveConfig": "ray_ckpt.core.saving",
     "Source": "ray_ckpt.core.loading",

@@ -1,6 +1,7 @@
 """A root with committed steps, made by the real CheckpointManager in this one process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, init_weights
 from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.saving import SaveConfig
+from ray_ckpt.tensors.logits import Reference
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.run import HfAssets, Run
@@ -25,6 +27,7 @@ def make_root(
     *,
     sizes: DecoderConfig = TINY,
     files: Mapping[str, bytes] | None = None,
+    reference: Callable[[Decoder], Reference] | None = None,
 ) -> Decoder:
     """Commits `steps` under `root`, the last one as the run's last; returns the model.
 
@@ -39,7 +42,7 @@ def make_root(
         TrainingState(model=ModelWrapper(model), optimizer=optimizer),
         config=SaveConfig(every_steps=1, mode="sync"),
         assets=HfAssets(family="llama", files={**make_assets(sizes).files, **(files or {})}),
-        run=Run(policy=policy),
+        run=Run(policy=policy, reference=partial(reference, model) if reference else None),
     )
     for step in steps:
         model(torch.randint(0, 256, (1, 8))).sum().backward()

@@ -94,11 +94,11 @@ class Patient:
     def takes(self, action: Action) -> bool:
         return self._executor.takes(action)
 
-    def why_waiting(self) -> str:
-        return self._executor.why_waiting()
+    def why_waiting(self, action: Action) -> str:
+        return self._executor.why_waiting(action)
 
-    def has_room(self) -> bool:
-        return self._executor.has_room()
+    def has_room(self, action: Action) -> bool:
+        return self._executor.has_room(action)
 
     def end_process(self, beat: Beat) -> None:
         self._executor.end_process(beat)

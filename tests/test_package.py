@@ -23,6 +23,7 @@ PUBLIC = [
     "ModelOnly",
     "ModelWrapper",
     "RayCkptError",
+    "Reference",
     "Run",
     "SaveConfig",
     "Source",

@@ -23,7 +23,7 @@ from jobs.bench.models import STEP, commit_model
 from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig, init_weights
 from ray_ckpt.cluster.priority import give_way
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export import export_step
 

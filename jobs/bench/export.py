@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from jobs.bench.models import STEP, commit_model
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.config import Dtype
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.file_blocks import new_file
 from ray_ckpt.storage.posix import sync_file

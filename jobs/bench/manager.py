@@ -132,10 +132,10 @@ class _AtOnce:
     def takes(self, action: Action) -> bool:
         return True
 
-    def why_waiting(self) -> str:
+    def why_waiting(self, action: Action) -> str:
         return "waits for nothing"
 
-    def has_room(self) -> bool:
+    def has_room(self, action: Action) -> bool:
         return True
 
     def end_process(self, beat: Beat) -> None:

@@ -19,9 +19,10 @@ from ray_ckpt.cli.output import (
     step_option,
 )
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
-from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype
+from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.config import MAX_SHARD_BYTES, Device, Dtype, ExportFormat
 from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
 
@@ -66,6 +67,18 @@ class Size(click.ParamType):
     "--max-shard-size", "max_shard_bytes", type=Size(), default=MAX_SHARD_BYTES,
     metavar="SIZE", help="Of each file of weights: 5GB (the default), 500MB, 4GiB.",
 )  # fmt: skip
+@click.option(
+    "--format", "file_format", type=click.Choice(["safetensors", "torch"]), default="safetensors",
+    help="Of the weights: safetensors files (the default), or one file for torch.load.",
+)  # fmt: skip
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu",
+    help="Where merges are computed; cpu is the default.",
+)  # fmt: skip
+@click.option(
+    "--logits-within", type=click.FloatRange(min=0), metavar="DIFFERENCE",
+    help="Compare the logits of the run's prompt with the recorded ones, as in 0.02.",
+)  # fmt: skip
 @click.option("--allow-non-finite", is_flag=True, help="Also with NaN or Inf in the weights.")
 @click.option("--allow-zeros", is_flag=True, help="Also with a matrix that is nothing but zeros.")
 @click.option("--to", "destination", help="Also publish it there: /path, s3://..., hf://org/repo.")
@@ -78,6 +91,9 @@ def export(
     dtype: Dtype,
     forms: tuple[str, ...],
     max_shard_bytes: int,
+    file_format: ExportFormat,
+    device: Device,
+    logits_within: float | None,
     allow_non_finite: bool,
     allow_zeros: bool,
     destination: str | None,
@@ -97,7 +113,10 @@ def export(
         name=name or "-".join((*flavors.values(), _NAMES[dtype])),
         dtype=dtype,
         flavors=flavors,
+        format=file_format,
         max_shard_bytes=max_shard_bytes,
+        device=device,
+        logits_within=logits_within,
         allow_non_finite=allow_non_finite,
         allow_zeros=allow_zeros,
     )

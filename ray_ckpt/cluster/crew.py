@@ -21,12 +21,12 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_ckpt.cluster import nodes, priority
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import ConflictError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.tensors.export import Export, begin_export
-from ray_ckpt.tensors.export_plan import OutputShard
+from ray_ckpt.tensors.exporting import Export, begin_export
+from ray_ckpt.tensors.output_shards import OutputShard
 
 log = logging.getLogger("ray_ckpt")
 _LOOK_EVERY_S = 0.2
@@ -165,7 +165,9 @@ class _Work:
         if asked_at is not None and now - asked_at < _ASK_FOR_ROOM_EVERY_S:
             return
         self._asked_for_room_at = now
-        for _ in range(min(len(self._left), nodes.room_for_helpers(len(self._helpers)))):
+        num_gpus = self._export.spec.num_gpus
+        room = nodes.room_for_helpers(len(self._helpers), num_gpus=num_gpus)
+        for _ in range(min(len(self._left), room)):
             self._helpers.append(self._sent(self._left.pop()))
 
     def _sent(self, shard: OutputShard) -> _Helper:
@@ -181,6 +183,7 @@ class _Work:
         task = ray.remote(make_shard).options(
             name=f"{self._title} {files.index(shard.file) + 1}/{len(files)}",
             max_retries=0,
+            num_gpus=export.spec.num_gpus,
             **nodes.options_of_helper(),
         )
         return _Helper(task.remote(order), shard, time.monotonic())

@@ -61,12 +61,12 @@ class Executor(Protocol):
         """
         ...
 
-    def why_waiting(self) -> str:
-        """What an attempt that has not begun waits for."""
+    def why_waiting(self, action: Action) -> str:
+        """What an attempt at it that has not begun waits for."""
         ...
 
-    def has_room(self) -> bool:
-        """Whether what has not begun waits for nothing that anybody could name."""
+    def has_room(self, action: Action) -> bool:
+        """Whether an attempt at it that has not begun waits for nothing that can be named."""
         ...
 
     def end_process(self, beat: Beat) -> None:
@@ -96,6 +96,7 @@ class RayTasks:
         task = ray.remote(run_on_ray).options(
             name=attempt.title,
             max_retries=0,
+            num_gpus=attempt.action.num_gpus,
             **nodes.options_of(placement),
         )
         return _RayTask(task.remote(root, attempt))
@@ -104,13 +105,13 @@ class RayTasks:
         """Every one: a node that is not of the cluster is a lost one."""
         return True
 
-    def why_waiting(self) -> str:
-        """A slot, most likely."""
-        return nodes.why_waiting()
+    def why_waiting(self, action: Action) -> str:
+        """A slot or a GPU, most likely."""
+        return nodes.why_waiting(num_gpus=action.num_gpus)
 
-    def has_room(self) -> bool:
-        """A slot is free, or none is needed."""
-        return nodes.has_free_slot()
+    def has_room(self, action: Action) -> bool:
+        """A slot is free, or none is needed, and a GPU where it wants one."""
+        return nodes.has_room(num_gpus=action.num_gpus)
 
     def end_process(self, beat: Beat) -> None:
         """By a task on its node."""
@@ -174,11 +175,11 @@ class Threads:
         """Whether it is not for another host alone."""
         return action.node is None or action.node.host == socket.gethostname()
 
-    def why_waiting(self) -> str:
+    def why_waiting(self, action: Action) -> str:
         """Its one thread, which a hanging attempt never gives back."""
         return "waits for the one before it, which was given up, to let its thread go"
 
-    def has_room(self) -> bool:
+    def has_room(self, action: Action) -> bool:
         """Never: an attempt that waits, waits for the thread."""
         return False
 

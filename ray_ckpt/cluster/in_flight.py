@@ -132,7 +132,7 @@ class InFlight:
             watch = flight.watch.without(deaf_s).after(beat, now)
             flight = replace(flight, watch=watch)
             self._flights[key] = flight
-            why = watch.why_dead(limits, now) or self._why_lost(watch, limits, now)
+            why = watch.why_dead(limits, now) or self._why_lost(flight, limits, now)
             if why is not None:
                 self.stop(key)
                 given_up.append((flight, TransientError(why, self._store.uri, _SAFE)))
@@ -159,8 +159,7 @@ class InFlight:
         waiting = [f for f in self._flights.values() if f.watch.has_waited(WAITS_AFTER_S, now)]
         if not waiting:
             return []
-        why = self._executor.why_waiting()
-        return [f"{flight.attempt.title} {why}" for flight in waiting]
+        return [f"{f.attempt.title} {self._executor.why_waiting(f.action)}" for f in waiting]
 
     def sweep(self) -> None:
         """What attempts of dead managers left is gone; looked for now and then, and at first."""
@@ -172,12 +171,13 @@ class InFlight:
         if swept:
             log.info("swept signs of life of dead attempts num=%d", len(swept))
 
-    def _why_lost(self, watch: Watch, limits: Limits, now: float) -> str | None:
+    def _why_lost(self, flight: Flight, limits: Limits, now: float) -> str | None:
         """Why an attempt that was never heard of is given up; None while it may wait for its turn.
 
         Its process, if it has one, is unknown: should it wake up, it finds that it was given up.
         """
-        if not watch.has_waited(limits.stalled_after_s, now) or not self._executor.has_room():
+        watch, has_room = flight.watch, self._executor.has_room
+        if not watch.has_waited(limits.stalled_after_s, now) or not has_room(flight.action):
             return None
         return f"it has not begun for {now - watch.begun_at:.0f} s although there is room for it"
 

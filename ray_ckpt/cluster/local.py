@@ -54,13 +54,14 @@ class LocalJobs:
         """What the job printed.
 
         Raises:
-            RayCkptError: it failed; the message holds the end of its log.
+            RayCkptError: it failed; the message holds what Ray says and the end of its log.
         """
         text = self._client.get_job_logs(job).strip()
-        if self._client.get_job_status(job) is not JobStatus.SUCCEEDED:
+        info = self._client.get_job_info(job)
+        if info.status is not JobStatus.SUCCEEDED:
             tail = "\n".join(text.splitlines()[-_LOG_LINES:])
             raise RayCkptError(
-                f"the job {job} failed; the end of its log:\n{tail}",
+                f"the job {job} failed: {info.message}\nthe end of its log:\n{tail}",
                 safe="every committed step is safe",
             )
         return text

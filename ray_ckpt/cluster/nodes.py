@@ -57,27 +57,30 @@ def options_of(placement: Placement) -> dict[str, Any]:
     }
 
 
-def why_waiting() -> str:
+def why_waiting(*, num_gpus: int) -> str:
     """What a task that Ray has not begun waits for, as far as one look tells."""
-    total = ray.cluster_resources().get(IO_RESOURCE)
-    if total is None:
+    if _free("GPU") < num_gpus:
+        return f"waits for a GPU: {_free('GPU'):.0f} of {_total('GPU'):.0f} free"
+    if not _total(IO_RESOURCE):
         return "waits for a worker process of Ray"
-    return f"waits for a slot of {IO_RESOURCE}: {_free_slots():.0f} of {total:.0f} free"
+    free, total = _free(IO_RESOURCE), _total(IO_RESOURCE)
+    return f"waits for a slot of {IO_RESOURCE}: {free:.0f} of {total:.0f} free"
 
 
-def has_free_slot() -> bool:
+def has_room(*, num_gpus: int) -> bool:
     """Whether a task could begin now; where nobody has slots none is needed."""
-    return IO_RESOURCE not in ray.cluster_resources() or _free_slots() >= 1.0
+    has_slot = not _total(IO_RESOURCE) or _free(IO_RESOURCE) >= 1.0
+    return has_slot and _free("GPU") >= num_gpus
 
 
-def room_for_helpers(num_sent: int) -> int:
+def room_for_helpers(num_sent: int, *, num_gpus: int) -> int:
     """How many tasks could begin now that only help, beside so many of them.
 
     Where nobody has slots each other node takes one.
     """
-    if IO_RESOURCE in ray.cluster_resources():
-        return int(_free_slots())
-    return max(0, len(living_nodes()) - 1 - num_sent)
+    others = len(living_nodes()) - 1 - num_sent
+    room = int(_free(IO_RESOURCE)) if _total(IO_RESOURCE) else max(0, others)
+    return min(room, int(_free("GPU"))) if num_gpus else room
 
 
 def options_of_helper() -> dict[str, Any]:
@@ -90,8 +93,12 @@ def options_of_helper() -> dict[str, Any]:
     }
 
 
-def _free_slots() -> float:
-    return ray.available_resources().get(IO_RESOURCE, 0.0)
+def _total(resource: str) -> float:
+    return ray.cluster_resources().get(resource, 0.0)
+
+
+def _free(resource: str) -> float:
+    return ray.available_resources().get(resource, 0.0)
 
 
 def end_process(beat: Beat) -> None:

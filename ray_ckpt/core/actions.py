@@ -8,11 +8,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any
 
-from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype
 from ray_ckpt.core.draft import Node
 from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.failures import (
     BLOCKED_FOR_S,
     BLOCKS,
@@ -24,46 +24,7 @@ from ray_ckpt.core.failures import (
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, move_action
 
 MAX_INTERRUPTIONS = 8
-_FLAVOR = "flavor."
-_CUT = "max_shard_bytes"
 _INTERRUPTED = "interrupted"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportSpec:
-    """What kind of export."""
-
-    name: str
-    dtype: Dtype = "bfloat16"
-    flavors: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Converter to what it is exported as, for example `{"lora": "peft"}`; each has a default."""
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    """Of each safetensors file; one that holds a single larger tensor is as large as that."""
-    allow_non_finite: bool = False
-    """Also export a step with NaN or Inf in its weights."""
-    allow_zeros: bool = False
-    """Also with a matrix that is nothing but zeros."""
-
-    @property
-    def recipe(self) -> dict[str, str]:
-        """What the manifest of such an export says of how it was made."""
-        flavors = {f"{_FLAVOR}{name}": flavor for name, flavor in self.flavors.items()}
-        cut = {} if self.max_shard_bytes == MAX_SHARD_BYTES else {_CUT: str(self.max_shard_bytes)}
-        return {"name": self.name, "dtype": self.dtype, **flavors, **cut}
-
-    @classmethod
-    def of_recipe(cls, recipe: Mapping[str, str]) -> "ExportSpec":
-        """What was asked for when an export of this recipe was made."""
-        return cls(
-            name=recipe["name"],
-            dtype=cast(Dtype, recipe["dtype"]),
-            flavors={
-                key.removeprefix(_FLAVOR): flavor
-                for key, flavor in recipe.items()
-                if key.startswith(_FLAVOR)
-            },
-            max_shard_bytes=int(recipe.get(_CUT, MAX_SHARD_BYTES)),
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +52,13 @@ class Action:
         """Idempotency key: 16 hex digits over everything that makes the action what it is."""
         text = json.dumps(self.to_document(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def num_gpus(self) -> int:
+        """So many a task that carries it out works with."""
+        if self.kind is not ActionKind.EXPORT or self.export is None:
+            return 0
+        return self.export.num_gpus
 
     @property
     def title(self) -> str:

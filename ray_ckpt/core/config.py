@@ -18,6 +18,8 @@ from ray_ckpt.core.names import is_word
 
 Config = TypeVar("Config")
 Dtype = Literal["float32", "bfloat16", "float16"]
+ExportFormat = Literal["safetensors", "torch"]
+Device = Literal["cpu", "cuda"]
 MAX_SHARD_BYTES = 5_000_000_000
 """Of one file of weights, unless somebody asks for another size."""
 

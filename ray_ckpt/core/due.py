@@ -8,7 +8,7 @@ were made, so that purging the best one does not make the second best worth an e
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation
 from ray_ckpt.core.policy import ExportPolicy, WhenBehind
@@ -52,7 +52,10 @@ def spec_of(policy: ExportPolicy) -> ExportSpec:
         name=policy.name,
         dtype=policy.dtype,
         flavors=policy.flavors,
+        format=policy.format,
         max_shard_bytes=policy.max_shard_bytes,
+        device=policy.device,
+        logits_within=policy.logits_within,
     )
 
 

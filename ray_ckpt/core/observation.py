@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.draft import Draft
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.pins import Pin

@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype, a_word, at_least, build, parse_toml
+from ray_ckpt.core.config import (
+    MAX_SHARD_BYTES,
+    Device,
+    Dtype,
+    ExportFormat,
+    a_word,
+    at_least,
+    build,
+    parse_toml,
+)
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.limits import Limits
 from ray_ckpt.core.retention import (
@@ -54,8 +63,14 @@ class ExportPolicy:
     """Export these steps."""
     flavors: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     """Converter to what it is exported as, for example `lora = "peft"`."""
+    format: ExportFormat = "safetensors"
+    """Several safetensors files, or one file for `torch.load`: `torch`."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     """Of each safetensors file."""
+    device: Device = "cpu"
+    """Where merges are computed; with `cuda` the task asks for one GPU."""
+    logits_within: float | None = None
+    """Refuse an export whose logits of the run's prompt are further from the recorded ones."""
     when_behind: WhenBehind = "all"
     """When steps come faster than exports: make each all the same, or of those that only
     `every_steps` asks for and that wait, `newest`: older ones are superseded, copies included."""
@@ -64,6 +79,7 @@ class ExportPolicy:
         a_word("export.name", self.name)
         at_least(1, every_steps=self.every_steps, best=self.best)
         at_least(1, max_shard_bytes=self.max_shard_bytes)
+        at_least(0, logits_within=self.logits_within)
         _steps("export.steps", self.steps)
         _ranked_by("export", best=self.best, metric=self.metric, order=self.order)
         if not (self.every_steps or self.last_step or self.best or self.steps):

@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from ray_ckpt.core.actions import Action, ExportSpec
+from ray_ckpt.core.actions import Action
 from ray_ckpt.core.due import DueExport, due_exports, is_export_of
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation, Request

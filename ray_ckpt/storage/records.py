@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.config import build
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.observation import Command, Request
 from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.storage.base import Store

@@ -16,7 +16,7 @@ from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.posix import write_synced
 from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.model_card import model_card
-from ray_ckpt.tensors.run import CONFIG, INDEX
+from ray_ckpt.tensors.run import CONFIG, INDEX, REFERENCE
 
 
 def write_companions(
@@ -24,7 +24,7 @@ def write_companions(
 ) -> None:
     """Everything beside the tensors that `from_pretrained` and a reader look for."""
     for name, data in assets.items():
-        if name not in (CONFIG, INDEX):
+        if name not in (CONFIG, INDEX, REFERENCE):
             write_synced(folder / name, data)
     write_synced(folder / plan.layout.config_file, _json(_config(plan)))
     if plan.index_file is not None:

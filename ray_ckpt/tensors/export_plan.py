@@ -6,16 +6,15 @@ Reads the step's `config.json` and nothing else.
 """
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ray_ckpt.core.actions import ExportSpec
-from ray_ckpt.core.config import MAX_SHARD_BYTES, Dtype
+from ray_ckpt.core.config import MAX_SHARD_BYTES, Device, Dtype, ExportFormat
 from ray_ckpt.core.errors import IntegrityError, StateDictError, UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import Manifest, ModelEntry
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.tensors.adapters import make_adapter
@@ -26,6 +25,12 @@ from ray_ckpt.tensors.converters import (
     make_converters,
 )
 from ray_ckpt.tensors.gate import expect_sound_plan
+from ray_ckpt.tensors.output_shards import (
+    OutputShard,
+    cut_into_shards,
+    in_one_torch_file,
+    is_sharded,
+)
 from ray_ckpt.tensors.reader import read_asset
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.run import CONFIG, INDEX
@@ -33,21 +38,8 @@ from ray_ckpt.tensors.transforms import StateDictTransforms
 
 _UNTOUCHED = "the checkpoint is untouched and can be resumed"
 _NAMES_TOLD = 3
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _BLOCKS_BYTES = 64_000_000
 """Read ahead, filled, digested and written at a time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputShard:
-    """One safetensors file of an export."""
-
-    file: str
-    sources: tuple[str, ...]
-    """Native tensors it is made of."""
-    outputs: tuple[str, ...]
-    """HF tensors it holds."""
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +53,9 @@ class ExportPlan:
     config: Mapping[str, Any]
     """The model's `config.json`, as it was saved."""
     shards: tuple[OutputShard, ...]
+    format: ExportFormat = "safetensors"
+    device: Device = "cpu"
+    """Where outputs that are no views are computed."""
     allow_non_finite: bool = False
     allow_zeros: bool = False
 
@@ -91,8 +86,10 @@ class ExportPlan:
 
     @property
     def index_file(self) -> str | None:
-        """Says which shard holds which tensor; None where the format knows one file only."""
-        return f"{self.layout.weights}.safetensors.index.json" if _is_sharded(self.layout) else None
+        """Says which shard holds which tensor; None where there can be one file only."""
+        if self.format == "torch" or not is_sharded(self.layout):
+            return None
+        return f"{self.layout.weights}.safetensors.index.json"
 
 
 def plan_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> ExportPlan:
@@ -117,8 +114,12 @@ def plan_export(catalog: Catalog, manifest: Manifest, spec: ExportSpec) -> Expor
     is_cut_as_asked = spec.max_shard_bytes != MAX_SHARD_BYTES
     index = None if is_cut_as_asked else read_asset(catalog, manifest, INDEX)
     plan = plan_model(transforms, inputs, config, max_shard_bytes=spec.max_shard_bytes, index=index)
+    if spec.format == "torch":
+        whole = in_one_torch_file(plan.shards, plan.layout)
+        plan = replace(plan, format=spec.format, shards=whole)
     return replace(
         plan,
+        device=spec.device,
         allow_non_finite=spec.allow_non_finite,
         allow_zeros=plan.allow_zeros or spec.allow_zeros,
     )
@@ -154,8 +155,8 @@ def plan_model(
         dtype=transforms.dtype,
         layout=layout,
         config=config,
-        shards=_shards(recording, layout, max_shard_bytes, _weight_map(index)),
-        allow_zeros=not _is_sharded(layout),  # an adapter begins with them
+        shards=cut_into_shards(recording, layout, max_shard_bytes=max_shard_bytes, index=index),
+        allow_zeros=not is_sharded(layout),  # an adapter begins with them
     )
 
 
@@ -238,85 +239,3 @@ def _layout(converters: tuple[ModelConverter, ...], recording: Recording) -> Exp
             f"export one of them in another form: --as {next(iter(changed))}=...",
         )
     return next(iter(changed.values()), WHOLE_MODEL)
-
-
-def _is_sharded(layout: ExportLayout) -> bool:
-    """Several files and their index are looked for under this one stem alone."""
-    return layout.weights == WHOLE_MODEL.weights
-
-
-def _weight_map(index: bytes | None) -> Mapping[str, str]:
-    """Tensor to file, as a base model's index says."""
-    try:
-        weight_map = {} if index is None else dict(json.loads(index)["weight_map"])
-        strange = {str(file) for file in weight_map.values() if not _SHARD.fullmatch(str(file))}
-    except (ValueError, KeyError, TypeError) as error:
-        weight_map, strange = {}, {repr(error)}
-    if strange:
-        raise IntegrityError(
-            f"{INDEX} is no index of safetensors files: {min(strange)}",
-            "hf_assets",
-            _UNTOUCHED,
-            "say how large files may be instead: --max-shard-size 4.9GB",
-        )
-    return weight_map
-
-
-def _shards(
-    recording: Recording,
-    layout: ExportLayout,
-    max_shard_bytes: int,
-    weight_map: Mapping[str, str],
-) -> tuple[OutputShard, ...]:
-    order = sorted(recording.outputs, key=_natural)  # the same from whichever order of inputs
-    sizes = {name: recording.outputs[name].spec.size_bytes for name in order}
-    if _is_sharded(layout) and weight_map.keys() >= sizes.keys():
-        files = _grouped(sizes, weight_map)
-    else:
-        groups = _split(sizes, max_shard_bytes) if _is_sharded(layout) else [list(sizes)]
-        files = {_file_name(layout, n, len(groups)): group for n, group in enumerate(groups)}
-    sources = {
-        file: [source for name in group for source in recording.outputs[name].sources]
-        for file, group in files.items()
-    }
-    return tuple(
-        OutputShard(
-            file=file,
-            sources=tuple(dict.fromkeys(sources[file])),
-            outputs=tuple(group),
-            size_bytes=sum(sizes[name] for name in group),
-        )
-        for file, group in files.items()
-    )
-
-
-def _grouped(names: Iterable[str], weight_map: Mapping[str, str]) -> dict[str, list[str]]:
-    """File to names, as the base model has them."""
-    files: dict[str, list[str]] = {}
-    for name in names:
-        files.setdefault(weight_map[name], []).append(name)
-    return dict(sorted(files.items()))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _split(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names in order, cut where the next one would make a shard too large; never none."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    return groups
-
-
-def _file_name(layout: ExportLayout, index: int, count: int) -> str:
-    if not _is_sharded(layout):
-        return f"{layout.weights}.safetensors"
-    return f"{layout.weights}-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -29,9 +29,10 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.file_blocks import new_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export_files import described, write_companions
-from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_model
+from ray_ckpt.tensors.export_plan import ExportPlan, plan_model
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.output_shards import OutputShard
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks, raise_first
 from ray_ckpt.tensors.recording import TensorSpec

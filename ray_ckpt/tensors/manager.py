@@ -43,7 +43,7 @@ from ray_ckpt.tensors.outcomes import Outcomes
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.root_writer import RootWriter
-from ray_ckpt.tensors.run import HfAssets, Run
+from ray_ckpt.tensors.run import REFERENCE, HfAssets, Run
 from ray_ckpt.tensors.saver import Saver
 from ray_ckpt.tensors.states import TrainingState
 from ray_ckpt.tensors.triggers import ASKED_FOR, TIME_HAS_COME, Heard, Listener
@@ -73,6 +73,7 @@ class CheckpointManager:
             refuse_own_formats(state.model)
         self._state = state
         self._assets = assets
+        self._reference = run.reference if run else None
         self._schedule = SaveSchedule(
             every_steps=self.config.every_steps,
             every_s=self.config.every_s,
@@ -326,12 +327,19 @@ class CheckpointManager:
         return SaveJob(
             catalog=self._catalog,
             draft=self._writer.draft(step, contents, is_last_step=last_step, metrics=metrics),
-            assets=self._assets.files if self._assets else {},
+            assets=self._files(),
             reserved=frozenset(self._parts),
             check_lease=self._writer.check_lease,
             supersedes=self._writer.branch,
             target=self._writer.target,
         )
+
+    def _files(self) -> dict[str, bytes]:
+        """What is saved beside the state. Collective, where the run gives a reference."""
+        files = dict(self._assets.files) if self._assets else {}
+        if self._reference is not None:
+            files[REFERENCE] = self._reference().to_bytes()
+        return files
 
 
 def _failed_before(error: RayCkptError | None) -> SaveError:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray_ckpt.core.manifest import Manifest, TensorEntry
-from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard
+from ray_ckpt.tensors.export_plan import ExportPlan
+from ray_ckpt.tensors.output_shards import OutputShard
 from ray_ckpt.tensors.recording import Output
 from ray_ckpt.tensors.views import View
 

@@ -80,9 +80,14 @@ class Recording:
         functions = (self.operations[index].function for index in steps)
         return tuple(getattr(function, "__name__", str(function)) for function in functions)
 
-    def each(self, names: Iterable[str], read: Read) -> Iterator[tuple[str, Tensor]]:
-        """Like `run`, one after the other, so that each can be let go before the next is made."""
-        return _Replay(self, tuple(names), read).outputs()
+    def each(
+        self, names: Iterable[str], read: Read, *, device: str = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Like `run`, one after the other, so that each can be let go before the next is made.
+
+        What is computed on another device than the CPU may differ in its last bits; it comes back.
+        """
+        return _Replay(self, tuple(names), read, torch.device(device)).outputs()
 
 
 def record(transform: Transform, inputs: Mapping[str, TensorSpec]) -> Recording:
@@ -116,7 +121,10 @@ def record(transform: Transform, inputs: Mapping[str, TensorSpec]) -> Recording:
 class _Replay:
     """One run of a recording on real tensors."""
 
-    def __init__(self, recording: Recording, names: Sequence[str], read: Read) -> None:
+    def __init__(
+        self, recording: Recording, names: Sequence[str], read: Read, device: torch.device
+    ) -> None:
+        self._device = device
         self._operations = recording.operations
         self._results = {name: recording.results[name] for name in names}
         self._read = read
@@ -133,10 +141,10 @@ class _Replay:
     def outputs(self) -> Iterator[tuple[str, Tensor]]:
         """Output by output, so that little is held at once."""
         for name, result in self._results.items():
-            with torch.no_grad():
+            with torch.no_grad(), self._device:
                 for index in self._steps[name]:
                     self._perform(index)
-            yield name, self._take(result.value)
+            yield name, self._take(result.value).cpu()
 
     def _perform(self, index: int) -> None:
         operation = self._operations[index]
@@ -151,9 +159,9 @@ class _Replay:
             return value
         holder = value.holder
         if isinstance(holder, Tensor):
-            return holder
+            return holder.to(self._device)
         if isinstance(holder, str) and holder not in self._held:
-            self._held[holder] = self._read(holder)
+            self._held[holder] = self._read(holder).to(self._device)
         found = self._held[holder]
         self._uses[holder] -= 1
         if not self._uses[holder]:

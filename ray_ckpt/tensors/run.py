@@ -9,10 +9,13 @@ from typing import Any
 from ray_ckpt.core.draft import Node
 from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.policy import LifecyclePolicy
+from ray_ckpt.tensors.logits import Reference
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 """Of a base model: an export is cut into files as that is."""
+REFERENCE = "reference.safetensors"
+"""What the trained model makes of a prompt; stays with the step."""
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 """How a tokenizer's and a model's own files end; code from the Hub is not taken along."""
 
@@ -52,6 +55,9 @@ class Run:
     """What is to happen after a save; None leaves the root's policy as it is."""
     on_event: Callable[[SaveEvent], None] | None = None
     """Called on rank 0 for every save that ended or was skipped; must not block."""
+    reference: Callable[[], Reference] | None = None
+    """Called on every rank whenever a step is saved: what the model makes of a short prompt. It is
+    saved with the step; `logits_within` compares an export with it."""
     node: Node | None = None
     """Where this process runs, if it saves to its node's own disk; None for the host's name. On Ray
     `cluster.train.this_node()`, so that a task can be sent there."""

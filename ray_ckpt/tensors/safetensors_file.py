@@ -8,6 +8,7 @@ tensors       one after the other, no byte between them
 import json
 import struct
 from collections.abc import Mapping
+from typing import BinaryIO
 
 import torch
 
@@ -38,9 +39,25 @@ def in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return dict(sorted(specs.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
-def specs_of(header: bytes) -> dict[str, TensorSpec]:
-    """By name, what the JSON of a header says of each tensor."""
-    entries = json.loads(header)
+class SafetensorsFrame:
+    """Everything of such a file but its tensors."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.specs = in_file_order(specs)
+        self.front = header(self.specs, metadata)
+
+    def look(self, block: memoryview) -> None:
+        """No byte of a tensor shapes the rest of the file."""
+
+    def behind(self, name: str) -> bytes:
+        """Nothing."""
+        return b""
+
+
+def specs_in_safetensors(file: BinaryIO) -> dict[str, TensorSpec]:
+    """By name, what such a file says that it holds."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    entries = json.loads(file.read(length))
     return {
         name: TensorSpec(shape=tuple(entry["shape"]), dtype=DTYPES[entry["dtype"]])
         for name, entry in entries.items()

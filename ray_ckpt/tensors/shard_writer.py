@@ -1,4 +1,4 @@
-"""One safetensors file of an export, written once, from its first byte to its last.
+"""One file of weights of an export, written once, from its first byte to its last.
 
     an output that is its input          read straight into the block that is written
     a view: cast, cut out, rows moved    read and made block by block
@@ -22,10 +22,11 @@ from ray_ckpt.storage.base import Blocks
 from ray_ckpt.storage.digests import STRONG_ALGORITHM
 from ray_ckpt.storage.ordered_write import OrderedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard
+from ray_ckpt.tensors.export_plan import ExportPlan
+from ray_ckpt.tensors.frames import FRAMES, Frame
 from ray_ckpt.tensors.gate import Values
-from ray_ckpt.tensors.recording import Output, Recording
-from ray_ckpt.tensors.safetensors_file import header, in_file_order
+from ray_ckpt.tensors.output_shards import OutputShard
+from ray_ckpt.tensors.recording import Output
 from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, bytes_of
 from ray_ckpt.tensors.views import View
 
@@ -69,12 +70,11 @@ def write_shard(
         StorageError: it cannot be written; nothing is left of it.
     """
     outputs = {name: plan.recording.outputs[name] for name in shard.outputs}
-    specs = in_file_order({name: output.spec for name, output in outputs.items()})
+    specs = {name: output.spec for name, output in outputs.items()}
+    frame = FRAMES[plan.format](specs, plan.file_metadata)
     file = OrderedWrite(blocks, name=shard.file, algorithm=STRONG_ALGORITHM)
     try:
-        file.write(memoryview(header(specs, plan.file_metadata)))
-        writing = _Shard(file, tensors, progress, plan)
-        writing.write({name: outputs[name] for name in specs}, plan.recording)
+        _Shard(file, frame, tensors, plan, progress=progress).write(outputs)
         return file.close()
     except BaseException:
         file.discard()
@@ -82,12 +82,19 @@ def write_shard(
 
 
 class _Shard:
-    """The tensors of one file."""
+    """The tensors of one file, and what stands around them."""
 
     def __init__(
-        self, file: OrderedWrite, tensors: Tensors, progress: Progress, plan: ExportPlan
+        self,
+        file: OrderedWrite,
+        frame: Frame,
+        tensors: Tensors,
+        plan: ExportPlan,
+        *,
+        progress: Progress,
     ) -> None:
         self._file = file
+        self._frame = frame
         self._tensors = tensors
         self._progress = progress
         self._plan = plan
@@ -95,11 +102,13 @@ class _Shard:
         """For what is computed. Blocks have a core each already: reading, digesting, writing."""
         self._reads_straight = tensors.reads_at_once == 1
 
-    def write(self, outputs: Mapping[str, Output], recording: Recording) -> None:
-        """One after the other, in this order."""
+    def write(self, outputs: Mapping[str, Output]) -> None:
+        """One after the other, in the order of the frame."""
+        outputs = {name: outputs[name] for name in self._frame.specs}
         others = [name for name, output in outputs.items() if output.view is None]
-        computed = recording.each(others, self._tensors.whole)
+        computed = self._plan.recording.each(others, self._tensors.whole, device=self._plan.device)
         blocks = self._blocks(output.view for output in outputs.values() if output.view)
+        self._file.write(memoryview(self._frame.front))
         with ThreadPoolExecutor(self._tensors.reads_at_once) as threads, _torch_threads(1):
             read = _ahead(threads, self._read, blocks, count=self._tensors.reads_at_once)
             for name, output in outputs.items():
@@ -114,6 +123,7 @@ class _Shard:
                     for view in self._blocks([output.view]):
                         self._write(view.taken(next(read)), values)
                 values.end()
+                self._file.write(memoryview(self._frame.behind(name)))
 
     def _values(self, name: str, output: Output) -> Values:
         return Values(
@@ -147,6 +157,7 @@ class _Shard:
             into = torch.frombuffer(room, dtype=dtype, count=count)
             self._tensors.read(view.source, view.offset + done, into)
             values.look(into)
+            self._frame.look(bytes_of(into))
             self._file.filled(count * dtype.itemsize)
             self._progress.advance(count * dtype.itemsize)
             done += count
@@ -155,6 +166,7 @@ class _Shard:
         if tensor.numel():
             tensor = tensor.contiguous()
             values.look(tensor)
+            self._frame.look(bytes_of(tensor))
             self._file.write(bytes_of(tensor))
             self._progress.advance(tensor.nbytes)
 

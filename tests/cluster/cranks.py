@@ -105,10 +105,10 @@ class Unreachable:
     def takes(self, action: Action) -> bool:
         return True
 
-    def why_waiting(self) -> str:
+    def why_waiting(self, action: Action) -> str:
         return "waits for a process"
 
-    def has_room(self) -> bool:
+    def has_room(self, action: Action) -> bool:
         return False
 
     def end_process(self, beat: Beat) -> None:

@@ -44,10 +44,10 @@ class SlowUploads:
     def takes(self, action: Action) -> bool:
         return True
 
-    def why_waiting(self) -> str:
+    def why_waiting(self, action: Action) -> str:
         return "waits for a thread"
 
-    def has_room(self) -> bool:
+    def has_room(self, action: Action) -> bool:
         return False
 
     def end_process(self, beat: Beat) -> None:

@@ -14,8 +14,8 @@ from ray.util.state.common import TaskState
 from ray_ckpt.cluster import crew
 from ray_ckpt.cluster.nodes import IO_RESOURCE
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.progress import Progress

@@ -38,10 +38,10 @@ class Nobody:
     def takes(self, action: Action) -> bool:
         return True
 
-    def why_waiting(self) -> str:
+    def why_waiting(self, action: Action) -> str:
         return "waits for ever"
 
-    def has_room(self) -> bool:
+    def has_room(self, action: Action) -> bool:
         return self._has_room
 
     def end_process(self, beat: Beat) -> None:

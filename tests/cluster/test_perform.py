@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from ray_ckpt.cluster.perform import perform_here, perform_on_cluster, verify_here
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.backends import open_catalog

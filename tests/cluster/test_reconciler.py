@@ -19,8 +19,9 @@ from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.cluster.perform import perform_here
 from ray_ckpt.cluster.reconciler import Reconciler
 from ray_ckpt.cluster.tasks import Attempt, run_action
-from ray_ckpt.core.actions import ActionRecord, ExportSpec
+from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import LeaseHeldError, TransientError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Request
 from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy

@@ -249,7 +249,7 @@ threading.stack_size(1 << 18)  # stacks count as well
 from ray_ckpt.cluster.drain import work
 from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.cluster.reconciler import Reconciler
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.observation import Request
 from ray_ckpt.storage.backends import open_catalog

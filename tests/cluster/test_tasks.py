@@ -9,9 +9,10 @@ import pytest
 
 from ray_ckpt.cluster.perform import perform_here, verify_here
 from ray_ckpt.cluster.tasks import Attempt, run_action
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.copies import copies, retire_action
 from ray_ckpt.core.errors import IntegrityError, UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.names import log_key
 from ray_ckpt.core.wanted import export_action, publish_action, scrub_action, verify_action

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ray_ckpt.core.actions import MAX_INTERRUPTIONS, Action, ActionRecord, ExportSpec
+from ray_ckpt.core.actions import MAX_INTERRUPTIONS, Action, ActionRecord
 from ray_ckpt.core.draft import Node
 from ray_ckpt.core.errors import (
     AuthorizationError,
@@ -16,6 +16,7 @@ from ray_ckpt.core.errors import (
     TransientError,
     TransitionError,
 )
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.failures import BLOCKED_FOR_S, ErrorClass, classify, wait_s
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 

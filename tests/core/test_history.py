@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from ray_ckpt.core.actions import ActionRecord, ExportSpec
+from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import TransientError, UsageError
 from ray_ckpt.core.events import Event, utc
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.history import Snapshot, changes, snapshot_of
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest

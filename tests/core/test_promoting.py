@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ckpt.core.actions import Action, ExportSpec
+from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import retire_action
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.policy import KeepCopies, LifecyclePolicy, PublishPolicy

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Lineage
 from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation, Request

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.garbage import ABANDONED_AFTER_S, GRACE_S
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.retention import CLOCK_SKEW_S

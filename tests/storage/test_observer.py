@@ -10,7 +10,8 @@ import pytest
 
 from jobs.bench.counting import CountingStore
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import ActionRecord, ExportSpec
+from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Lineage, Manifest, TensorEntry
 from ray_ckpt.core.observation import CheckpointView, Observation, Request

@@ -139,7 +139,8 @@ def test_a_manager_that_was_taken_over_moves_no_name(
 
 PROMOTE = """
 import sys
-from ray_ckpt.core.actions import Action, ExportSpec
+from ray_ckpt.core.actions import Action
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.storage.promote import promote_copy

@@ -5,8 +5,9 @@ import pickle
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import Action, ActionRecord, ExportSpec
+from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import Request
 from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy, PublishPolicy

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import Action, ExportSpec
+from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.backends import open_catalog

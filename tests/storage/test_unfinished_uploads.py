@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import ActionRecord, ExportSpec
+from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import TransientError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.garbage import ABANDONED_AFTER_S, GRACE_S
 from ray_ckpt.core.wanted import publish_action
 from ray_ckpt.storage.backends import open_catalog

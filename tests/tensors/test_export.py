@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.corpus import EOS_ID, VOCAB_SIZE
 from jobs.decoder import Decoder, hf_config
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import (
     ConfigError,
     IntegrityError,
@@ -22,6 +21,7 @@ from ray_ckpt.core.errors import (
     StateDictError,
     UsageError,
 )
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog

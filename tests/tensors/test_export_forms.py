@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from jobs.corpus import EOS_ID, VOCAB_SIZE
 from jobs.decoder import Decoder, hf_config
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import ConfigError, IntegrityError, StateDictError, UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import ConverterEntry, Manifest, ModelEntry, NeededSource
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog

@@ -8,8 +8,8 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export import export_step
 from ray_ckpt.tensors.export_plan import plan_export

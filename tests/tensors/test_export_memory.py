@@ -17,7 +17,7 @@ EXPORT = """
 import resource, sys, threading
 threading.stack_size(1 << 18)  # stacks count as well
 import torch
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export import export_step
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import ConflictError, TransientError, UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.garbage import ABANDONED_AFTER_S
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
@@ -23,7 +23,7 @@ from ray_ckpt.storage.digests import describe_object
 from ray_ckpt.storage.garbage import find_garbage, remove_garbage
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.export import Export, alone, begin_export, export_step
-from ray_ckpt.tensors.export_plan import OutputShard
+from ray_ckpt.tensors.output_shards import OutputShard
 from tests.roots import make_root
 
 STEP = 10

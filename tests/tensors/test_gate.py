@@ -18,8 +18,8 @@ from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, init_weights
 from ray_ckpt import CheckpointManager, ModelWrapper, TrainingState
 from ray_ckpt.core import names
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.storage.backends import open_catalog
@@ -27,9 +27,9 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.converters.lora import LoRA
 from ray_ckpt.tensors.export import Export, alone, export_step
-from ray_ckpt.tensors.export_plan import OutputShard
 from ray_ckpt.tensors.gate import expect_sound_files
 from ray_ckpt.tensors.hf_shapes import expected_shape
+from ray_ckpt.tensors.output_shards import OutputShard
 from ray_ckpt.tensors.recording import TensorSpec, record
 from ray_ckpt.tensors.run import HfAssets
 from ray_ckpt.tensors.transforms import StateDictTransforms

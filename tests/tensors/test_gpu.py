@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jobs.assets import make_assets
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.saving import Mode, SaveConfig
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.adapters import make_adapter
@@ -57,6 +57,22 @@ def test_an_export_needs_no_gpu_and_holds_what_was_trained_on_one(root: str) -> 
     trained = {key: value for key, value in outcome.state.items() if ":" not in key}
     expected = make_adapter("llama", config).to_hf(cast_floating(trained, torch.bfloat16))
     assert same_tensors(weights_in(Path(root, f"exports/hf/step-{STOP}")), dict(expected))
+
+
+def test_a_merge_on_a_gpu_is_the_one_on_the_cpu_but_for_its_last_bits(root: str) -> None:
+    setup = Setup(
+        converters={"lora": {"rank": 2, "alpha": 4, "targets": ["layers.*.attention.w[qkvo]"]}}
+    )
+    save = SaveConfig(every_steps=STOP, mode="sync")
+    run(train, root, STOP, save, 0, SIZES, setup, num_ranks=1)
+    catalog = open_catalog(root)
+    for name, device in (("here", "cpu"), ("there", "cuda")):
+        spec = ExportSpec(name=name, dtype="float32", device=device)
+        export_step(catalog, catalog.manifest(STOP), spec)
+    here, there = (weights_in(Path(root, f"exports/{n}/step-{STOP}")) for n in ("here", "there"))
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        torch.testing.assert_close(there[name], tensor, msg=lambda text, of=name: f"{of}: {text}")
 
 
 def test_a_gpu_resumes_what_a_cpu_saved_and_the_other_way_round(root: str) -> None:

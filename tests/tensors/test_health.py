@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import IntegrityError, UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.policy import KeepConfig, LifecyclePolicy
 from ray_ckpt.core.reconcile import decide_all

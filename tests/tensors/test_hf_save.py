@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.loading import FromWeights, LoadConfig
 from ray_ckpt.core.saving import HuggingFace, ModelOnly, SaveConfig
 from ray_ckpt.storage.backends import open_catalog

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ray_ckpt import CheckpointManager, FromWeights, LoadConfig, ModelWrapper, TrainingState
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import (
     ConfigError,
     IntegrityError,
@@ -18,6 +17,7 @@ from ray_ckpt.core.errors import (
     StateDictError,
     StepExistsError,
 )
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.storage.backends import open_catalog

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from ray_ckpt.core.actions import ActionRecord, ExportSpec
+from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import PurgeRefusedError, UsageError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.loading import FromWeights, LoadConfig
 from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage import lease as lease_module

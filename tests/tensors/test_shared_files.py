@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.tensors.converters import WHOLE_MODEL
-from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard
+from ray_ckpt.tensors.export_plan import ExportPlan
+from ray_ckpt.tensors.output_shards import OutputShard
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.recording import TensorSpec, record
 from ray_ckpt.tensors.shared_files import runs, write_together

@@ -33,8 +33,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from jobs.decoder import Decoder, DecoderConfig, hf_config
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.cluster.purge import apply_purge
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import ForeignFolderError, IntegrityError, StateDictError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.policy import KeepConfig
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.adapters import make_adapter

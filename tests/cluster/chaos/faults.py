@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.core.errors import StepNotFoundError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.observation import Request
 from ray_ckpt.storage.backends import open_catalog
 from tests.cluster.chaos.world import World

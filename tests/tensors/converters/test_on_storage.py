@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import ConverterEntry
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.storage.backends import open_catalog
