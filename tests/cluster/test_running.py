@@ -159,6 +159,24 @@ def test_a_task_that_waits_for_a_slot_is_told_of_and_not_given_up(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_an_export_on_a_gpu_waits_for_a_node_that_has_one(
+    root: str, nodes: Nodes, crank: Cranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_flight, "WAITS_AFTER_S", 0.5)
+    on_gpu = replace(HF, device="cuda")
+    make_root(root, (10,), LifecyclePolicy(export=(on_gpu,), limits=Limits(stalled_after_s=1.0)))
+    manager = crank(root, RayTasks())
+    seen = manager.until(lambda done: done.problems)
+    assert seen.problems == ("export step-10 hf waits for a GPU: 0 of 0 free",)
+    nodes.add(num_gpus=1, num_slots=1)
+    # the node's GPU is a number that Ray was told: torch sees none there, and says so
+    (record,) = manager.until_all(ActionKind.EXPORT, ActionState.DEAD)
+    assert "hf is to be made on a GPU, and torch sees none" in (record.error or "")
+    assert record.attempts == 1
+
+
+@pytest.mark.ray
 def test_a_worker_that_is_killed_is_told_of_with_its_last_words_and_tried_again(
     root: str, tmp_path: Path, ray_cluster: str, crank: Cranks
 ) -> None:

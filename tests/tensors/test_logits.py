@@ -99,7 +99,7 @@ def test_too_little_memory_is_told_before_a_byte_is_written(
     make_root(root, (10,), reference=answers)
     catalog = open_catalog(root)
     monkeypatch.setattr(exporting, "free_memory_bytes", lambda: 1000)
-    with pytest.raises(OutOfMemoryError, match="the logits of hf are compared in 0.00 GB"):
+    with pytest.raises(OutOfMemoryError, match=r"the logits of hf are compared in 0\.00 GB"):
         export_step(catalog, catalog.manifest(10), EXACT)
 
 

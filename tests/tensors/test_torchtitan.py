@@ -2,7 +2,7 @@
 
 What it wrote lies in `tests/data/torchtitan-0.3.0`, with the script that made it and, computed by
 that script before the save, what every key must hold. The weights of `last/step-3` are those of
-`run/step-2` after one more step: whoever resumes from step 2 exactly gets the weights of step 3.
+`run/step-2` after one more step, whose last bits depend on the kind of CPU.
 """
 
 import hashlib
@@ -371,12 +371,56 @@ def resumed(
     return ranks, folder / "own"
 
 
-def test_training_goes_on_from_its_step_bit_for_bit(resumed: tuple[list[Resumed], Path]) -> None:
+@pytest.fixture(scope="module")
+def one_step_more(written: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights one step after step 2, which plain DCP has read, here on this very CPU."""
+    trainer = Trainer(tmp_path_factory.mktemp("plain"))
+    trainer.checkpoints.close()
+    held = _plain(written / "run/step-2")
+    trainer.model.load_state_dict({key: held[key] for key in MODEL_KEYS})
+    (group,) = trainer.optimizer.param_groups
+    for name, parameter in trainer.model.named_parameters():
+        group |= _below(f"optimizer.param_groups.{name}.", held)
+        trainer.optimizer.state[parameter] = _below(f"optimizer.state.{name}.", held)
+    trainer.train()
+    return trainer.model.state_dict()
+
+
+def _below(prefix: str, held: Mapping[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)}
+
+
+def _plain(folder: Path) -> dict[str, Any]:
+    """All that a folder holds, as `dcp.load` reads it."""
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    held: dict[str, Any] = {
+        key: torch.empty(found.size, dtype=found.properties.dtype)
+        if isinstance(found, TensorStorageMetadata)
+        else None
+        for key, found in stored.items()
+    }
+    with pytest.warns(UserWarning, match="load in a single process"):
+        dcp.load(held, checkpoint_id=folder)
+    return held
+
+
+def test_training_goes_on_from_its_step_bit_for_bit(
+    resumed: tuple[list[Resumed], Path], one_step_more: dict[str, Tensor]
+) -> None:
     for rank in resumed[0]:
         assert rank.report.step == 2
         assert rank.weights_at_2 == {key: EXPECTED["run"][key] for key in MODEL_KEYS}
-        assert rank.weights_at_3 == EXPECTED["last"]
+        assert rank.weights_at_3 == _described(one_step_more)
         assert rank.last_lr == [1e-2]  # the fourth of four steps of warmup
+
+
+def test_that_step_is_the_one_that_torchtitan_made(
+    written: Path, one_step_more: dict[str, Tensor]
+) -> None:
+    theirs = _plain(written / "last/step-3")
+    assert theirs.keys() == one_step_more.keys() == MODEL_KEYS
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(one_step_more[key], tensor, rtol=1e-6, atol=1e-7)
 
 
 def test_data_position_and_progress_are_what_torchtitan_had(
