@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--layers", type=int, help="plan: fewer layers than the real models have")
+    parser.add_argument("--nodes", type=int, default=8, help="plan: that make the export")
     parser.add_argument(
         "--size-mb", type=int, default=512, help="integrity, beside, export, last: of weights"
     )
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of the plans."""
-    return measure_plans(parsed.layers)
+    return measure_plans(parsed.layers, num_nodes=parsed.nodes)
 
 
 def integrity(parsed: argparse.Namespace) -> Sequence[Any]:

@@ -1,6 +1,7 @@
 """The benchmark runs as it is typed, and its last line is for a script."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jobs.bench.plan import LLAMA_3_405B, llama_shapes
 from ray_ckpt.storage.backends import open_catalog
 from tests.waiting import PATIENCE_S
 
@@ -24,11 +26,17 @@ def measure(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def test_plans_of_small_models_are_measured() -> None:
-    header, (llama, deepseek) = measure("plan", "--layers", "4")
+    header, (llama, deepseek) = measure("plan", "--layers", "4", "--nodes", "3")
     assert header.split() == list(llama)
     assert (llama["model"], llama["num_inputs"], llama["num_outputs"]) == ("llama-3-405b", 39, 39)
     assert deepseek["num_outputs"] - deepseek["num_inputs"] == 3 * 255
     assert all(one["cpu_s"] > 0 and one["wall_s"] > 0 for one in (llama, deepseek))
+    shapes = llama_shapes(LLAMA_3_405B | {"num_hidden_layers": 4})
+    total_gb = 4 * sum(math.prod(shape) for shape in shapes.values()) / 1e9
+    assert llama["read_ratio"] == 1.0
+    assert total_gb / 3 <= llama["node_read_gb"] < total_gb
+    assert llama["num_files"] >= total_gb / 2 / 5
+    assert 1.0 <= deepseek["read_ratio"] < 1.1
 
 
 def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: Path) -> None:
