@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from jobs.bench.export import LIMIT, WAYS
+from jobs.bench.models import STEP, commit_model
 from jobs.bench.plan import LLAMA_3_405B, llama_shapes
+from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.export_plan import plan_export
 from tests.waiting import PATIENCE_S
 
 
@@ -85,14 +92,52 @@ def test_looks_of_a_manager_are_measured_and_counted(
 
 
 def test_exports_are_measured_beside_others_and_a_bare_copy(tmp_path: Path) -> None:
-    words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
+    words = ("--kind", "lora", "--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
     _, rows = measure("export", *words)
+    assert {row["kind"] for row in rows} == {"lora"}
     assert [row["dtype"] for row in rows] == ["float32"] * 4 + ["bfloat16"] * 4
     for copy, ours, *others in (rows[:4], rows[4:]):
         assert (copy["what"], copy["ratio"]) == ("bare copy", 1.0)
         assert ours["what"] == "ray_ckpt export"
         assert ours["written_mb"] < min(other["written_mb"] for other in others)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "moved", "merged"),
+    [
+        ("plain", set(), set()),
+        ("permute", {"q_proj", "k_proj"}, set()),
+        ("lora", {"k_proj"}, {"q_proj", "v_proj"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_every_way_to_export_a_kind_of_model_gives_the_same_tensors(
+    kind: str, moved: set[str], merged: set[str], root: str, tmp_path: Path
+) -> None:
+    commit_model(root, 1, kind=kind)
+    catalog = open_catalog(root)
+    planned = plan_export(catalog, catalog.manifest(STEP), ExportSpec(name="a", dtype="float32"))
+    views = {name: output.view for name, output in planned.recording.outputs.items()}
+    assert {_layer(name) for name, view in views.items() if view is None} == merged
+    assert {_layer(name) for name, v in views.items() if v and not v.is_contiguous} == moved
+    ours, *others = [way for what, way in WAYS.items() if what != LIMIT]
+    ours(root, "", "float32")
+    expected = _tensors(Path(root, "exports/hf/step-1"))
+    assert expected.keys() == views.keys()
+    for number, other in enumerate(others):
+        other(root, str(tmp_path / f"{number}"), "float32")
+        found = _tensors(tmp_path / f"{number}")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def _layer(name: str) -> str:
+    return name.split(".")[-2]
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def test_last_saves_are_measured_beside_torchtitans_and_a_raw_write(tmp_path: Path) -> None:
