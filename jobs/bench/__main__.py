@@ -22,6 +22,7 @@ from jobs.bench.export import measure_exports
 from jobs.bench.integrity import measure_integrity
 from jobs.bench.last import measure_last_saves
 from jobs.bench.manager import measure_looks
+from jobs.bench.models import KINDS
 from jobs.bench.plan import measure_plans
 from jobs.bench.vote import measure_votes
 
@@ -34,8 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--layers", type=int, help="plan: fewer layers than the real models have")
+    parser.add_argument("--nodes", type=int, default=8, help="plan: that make the export")
     parser.add_argument(
-        "--size-mb", type=int, default=512, help="integrity, beside, export, last: of weights"
+        "--size-mb", type=int, default=512, help="weights; not of plan, vote and manager"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=[*KINDS, "all"],
+        default="plain",
+        help="export: names stay (plain), q and k are permuted, LoRA is merged as well",
     )
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
     parser.add_argument("--folder", type=Path, help="the disk to use, but for vote")
@@ -52,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def plan(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of the plans."""
-    return measure_plans(parsed.layers)
+    return measure_plans(parsed.layers, num_nodes=parsed.nodes)
 
 
 def integrity(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -70,7 +78,12 @@ def beside(parsed: argparse.Namespace) -> Sequence[Any]:
 def export(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of exports; what was written is removed."""
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
-        return measure_exports(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
+        return measure_exports(
+            Path(folder),
+            list(KINDS) if parsed.kind == "all" else [parsed.kind],
+            size_mb=parsed.size_mb,
+            repeats=parsed.repeats,
+        )
 
 
 def last(parsed: argparse.Namespace) -> Sequence[Any]:

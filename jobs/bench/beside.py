@@ -52,7 +52,7 @@ class Beside:
 def measure_beside(folder: Path, *, size_mb: int, repeats: int) -> list[Beside]:
     """One row a neighbour, measured in turn; the exports are of a model of `size_mb` megabytes."""
     root = str(folder / "run")
-    commit_model(root, size_mb)
+    commit_model(root, size_mb, kind="permute")
     step = _training()
     step()
     neighbours: Mapping[str, Callable[[], None] | None] = {

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from ray_ckpt.tensors.adapters import make_adapter
-from ray_ckpt.tensors.recording import TensorSpec, record
+from ray_ckpt.tensors.export_plan import plan_model
+from ray_ckpt.tensors.plan_reads import node_read_bytes
+from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.transforms import StateDictTransforms
 
 Shapes = dict[str, tuple[int, ...]]
@@ -44,7 +46,7 @@ DEEPSEEK_V3 = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """What it took to plan one export to bfloat16."""
+    """What it took to plan one export to bfloat16, and what the nodes that make it will read."""
 
     model: str
     num_inputs: int
@@ -53,22 +55,34 @@ class Planned:
     cpu_s: float
     extra_mb: float
     """How much the resident memory grew, in a process of its own."""
+    num_files: int
+    node_read_gb: float
+    """Of the node that reads the most, when the files are spread evenly over so many nodes."""
+    read_ratio: float
+    """Of all bytes that are read to those of the model in float32: 1.0 is each of them once."""
 
 
-def measure_plans(num_layers: int | None) -> list[Planned]:
+MODELS = {
+    "llama-3-405b": ("llama", LLAMA_3_405B),
+    "deepseek-v3": ("deepseek_v3", DEEPSEEK_V3),
+}
+"""Name to family and config."""
+
+
+def measure_plans(num_layers: int | None, *, num_nodes: int) -> list[Planned]:
     """One plan a model, each in a new process, so that peaks of memory do not hide each other."""
     shorter = {} if num_layers is None else {"num_hidden_layers": num_layers}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
         waiting = [
-            processes.submit(measure_plan, "llama-3-405b", "llama", LLAMA_3_405B | shorter),
-            processes.submit(measure_plan, "deepseek-v3", "deepseek_v3", DEEPSEEK_V3 | shorter),
+            processes.submit(measure_plan, model, family, config | shorter, num_nodes=num_nodes)
+            for model, (family, config) in MODELS.items()
         ]
         return [one.result() for one in waiting]
 
 
-def measure_plan(model: str, family: str, config: Mapping[str, Any]) -> Planned:
-    """From a config to a recording of the whole export."""
+def measure_plan(model: str, family: str, config: Mapping[str, Any], *, num_nodes: int) -> Planned:
+    """From a config to the plan of the whole export, looked at as every plan is."""
     specs = {
         name: TensorSpec(shape=shape, dtype=torch.float32)
         for name, shape in _SHAPES[family](config).items()
@@ -76,14 +90,20 @@ def measure_plan(model: str, family: str, config: Mapping[str, Any]) -> Planned:
     resident_bytes = _resident_bytes()
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     transforms = StateDictTransforms(adapter=make_adapter(family, config), dtype="bfloat16")
-    recording = record(transforms.whole_to_hf, specs)
+    made = plan_model(transforms, specs, config)
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    extra_mb = (_resident_bytes() - resident_bytes) / 1e6
+    read_bytes = node_read_bytes(made, num_nodes)
     return Planned(
         model=model,
         num_inputs=len(specs),
-        num_outputs=len(recording.outputs),
-        wall_s=time.perf_counter() - wall_s,
-        cpu_s=time.process_time() - cpu_s,
-        extra_mb=(_resident_bytes() - resident_bytes) / 1e6,
+        num_outputs=len(made.recording.outputs),
+        wall_s=wall_s,
+        cpu_s=cpu_s,
+        extra_mb=extra_mb,
+        num_files=len(made.shards),
+        node_read_gb=max(read_bytes) / 1e9,
+        read_ratio=sum(read_bytes) / sum(spec.size_bytes for spec in specs.values()),
     )
 
 

@@ -1,9 +1,14 @@
-"""Times several ways to do something, interleaved, so that a busy machine is unfair to none."""
+"""Does several things in turn, so that a busy machine is unfair to none, and times them."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+K = TypeVar("K")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,33 +23,43 @@ class Timing:
     """The median, of this process and all its threads."""
 
 
+def in_turn(ways: Mapping[K, Callable[[], R]], repeats: int) -> dict[K, list[R]]:
+    """What each way returned, `repeats` times: each once, then all once more.
+
+    A first round is not counted.
+    """
+    returned: dict[K, list[R]] = {key: [] for key in ways}
+    for number in range(repeats + 1):
+        for key, act in ways.items():
+            result = act()
+            if number > 0:
+                returned[key].append(result)
+    return returned
+
+
 def interleaved(
     ways: Mapping[str, Callable[[], object]],
     repeats: int,
     *,
     prepare: Callable[[], object] = lambda: None,
 ) -> list[Timing]:
-    """Each way once, then all once more, `repeats` times; a first round is not counted.
-
-    `prepare` is called before each, and is not counted either.
-    """
-    wall_s: dict[str, list[float]] = {what: [] for what in ways}
-    cpu_s: dict[str, list[float]] = {what: [] for what in ways}
-    for number in range(repeats + 1):
-        for what, act in ways.items():
-            prepare()
-            wall, cpu = time.perf_counter(), time.process_time()
-            act()
-            if number > 0:
-                wall_s[what].append(time.perf_counter() - wall)
-                cpu_s[what].append(time.process_time() - cpu)
+    """The times of each way, in turn; `prepare` is called before each, and is not counted."""
+    taken = in_turn({what: partial(_taken, act, prepare) for what, act in ways.items()}, repeats)
     return [
         Timing(
             what=what,
-            min_s=min(wall_s[what]),
-            median_s=statistics.median(wall_s[what]),
-            max_s=max(wall_s[what]),
-            cpu_s=statistics.median(cpu_s[what]),
+            min_s=min(wall_s for wall_s, _ in seconds),
+            median_s=statistics.median(wall_s for wall_s, _ in seconds),
+            max_s=max(wall_s for wall_s, _ in seconds),
+            cpu_s=statistics.median(cpu_s for _, cpu_s in seconds),
         )
-        for what in ways
+        for what, seconds in taken.items()
     ]
+
+
+def _taken(act: Callable[[], object], prepare: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    prepare()
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    act()
+    return time.perf_counter() - wall_s, time.process_time() - cpu_s

@@ -1,14 +1,23 @@
 """The benchmark runs as it is typed, and its last line is for a script."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from jobs.bench.export import LIMIT, WAYS
+from jobs.bench.models import STEP, commit_model
+from jobs.bench.plan import LLAMA_3_405B, llama_shapes
+from ray_ckpt.core.actions import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.export_plan import plan_export
 from tests.waiting import PATIENCE_S
 
 
@@ -24,11 +33,17 @@ def measure(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def test_plans_of_small_models_are_measured() -> None:
-    header, (llama, deepseek) = measure("plan", "--layers", "4")
+    header, (llama, deepseek) = measure("plan", "--layers", "4", "--nodes", "3")
     assert header.split() == list(llama)
     assert (llama["model"], llama["num_inputs"], llama["num_outputs"]) == ("llama-3-405b", 39, 39)
     assert deepseek["num_outputs"] - deepseek["num_inputs"] == 3 * 255
     assert all(one["cpu_s"] > 0 and one["wall_s"] > 0 for one in (llama, deepseek))
+    shapes = llama_shapes(LLAMA_3_405B | {"num_hidden_layers": 4})
+    total_gb = 4 * sum(math.prod(shape) for shape in shapes.values()) / 1e9
+    assert llama["read_ratio"] == 1.0
+    assert total_gb / 3 <= llama["node_read_gb"] < total_gb
+    assert llama["num_files"] >= total_gb / 2 / 5
+    assert 1.0 <= deepseek["read_ratio"] < 1.1
 
 
 def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: Path) -> None:
@@ -77,14 +92,52 @@ def test_looks_of_a_manager_are_measured_and_counted(
 
 
 def test_exports_are_measured_beside_others_and_a_bare_copy(tmp_path: Path) -> None:
-    words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
+    words = ("--kind", "lora", "--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
     _, rows = measure("export", *words)
+    assert {row["kind"] for row in rows} == {"lora"}
     assert [row["dtype"] for row in rows] == ["float32"] * 4 + ["bfloat16"] * 4
     for copy, ours, *others in (rows[:4], rows[4:]):
         assert (copy["what"], copy["ratio"]) == ("bare copy", 1.0)
         assert ours["what"] == "ray_ckpt export"
         assert ours["written_mb"] < min(other["written_mb"] for other in others)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "moved", "merged"),
+    [
+        ("plain", set(), set()),
+        ("permute", {"q_proj", "k_proj"}, set()),
+        ("lora", {"k_proj"}, {"q_proj", "v_proj"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_every_way_to_export_a_kind_of_model_gives_the_same_tensors(
+    kind: str, moved: set[str], merged: set[str], root: str, tmp_path: Path
+) -> None:
+    commit_model(root, 1, kind=kind)
+    catalog = open_catalog(root)
+    planned = plan_export(catalog, catalog.manifest(STEP), ExportSpec(name="a", dtype="float32"))
+    views = {name: output.view for name, output in planned.recording.outputs.items()}
+    assert {_layer(name) for name, view in views.items() if view is None} == merged
+    assert {_layer(name) for name, v in views.items() if v and not v.is_contiguous} == moved
+    ours, *others = [way for what, way in WAYS.items() if what != LIMIT]
+    ours(root, "", "float32")
+    expected = _tensors(Path(root, "exports/hf/step-1"))
+    assert expected.keys() == views.keys()
+    for number, other in enumerate(others):
+        other(root, str(tmp_path / f"{number}"), "float32")
+        found = _tensors(tmp_path / f"{number}")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def _layer(name: str) -> str:
+    return name.split(".")[-2]
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 def test_last_saves_are_measured_beside_torchtitans_and_a_raw_write(tmp_path: Path) -> None:
