@@ -1,49 +1,37 @@
 """The verbs on a prefix of an S3 bucket, through s3fs.
 
 Credentials, endpoint and profile come from where everybody's do: `AWS_*`, fsspec's configuration,
-IAM. Writes use `pipe_file` and `put_file` only: an open-for-write handle publishes a truncated
-object when the code around it raises. Listings are never cached: several processes write.
+IAM. Keys that are refused are looked up once more: who rotates them need not tell us. Writes use
+`pipe_file` and `put_file` only: an open-for-write handle publishes a truncated object when the code
+around it raises. Listings are never cached: several processes write.
 """
 
-import contextlib
-import errno
-import inspect
-from collections.abc import Generator, Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
     IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
-    RayCkptError,
     StorageError,
-    ThrottledError,
-    TransientError,
     UsageError,
 )
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
+from ray_ckpt.storage.s3_client import make_file_system
+from ray_ckpt.storage.s3_errors import may_have_newer_keys, raise_refusal, translated
+from ray_ckpt.storage.s3_stream import S3Stream, body_of
 
+T = TypeVar("T")
 _BLOCK_BYTES = 8 << 20
 _READS_AT_ONCE = 8
 _BATCH_KEYS = 1000
 _NAME_BYTES = 256
-_DENIED = ("AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch")
-_SIGN_IN = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
-_TRY_AGAIN = "run the same command again; what was sent already is not sent twice"
-_CURES: dict[type[StorageError], str] = {
-    AuthorizationError: _SIGN_IN,
-    TransientError: _TRY_AGAIN,
-    ThrottledError: _TRY_AGAIN,
-}
-_BY_ERRNO: dict[int | None, type[StorageError]] = {
-    errno.EBUSY: ThrottledError,  # SlowDown, ServiceUnavailable
-    errno.EINVAL: StorageError,  # the request itself was refused
-}
 
 
 class S3Store:
@@ -54,14 +42,7 @@ class S3Store:
         self._uri = f"s3://{self._base}"
         if not self._base.partition("/")[0]:
             raise UsageError("no bucket is named", uri, do="write s3://bucket/prefix")
-        import s3fs  # pyright: ignore[reportMissingTypeStubs]  # heavy, and needed only where there is an s3:// location
-
-        self._file_system: Any = s3fs.S3FileSystem(
-            use_listings_cache=False, skip_instance_cache=True
-        )
-        parameters = inspect.signature(self._file_system._cat_file).parameters
-        # versions that can read in parts ask for the size before they read
-        self._in_one_part = {"max_concurrency": 1} if "max_concurrency" in parameters else {}
+        self._file_system = make_file_system()
 
     @property
     def uri(self) -> str:
@@ -77,18 +58,29 @@ class S3Store:
     def _key(self, path: str) -> str:
         return path.removeprefix(f"{self._base}/")
 
+    def _ask(self, key: str, use: Callable[[Any], T]) -> T:
+        """What `use` makes of the s3fs file system; twice, if newer keys may be there meanwhile."""
+        try:
+            with translated(self._where(key)):
+                return use(self._file_system)
+        except AuthorizationError as error:
+            if not may_have_newer_keys(error):
+                raise
+        self._file_system = make_file_system()
+        with translated(self._where(key)):
+            return use(self._file_system)
+
     def read(self, key: str) -> bytes:
         """One GET."""
-        with translated(self._where(key)):
-            return cast(bytes, self._file_system.cat_file(self._path(key), **self._in_one_part))
+        return self._ask(key, lambda files: body_of(files, self._path(key)))
 
     def open_read(self, key: str) -> BinaryIO:
-        """Ranged GETs, read ahead in blocks."""
-        with translated(self._where(key)):
-            stream = self._file_system.open(
-                self._path(key), "rb", block_size=_BLOCK_BYTES, cache_type="readahead"
-            )
-            return cast(BinaryIO, stream)
+        """A HEAD, then ranged GETs, read ahead in blocks."""
+        info = self.stat(key)
+        if info is None:
+            raise ObjectNotFoundError("not there", self._where(key), do="check bucket and prefix")
+        stream = S3Stream(partial(self.read_into, key), info.size_bytes)
+        return cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
 
     @property
     def reads_at_once(self) -> int:
@@ -100,11 +92,9 @@ class S3Store:
         end = offset + buffer.nbytes
         if offset == end:
             return  # an empty range would be the whole object
+        byte_range = f"bytes={offset}-{end - 1}"
         try:
-            with translated(self._where(key)):
-                data = self._file_system.cat_file(
-                    self._path(key), start=offset, end=end, **self._in_one_part
-                )
+            data = self._ask(key, lambda files: body_of(files, self._path(key), Range=byte_range))
         except StorageError:
             info = self.stat(key)
             if info is None or info.size_bytes > offset:
@@ -116,14 +106,12 @@ class S3Store:
 
     def write(self, key: str, data: bytes) -> None:
         """One PUT."""
-        with translated(self._where(key)):
-            self._file_system.pipe_file(self._path(key), data)
+        self._ask(key, lambda files: files.pipe_file(self._path(key), data))
 
     def create(self, key: str, data: bytes) -> None:
         """One PUT with If-None-Match; the very same bytes count as put by this call."""
         try:
-            with translated(self._where(key)):
-                self._file_system.pipe_file(self._path(key), data, mode="create")
+            self._ask(key, lambda files: files.pipe_file(self._path(key), data, mode="create"))
         except StorageError as error:
             # s3fs gives a failed precondition as EINVAL, like other refusals: look what is there
             if self.stat(key) is None:
@@ -134,8 +122,8 @@ class S3Store:
 
     def upload(self, source: Path, key: str, *, progress: Progress = UNTOLD) -> None:
         """One PUT, or a multipart upload whose completion makes it visible; told of by parts."""
-        with translated(self._where(key)):
-            self._file_system.put_file(str(source), self._path(key), callback=_Told(progress))
+        told, target = _Told(progress), self._path(key)
+        self._ask(key, lambda files: files.put_file(str(source), target, callback=told))
 
     def begin(self, key: str, size_bytes: int) -> S3Blocks:
         """A multipart upload, sent part by part."""
@@ -146,13 +134,13 @@ class S3Store:
 
     def copy(self, source: str, target: str) -> None:
         """Server-side; in parts where the object is larger than 5 GB."""
-        with translated(self._where(source)):
-            self._file_system.cp_file(self._path(source), self._path(target))
+        ends = self._path(source), self._path(target)
+        self._ask(source, lambda files: files.cp_file(*ends))
 
     def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         """One streamed GET."""
-        with translated(self._where(key)):
-            self._file_system.get_file(self._path(key), str(target), callback=_Told(progress))
+        told, source = _Told(progress), self._path(key)
+        self._ask(key, lambda files: files.get_file(source, str(target), callback=told))
 
     def point(self, key: str, name: str) -> None:
         """One PUT."""
@@ -172,8 +160,7 @@ class S3Store:
     def stat(self, key: str) -> ObjectInfo | None:
         """One HEAD; a prefix is not an object."""
         try:
-            with translated(self._where(key)):
-                info = cast(dict[str, Any], self._file_system.info(self._path(key)))
+            info: dict[str, Any] = self._ask(key, lambda files: files.info(self._path(key)))
         except ObjectNotFoundError:
             return None
         return self._info(info) if info["type"] == "file" else None
@@ -250,11 +237,10 @@ class S3Store:
 
     def _call(self, verb: str, key: str, **options: Any) -> dict[str, Any]:
         """S3's own answer; empty where what is asked about is not there."""
-        with translated(self._where(key)):
-            try:
-                return cast(dict[str, Any], self._file_system.call_s3(verb, **options))
-            except FileNotFoundError:
-                return {}
+        try:
+            return self._ask(key, lambda files: files.call_s3(verb, **options))
+        except ObjectNotFoundError:
+            return {}
 
     def delete(self, keys: Sequence[str]) -> None:
         """The first object by itself, so that a marker is gone before the rest; then in batches.
@@ -264,21 +250,17 @@ class S3Store:
         rest = range(1, len(keys), _BATCH_KEYS)
         for batch in (keys[:1], *(keys[start : start + _BATCH_KEYS] for start in rest)):
             if batch:
-                with translated(self._where(batch[0])):
-                    self._delete_batch([self._path(key).partition("/")[2] for key in batch])
+                self._delete_batch(batch)
 
-    def _delete_batch(self, names: Sequence[str]) -> None:
-        answer = cast(
-            dict[str, Any],
-            self._file_system.call_s3(
-                "delete_objects",
-                Bucket=self._base.partition("/")[0],
-                Delete={"Objects": [{"Key": name} for name in names], "Quiet": True},
-            ),
-        )
+    def _delete_batch(self, keys: Sequence[str]) -> None:
+        bucket = self._base.partition("/")[0]
+        objects = [{"Key": self._path(key).partition("/")[2]} for key in keys]
+        doomed = {"Objects": objects, "Quiet": True}
+        answer = self._call("delete_objects", keys[0], Bucket=bucket, Delete=doomed)
         for refusal in cast(list[dict[str, str]], answer.get("Errors", [])):
-            text = f"{refusal.get('Key')}: {refusal.get('Code')} {refusal.get('Message')}"
-            raise PermissionError(text) if refusal.get("Code") in _DENIED else OSError(text)
+            code = refusal.get("Code", "")
+            text = f"{refusal.get('Key')}: {code} {refusal.get('Message')}"
+            raise_refusal(code, text, self._where(keys[0]))
 
     def _listed(self, entry: dict[str, Any]) -> ObjectInfo:
         """From an answer to LIST; a folder that some tool made an object of ends with a slash."""
@@ -311,31 +293,3 @@ class _Told:
     def relative_update(self, inc: int = 1) -> None:
         """So many bytes more have been sent, or have come."""
         self._progress.advance(inc)
-
-
-@contextlib.contextmanager
-def translated(where: str) -> Generator[None]:
-    """Turns what s3fs and botocore raise into ours, once."""
-    try:
-        yield
-    except RayCkptError:
-        raise
-    except FileNotFoundError as error:
-        raise ObjectNotFoundError("not there", where, do="check bucket and prefix") from error
-    except PermissionError as error:
-        raise AuthorizationError(f"the store says no: {error}", where, do=_SIGN_IN) from error
-    except OSError as error:
-        kind = _BY_ERRNO.get(error.errno, TransientError)
-        raise kind(f"the store failed: {error}", where, do=_CURES.get(kind, "")) from error
-    except Exception as error:
-        kind = _kind_of_client_error(error)
-        if kind is None:
-            raise
-        raise kind(f"the store cannot be used: {error}", where, do=_CURES[kind]) from error
-
-
-def _kind_of_client_error(error: Exception) -> type[StorageError] | None:
-    """Botocore's errors share no base class with OSError; told apart by name, not by import."""
-    if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
-        return None
-    return AuthorizationError if "Credentials" in type(error).__name__ else TransientError

@@ -4,7 +4,7 @@ Knows how `weed` must be started to judge like S3: signatures checked, no bucket
 nothing listening or reporting outside this machine. Refuses to know what a checkpoint is: it hands
 out an endpoint, and buckets are the only thing it makes.
 
-    admin      Admin, Read, Write, List, Tagging     S3Endpoint
+    admin      Admin, Read, Write, List, Tagging     S3Endpoint, S3Endpoint.rotated()
     read-only  Read, List                            S3Endpoint.read_only()
 """
 
@@ -30,6 +30,8 @@ LOG_TAIL_CHARACTERS = 3000
 
 ADMIN_KEY = "raykey"
 ADMIN_SECRET = "raysecret"
+ROTATED_KEY = "raynewkey"
+ROTATED_SECRET = "raynewsecret"
 READ_ONLY_KEY = "rayreadkey"
 READ_ONLY_SECRET = "rayreadsecret"
 
@@ -55,6 +57,10 @@ class S3Endpoint:
     def read_only(self) -> "S3Endpoint":
         """The same server for an identity whose writes are refused with 403."""
         return replace(self, access_key=READ_ONLY_KEY, secret_key=READ_ONLY_SECRET)
+
+    def rotated(self) -> "S3Endpoint":
+        """The same server and identity by its other key pair."""
+        return replace(self, access_key=ROTATED_KEY, secret_key=ROTATED_SECRET)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +129,8 @@ def _free_ports() -> _Ports:
 
 
 def _identities() -> dict[str, object]:
-    admin = _identity("admin", key=ADMIN_KEY, secret=ADMIN_SECRET)
-    reader = _identity("read-only", key=READ_ONLY_KEY, secret=READ_ONLY_SECRET)
+    admin = _identity("admin", {ADMIN_KEY: ADMIN_SECRET, ROTATED_KEY: ROTATED_SECRET})
+    reader = _identity("read-only", {READ_ONLY_KEY: READ_ONLY_SECRET})
     return {
         "identities": [
             {**admin, "actions": ["Admin", "Read", "Write", "List", "Tagging"]},
@@ -133,8 +139,9 @@ def _identities() -> dict[str, object]:
     }
 
 
-def _identity(name: str, *, key: str, secret: str) -> dict[str, object]:
-    return {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}]}
+def _identity(name: str, pairs: dict[str, str]) -> dict[str, object]:
+    credentials = [{"accessKey": key, "secretKey": secret} for key, secret in pairs.items()]
+    return {"name": name, "credentials": credentials}
 
 
 def _weed_command(ports: _Ports) -> list[str]:

@@ -1,0 +1,66 @@
+"""The bytes of an object of an S3 store: all of them, a range, or a file that can seek."""
+
+import io
+from collections.abc import Callable
+from typing import Any, cast
+
+_BODIES = 3
+"""So often an object is asked for in all whose bytes break off on the way."""
+
+
+def body_of(file_system: Any, path: str, **options: str) -> bytes:
+    """The answer to a GET, whole; asked for again should it break off.
+
+    Not by s3fs's `cat_file`: it repeats what has failed within repetitions of its own.
+    """
+    import fsspec.asyn  # pyright: ignore[reportMissingTypeStubs]
+    from s3fs.core import S3_RETRYABLE_ERRORS  # pyright: ignore[reportMissingTypeStubs]
+
+    sync = cast(Callable[..., bytes], fsspec.asyn.sync)
+    bucket, _, key = path.partition("/")
+    for left in reversed(range(_BODIES)):
+        answer = file_system.call_s3("get_object", Bucket=bucket, Key=key, **options)
+        try:
+            return sync(file_system.loop, answer["Body"].read)
+        except S3_RETRYABLE_ERRORS:
+            if not left:
+                raise
+        finally:
+            answer["Body"].close()
+    raise AssertionError("the last one returns or raises")
+
+
+class S3Stream(io.RawIOBase):
+    """A seekable file of `size_bytes`, of which `read_into(offset, buffer)` gets ranges."""
+
+    def __init__(self, read_into: Callable[[int, memoryview], None], size_bytes: int) -> None:
+        super().__init__()
+        self._read_into = read_into
+        self._size_bytes = size_bytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte comes from."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """The new place, counted from the start."""
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size_bytes}
+        self._at = max(0, starts[whence] + offset)
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """So many bytes came; fewer than there is room for only at the end."""
+        view = memoryview(buffer).cast("B")
+        num_bytes = max(0, min(view.nbytes, self._size_bytes - self._at))
+        self._read_into(self._at, view[:num_bytes])
+        self._at += num_bytes
+        return num_bytes

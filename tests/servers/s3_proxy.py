@@ -1,0 +1,235 @@
+"""An S3 server that misbehaves on request: a proxy in front of a real one.
+
+    with S3Proxy(seaweedfs_endpoint) as s3:
+        s3.fail(match=r"PUT /bucket/key", status=503, code="SlowDown", times=2)
+        S3Store(...)    # with s3.endpoint.environment()
+
+Requests are passed on as they came, signature and all, and answers as they are.
+"""
+
+import http.client
+import re
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from tests.servers.faults import FOR_EVER, Fault, Faults, Wrong
+from tests.servers.seaweed import S3Endpoint
+
+STOP_POLL_SECONDS = 0.02
+PIECE_BYTES = 64 * 1024
+_HOP = frozenset({"connection", "keep-alive", "transfer-encoding", "expect", "content-length"})
+_KEY_OF = re.compile(r"Credential=([^/]+)/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    length_bytes: int
+    """As the header says: of an answer to HEAD nothing of it comes."""
+
+
+class S3Proxy:
+    """Answers inside its `with` block, at `endpoint`.
+
+    `requests` holds "METHOD path?query" of all requests so far, in order, the failed ones too.
+    """
+
+    def __init__(self, behind: S3Endpoint) -> None:
+        self.requests: list[str] = []
+        self._behind = urlsplit(behind.url)
+        self._faults = Faults()
+        self._revoked: set[str] = set()
+        self._lists: dict[str, Answer] | None = None
+        self._pause_s = 0.0
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), daemon=True
+        )
+        url = f"http://127.0.0.1:{self._server.server_port}"
+        self.endpoint = replace(behind, url=url)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._faults.close()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def fail(
+        self,
+        *,
+        match: str,
+        status: int,
+        code: str,
+        times: int = FOR_EVER,
+        headers: Mapping[str, str] | None = None,
+        after: bool = False,
+    ) -> None:
+        """So many requests are answered with this error; `after`: what they ask for is done."""
+        wrong = Wrong.LATE_ANSWER if after else Wrong.ANSWER
+        fault = Fault(
+            match=re.compile(match), wrong=wrong, status=status, code=code, headers=headers or {}
+        )
+        self._faults.add(fault, times=times)
+
+    def hang(self, *, match: str, times: int = FOR_EVER) -> None:
+        """So many requests are never answered, and not a byte of their bodies is taken."""
+        self._faults.add(Fault(match=re.compile(match), wrong=Wrong.SILENCE), times=times)
+
+    def drop(self, *, match: str, after_bytes: int, times: int = FOR_EVER) -> None:
+        """The connection of so many requests is reset after so many bytes of the answer's body."""
+        fault = Fault(match=re.compile(match), wrong=Wrong.BROKEN_BODY, after_bytes=after_bytes)
+        self._faults.add(fault, times=times)
+
+    def spoil(self, *, match: str, times: int = FOR_EVER) -> None:
+        """Every byte of the body of so many answers is another one."""
+        self._faults.add(Fault(match=re.compile(match), wrong=Wrong.OTHER_BODY), times=times)
+
+    def revoke(self, access_key: str) -> None:
+        """Whatever is signed with this key is answered as when its token has expired."""
+        self._revoked.add(access_key)
+
+    def lists_lag(self) -> None:
+        """From now on a LIST is answered as it is answered the first time it is asked again."""
+        self._lists = {}
+
+    def be_slow(self, pause_s: float) -> None:
+        """Bodies come a piece at a time, with such a pause before each."""
+        self._pause_s = pause_s
+
+    def recover(self) -> None:
+        """All is well again."""
+        self._faults.forget()
+        self._revoked.clear()
+        self._lists, self._pause_s = None, 0.0
+
+    def wrong_with(self, line: str, headers: Mapping[str, str]) -> Fault | None:
+        """What is to go wrong with this request."""
+        self.requests.append(line)
+        key = _KEY_OF.search(headers.get("Authorization", ""))
+        if key and key[1] in self._revoked:
+            match = re.compile("")
+            return Fault(match=match, wrong=Wrong.ANSWER, status=400, code="ExpiredToken")
+        return self._faults.take(line)
+
+    def stay_silent(self) -> None:
+        self._faults.stay_silent()
+
+    @property
+    def pause_s(self) -> float:
+        return self._pause_s
+
+    def pass_on(self, request: "_Handler", body: bytes) -> Answer:
+        """The real server's answer, or an older one to a LIST."""
+        listing = self._lists if request.is_list else None
+        asked = request.path
+        if listing is not None and asked in listing:
+            return listing[asked]
+        answer = self._ask(request, body)
+        if listing is not None:
+            listing[asked] = answer
+        return answer
+
+    def _ask(self, request: "_Handler", body: bytes) -> Answer:
+        connection = http.client.HTTPConnection(str(self._behind.netloc), timeout=300)
+        try:
+            connection.putrequest(
+                request.command, request.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in request.headers.items():
+                if name.lower() not in _HOP:
+                    connection.putheader(name, value)
+            if "Content-Length" in request.headers:
+                connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            response = connection.getresponse()
+            content = response.read()
+            headers = {n: v for n, v in response.getheaders() if n.lower() not in _HOP}
+            length_bytes = int(response.headers.get("Content-Length", len(content)))
+        finally:
+            connection.close()
+        return Answer(
+            status=response.status, headers=headers, body=content, length_bytes=length_bytes
+        )
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, proxy: S3Proxy, *arguments: Any) -> None:
+        self._proxy = proxy
+        super().__init__(*arguments)
+
+    @property
+    def is_list(self) -> bool:
+        return self.command == "GET" and ("list-type=2" in self.path or "uploads" in self.path)
+
+    def _serve(self) -> None:
+        fault = self._proxy.wrong_with(f"{self.command} {self.path}", dict(self.headers.items()))
+        self.close_connection = True
+        if fault is not None and fault.wrong is Wrong.SILENCE:
+            self._proxy.stay_silent()
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fault is None:
+            self._send(self._proxy.pass_on(self, body))
+        elif fault.wrong is Wrong.BROKEN_BODY:
+            self._send(self._proxy.pass_on(self, body), only_bytes=fault.after_bytes)
+            self._reset()
+        elif fault.wrong is Wrong.OTHER_BODY:
+            answer = self._proxy.pass_on(self, body)
+            self._send(replace(answer, body=bytes(byte ^ 1 for byte in answer.body)))
+        else:
+            if fault.wrong is Wrong.LATE_ANSWER:
+                self._proxy.pass_on(self, body)
+            self._send(_refusal(fault))
+
+    # BaseHTTPRequestHandler fixes these names.
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
+
+    def _send(self, answer: Answer, *, only_bytes: int | None = None) -> None:
+        self.send_response_only(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(answer.length_bytes))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        content = b"" if self.command == "HEAD" else answer.body[:only_bytes]
+        for start in range(0, len(content), PIECE_BYTES):
+            if self._proxy.pause_s:
+                threading.Event().wait(self._proxy.pause_s)
+            self.wfile.write(content[start : start + PIECE_BYTES])
+        self.wfile.flush()
+
+    def _reset(self) -> None:
+        """Whoever reads on hears that the connection is gone, not that the body has ended."""
+        linger_for_no_time = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_no_time)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing is printed: `S3Proxy.requests` is the log."""
+
+
+def _refusal(fault: Fault) -> Answer:
+    """The answer by which S3's clients recognise the error."""
+    body = f"<Error><Code>{fault.code}</Code><Message>{fault.text}</Message></Error>".encode()
+    headers = {"Content-Type": "application/xml", **fault.headers}
+    return Answer(status=fault.status, headers=headers, body=body, length_bytes=len(body))
