@@ -5,44 +5,22 @@ message carries the content's id, which is looked for before anything is sent: a
 answer was lost is found, not made again.
 """
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
-from ray_ckpt.core.errors import (
-    AuthorizationError,
-    ConflictError,
-    ObjectNotFoundError,
-    RayCkptError,
-    StorageError,
-    StorageFullError,
-    ThrottledError,
-    TransientError,
-    UsageError,
-)
+from ray_ckpt.core.errors import ConflictError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.storage.hub_client import hub_api
+from ray_ckpt.storage.hub_errors import translated
 
 _TRAILER = "Ray-Ckpt-Content: "
 _KEPT = frozenset({".gitattributes"})
-_BY_STATUS: dict[int, type[StorageError]] = {
-    401: AuthorizationError,
-    403: AuthorizationError,
-    404: ObjectNotFoundError,
-    412: ConflictError,  # the branch moved meanwhile: look again
-    413: StorageFullError,
-    507: StorageFullError,
-    429: ThrottledError,
-    **dict.fromkeys((408, 500, 502, 503, 504), TransientError),
-}
-_CURES: dict[type[StorageError], str] = {
-    AuthorizationError: "hf auth login (with a token that may write), then the same command again",
-    ObjectNotFoundError: "hf repos create ORG/REPO --private, then the same command again",
-    TransientError: "run the same command again; what was sent already is not sent twice",
-    StorageFullError: "free space on the Hub, then the same command again",
-}
+_LOOKS = 4
+"""So often the branch may move under one commit before somebody else gets a turn."""
 
 
 def publish_to_hub(
@@ -55,22 +33,42 @@ def publish_to_hub(
 
     Raises:
         AuthorizationError, ObjectNotFoundError, TransientError, StorageFullError
+        ObjectExistsError: the step's tag is there and leads elsewhere, or somebody has changed
+            files of this copy while it was made; what is there is untouched.
     """
     repository, branch = parse_hub(destination)
     tag = names.step_dir(manifest.step)
     location = f"hf://{repository}@{tag}"
     with translated(destination):
-        from huggingface_hub import HfApi  # heavy, and needed for hf:// only
-
-        api = HfApi()
+        api = hub_api()
         api.auth_check(repository, write=True)
         commit = _find_commit(api, repository, branch, manifest.content_id)
-        if commit is not None:
-            api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
-            return location, 0
-        commit = _commit(api, repository, branch, folder=fill(), manifest=manifest)
+        _refuse_another_tag(api, repository, commit, manifest)
+        is_there = commit is not None
+        if commit is None:
+            commit = _commit(api, repository, branch, folder=fill(), manifest=manifest)
         api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
-    return location, manifest.total_bytes
+        _refuse_another_tag(api, repository, commit, manifest)
+    return location, 0 if is_there else manifest.total_bytes
+
+
+def _refuse_another_tag(api: Any, repository: str, commit: str | None, manifest: Manifest) -> None:
+    """Nothing, if the step's tag is free or leads to that commit, or to another of this content.
+
+    Raises:
+        ObjectExistsError: somebody has moved it, or another export of the step is there.
+    """
+    tag = names.step_dir(manifest.step)
+    found = next((t for t in api.list_repo_refs(repository).tags if t.name == tag), None)
+    if found is None or found.target_commit == commit:
+        return
+    if not _holds(api, repository, found.target_commit, manifest.content_id):
+        raise ObjectExistsError(
+            f"the tag {tag} leads to something else, at {found.target_commit[:8]}",
+            f"hf://{repository}@{tag}",
+            "it is untouched",
+            f"look at it; hf repos tag delete {repository} {tag}, then publish again",
+        )
 
 
 def promote_on_hub(publish: Action, tag: str, *, content_id: str, guard: Callable[[], None]) -> str:
@@ -85,9 +83,7 @@ def promote_on_hub(publish: Action, tag: str, *, content_id: str, guard: Callabl
     assert publish.destination is not None, "a publish action names where it went"
     repository, _ = parse_hub(publish.destination)
     with translated(publish.destination):
-        from huggingface_hub import HfApi  # heavy, and needed for hf:// only
-
-        api = HfApi()
+        api = hub_api()
         references = api.list_repo_refs(repository)
         tags = {found.name: found.target_commit for found in references.tags}
         commit = tags.get(names.step_dir(publish.step))
@@ -138,68 +134,64 @@ def _find_commit(api: Any, repository: str, branch: str, content_id: str) -> str
 
 
 def _commit(api: Any, repository: str, branch: str, *, folder: Path, manifest: Manifest) -> str:
+    """The new commit. What others commit meanwhile stays: it is made on top of that."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = api.repo_info(repository, revision=branch).sha
+    before = _contents(api, repository, head)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     added = {path.relative_to(folder).as_posix(): path for path in files}
     additions = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
         for name, path in added.items()
     ]
-    stale = _stale(api.list_repo_files(repository, revision=head), added)
     api.preupload_lfs_files(repository, additions=additions, revision=branch)
-    info = api.create_commit(
+    stale = _stale(before, added)
+    create = partial(
+        api.create_commit,
         repository,
         operations=[*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
         commit_message=f"{names.step_dir(manifest.step)} {manifest.lineage.recipe.get('name', '')}",
         commit_description=f"{_TRAILER}{manifest.content_id}",
         revision=branch,
-        parent_commit=head,
     )
-    return str(info.oid)
+    for left in reversed(range(_LOOKS)):
+        try:
+            with translated(f"hf://{repository}@{branch}"):
+                return str(create(parent_commit=head).oid)
+        except ConflictError:
+            if not left:
+                raise
+        head = api.repo_info(repository, revision=branch).sha
+        now = _contents(api, repository, head)
+        _refuse_changes(before, now, {*added, *stale}, f"hf://{repository}@{branch}")
+    raise AssertionError("the last one returns or raises")
 
 
-def _stale(present: Iterable[str], added: dict[str, Path]) -> list[str]:
+def _contents(api: Any, repository: str, revision: str) -> dict[str, str]:
+    """Path to the name of its content, of every file at a revision."""
+    tree = api.list_repo_tree(repository, recursive=True, revision=revision)
+    return {entry.path: entry.blob_id for entry in tree if hasattr(entry, "blob_id")}
+
+
+def _refuse_changes(
+    before: Mapping[str, str], now: Mapping[str, str], ours: set[str], where: str
+) -> None:
+    """Nothing, if no path of ours holds anything else than before.
+
+    Raises:
+        ObjectExistsError: names those that somebody else has changed meanwhile.
+    """
+    changed = sorted(path for path in ours if before.get(path) != now.get(path))
+    if changed:
+        raise ObjectExistsError(
+            f"somebody has changed {len(changed)} files meanwhile: {', '.join(changed[:10])}",
+            where,
+            "what they committed is untouched; nothing of this copy is visible",
+            "look at it, then publish again or to another branch: hf://ORG/REPO@BRANCH",
+        )
+
+
+def _stale(present: Iterable[str], added: Mapping[str, Path]) -> list[str]:
     """Files of the step before that this one does not replace."""
     return sorted(set(present) - set(added) - _KEPT)
-
-
-@contextmanager
-def translated(destination: str) -> Generator[None]:
-    """Turns what the Hub's client raises into ours, once."""
-    try:
-        yield
-    except RayCkptError:
-        raise
-    except Exception as error:
-        kind, text = _kind(error)
-        if kind is None:
-            raise
-        safe = "nothing became visible there; the export is untouched"
-        cure = next((cure for known, cure in _CURES.items() if issubclass(kind, known)), "")
-        if kind is ThrottledError:
-            raise ThrottledError(text, destination, safe, cure, _retry_after_s(error)) from error
-        raise kind(text, destination, safe, cure) from error
-
-
-def _retry_after_s(error: BaseException) -> float | None:
-    """What the Hub's `Retry-After` says, where it gives seconds."""
-    answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    text = answer.headers.get("Retry-After", "") if answer is not None else ""
-    return float(text) if text.isdecimal() else None
-
-
-def _kind(error: BaseException) -> tuple[type[StorageError] | None, str]:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return _BY_STATUS.get(status, StorageError), f"the Hub answered {status}: {error}"
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return _kind(error.__cause__)  # an upload that failed for good wraps its reason
-    if isinstance(error, ConnectionError) or type(error).__module__.startswith(
-        ("httpx", "httpcore")
-    ):
-        return TransientError, f"the Hub cannot be reached: {error}"
-    return None, str(error)

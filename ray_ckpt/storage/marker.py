@@ -17,7 +17,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import ObjectInfo, Store
 from ray_ckpt.storage.commit import Remains
 from ray_ckpt.storage.drafts import drafts_at
-from ray_ckpt.storage.listing import manifest_in, sizes_in
+from ray_ckpt.storage.listing import ASIDE, manifest_in, sizes_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.scratch import make_scratch, remove_scratch
 
@@ -147,11 +147,12 @@ class MarkerCommit:
 
     def _unfinished(self, folder: str) -> dict[str, int]:
         """Size of every object there that no save needs, whole or in the trash, by its name."""
-        known = self._other_saves(folder)
+        present = sizes_in(self._store, folder)
+        kept = self._kept_saves(folder, present)
         return {
             name: size
-            for name, size in sizes_in(self._store, folder).items()
-            if names.parse_pin(name) is None and names.save_of_shard(name) not in known
+            for name, size in present.items()
+            if names.parse_pin(name) is None and names.save_of_shard(name) not in kept
         }
 
     def set_aside(self, folder: str, aside: str) -> None:
@@ -199,10 +200,11 @@ class MarkerCommit:
             manifest = Manifest.from_json(marker, f"{self._store.uri}/{folder}")
         except IntegrityError:
             # nobody can tell any more which files are its own: all that no other save needs
-            others = self._other_saves(folder)
-            return [name for name in present if names.save_of_shard(name) not in others]
-        own = [entry.path for entry in manifest.files if entry.path in present]
-        return [*_shared_names(own, manifest.save_id), *pins]
+            kept = self._kept_saves(folder, present)
+            return [name for name in present if names.save_of_shard(name) not in kept]
+        own = _shared_names((entry.path for entry in manifest.files), manifest.save_id)
+        here = [name for name in own if name in present or self._store.stat(f"{folder}/{name}")]
+        return [*here, *pins]
 
     def _is_in_place(self, folder: str, marker: bytes) -> bool:
         """Whether this very manifest is there, from a restore that died.
@@ -224,7 +226,8 @@ class MarkerCommit:
         own = [entry.path for entry in manifest.files if entry.path in present]
         shared = set(_shared_names(own, manifest.save_id))
         has_begun = self._store.stat(names.begun_key(folder)) is not None
-        is_free = names.MANIFEST not in present and not has_begun
+        is_whole = self._store.stat(names.manifest_key(folder)) is not None
+        is_free = not has_begun and not is_whole
         doomed = [name for name in own if name not in shared or is_free]
         self._store.delete([f"{folder}/{name}" for name in doomed])
         return sum(present[name] for name in doomed if name not in shared)
@@ -236,16 +239,19 @@ class MarkerCommit:
         self._store.delete([f"{aside}/{name}" for name in ordered])
         return sum(sizes.values())
 
-    def _other_saves(self, folder: str) -> set[str]:
-        """Save ids of saves whose shards may lie in the folder: drafts, and what was set aside."""
-        found = (
-            names.parse_set_aside(name)
-            for parent in (names.TRASH, names.QUARANTINE)
-            for name in self._store.list_folders(parent)
-        )
-        aside = {save[1] for save in found if save and names.step_dir(save[0]) == folder}
-        drafts = (names.parse_draft(info.key) for info in self._store.list_objects(names.DRAFTS))
-        return aside | {save_id for save_id in drafts if save_id is not None}
+    def _kept_saves(self, folder: str, present: Iterable[str]) -> set[str]:
+        """Of the saves whose shards lie in the folder, those that a draft or the trash still needs.
+
+        Each is asked for by its name: a listing may not show yet what was set aside just now.
+        """
+        step = names.parse_step(folder)
+        saves = {save for name in present if (save := names.save_of_shard(name)) is not None}
+        return {save for save in saves if step is not None and self._is_kept(step, save)}
+
+    def _is_kept(self, step: int, save_id: str) -> bool:
+        aside = (names.set_aside_dir(parent, step, save_id) for parent in ASIDE)
+        keys = (names.draft_key(save_id), *(names.manifest_key(folder) for folder in aside))
+        return any(self._store.stat(key) is not None for key in keys)
 
     def _may_be_committed_now(self, folder: str) -> bool:
         """Whether a draft of the step is there, whose note is its manager's."""

@@ -27,11 +27,11 @@ def make_file_system() -> Any:
 
     Whoever makes another one gets the credentials that the environment and its files hold then.
     """
+    import fsspec.config  # pyright: ignore[reportMissingTypeStubs]
     import s3fs  # pyright: ignore[reportMissingTypeStubs]  # heavy, and needed only where there is an s3:// location
     from aiobotocore.session import AioSession  # pyright: ignore[reportMissingTypeStubs]
-    from fsspec.config import apply_config  # pyright: ignore[reportMissingTypeStubs]
 
-    asked = cast(dict[str, Any], apply_config(s3fs.S3FileSystem, {}))
+    asked: dict[str, Any] = cast(Any, fsspec.config).apply_config(s3fs.S3FileSystem, {})
     session: Any = asked.get("session") or AioSession(profile=asked.get("profile"))
     # aiohttp waits for the answer to `Expect` without an end
     session.register("before-send.s3", _without_expect, unique_id="ray_ckpt")

@@ -13,10 +13,10 @@ def body_of(file_system: Any, path: str, **options: str) -> bytes:
 
     Not by s3fs's `cat_file`: it repeats what has failed within repetitions of its own.
     """
-    import fsspec.asyn  # pyright: ignore[reportMissingTypeStubs]
+    from fsspec import asyn  # pyright: ignore[reportMissingTypeStubs]
     from s3fs.core import S3_RETRYABLE_ERRORS  # pyright: ignore[reportMissingTypeStubs]
 
-    sync = cast(Callable[..., bytes], fsspec.asyn.sync)
+    sync: Callable[..., bytes] = cast(Any, asyn).sync
     bucket, _, key = path.partition("/")
     for left in reversed(range(_BODIES)):
         answer = file_system.call_s3("get_object", Bucket=bucket, Key=key, **options)

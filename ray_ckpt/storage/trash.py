@@ -15,7 +15,7 @@ from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
 from ray_ckpt.storage.lease import TRAINER, holder_of
-from ray_ckpt.storage.listing import aside_folders, told_in, view_aside
+from ray_ckpt.storage.listing import aside_folders, sizes_in, told_in, view_aside
 from ray_ckpt.storage.records import Records
 
 
@@ -60,7 +60,8 @@ class Trash:
         """Every save that was trashed more than `older_than_s` ago, and what is half erased.
 
         The time of trashing is the one of the manifest's last purge record; a step without such
-        a record was put there by hand and is left alone.
+        a record was put there by hand and is left alone. So is one with a pin where it lay: its
+        purge did not see it, in a listing that lagged, or it came since.
         """
         trashed_at = {
             (r.action.step, r.action.source_id): r.changed_at
@@ -74,7 +75,8 @@ class Trash:
                 found.extend(self._half_erased(step, aside, now))
             elif isinstance(told, Manifest):
                 age_s = now - trashed_at.get((step, told.content_id), now)
-                if age_s >= older_than_s and (step, told.content_id) in trashed_at:
+                is_old = age_s >= older_than_s and (step, told.content_id) in trashed_at
+                if is_old and not self._has_pin(step):
                     why = f"purged {duration(age_s)} ago"
                     size_bytes = told.total_bytes
                     found.append(Trashed(step=step, folder=aside, size_bytes=size_bytes, why=why))
@@ -83,6 +85,9 @@ class Trash:
     def erase(self, trashed: Trashed) -> int:
         """Bytes freed: the save is gone for good. Twice is harmless."""
         return self._commit.erase(trashed.folder, names.step_dir(trashed.step))
+
+    def _has_pin(self, step: int) -> bool:
+        return any(names.parse_pin(name) for name in sizes_in(self._store, names.step_dir(step)))
 
     def _half_erased(self, step: int, aside: str, now: float) -> Iterator[Trashed]:
         """A folder whose manifest has gone first, by somebody who died then.

@@ -38,6 +38,8 @@ class Fault:
     """S3's word for it, or the Hub's."""
     text: str = "the test asked for it"
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    """Of the answer, where the server has no words of its own for it."""
     after_bytes: int = 0
 
 

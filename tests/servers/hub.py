@@ -9,12 +9,13 @@ limits) and every endpoint that is not in ROUTES, which it answers with 501.
 Left out: datasets and spaces, pull requests, Xet, multipart LFS uploads.
 """
 
+import io
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +26,7 @@ from typing import IO, Any, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tests.servers import hub_read, hub_write
+from tests.servers.faults import FOR_EVER, Fault, Faults, Wrong
 from tests.servers.hub_repo import BlobStore, RefusedError
 from tests.servers.hub_wire import (
     Access,
@@ -66,6 +68,7 @@ ROUTES: tuple[tuple[str, str, Access, Callable[..., Response]], ...] = (
     ("GET", f"{MODEL}/auth-check/write", Access.WRITE, hub_read.check_repository),
     ("GET", f"/{REPOSITORY}/resolve/{REVISION}/(?P<path>.+)", Access.ANYONE, hub_read.download),
     ("POST", "/api/repos/create", Access.WRITE, hub_write.create_repository),
+    ("DELETE", "/api/repos/delete", Access.WRITE, hub_write.delete_repository),
     ("POST", f"{MODEL}/branch/{REFERENCE}", Access.WRITE, hub_write.create_branch),
     ("DELETE", f"{MODEL}/branch/{REFERENCE}", Access.WRITE, hub_write.delete_branch),
     ("POST", f"{MODEL}/tag/{REFERENCE}", Access.WRITE, hub_write.create_tag),
@@ -80,15 +83,6 @@ ROUTES: tuple[tuple[str, str, Access, Callable[..., Response]], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fault:
-    """One planned failure; `after`: the request is carried out, and only its answer is lost."""
-
-    match: re.Pattern[str]
-    status: int
-    after: bool
-
-
 class HubDouble:
     """A Hub that answers inside its `with` block, on the port that `url` names.
 
@@ -101,7 +95,7 @@ class HubDouble:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.requests: list[str] = []
-        self._faults: list[_Fault] = []
+        self._faults = Faults()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self._answer))
         self._thread = threading.Thread(
@@ -124,15 +118,48 @@ class HubDouble:
         """The token of user `ray` whose changes are refused with 403."""
         return READ_ONLY_TOKEN
 
-    def fail(self, *, match: str, times: int = 1, status: int = 500, after: bool = False) -> None:
+    def fail(
+        self,
+        *,
+        match: str,
+        times: int = 1,
+        status: int = 500,
+        after: bool = False,
+        text: str = "the test asked for it",
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> None:
         """The next `times` requests whose "METHOD path" `match` is found in are answered `status`.
 
         `after=True`: each is carried out first, and its answer lost. The client waits and retries
         most calls on 408, 429 and 5xx (1 s, 2 s, ...), but never the commit.
         """
-        fault = _Fault(match=re.compile(match), status=status, after=after)
-        with self._lock:
-            self._faults.extend([fault] * times)
+        fault = Fault(
+            match=re.compile(match),
+            wrong=Wrong.LATE_ANSWER if after else Wrong.ANSWER,
+            status=status,
+            text=text,
+            headers=headers or {},
+            body=body,
+        )
+        self._faults.add(fault, times=times)
+
+    def hang(self, *, match: str, times: int = FOR_EVER) -> None:
+        """So many requests are never answered."""
+        self._faults.add(Fault(match=re.compile(match), wrong=Wrong.SILENCE), times=times)
+
+    def drop(self, *, match: str, after_bytes: int, times: int = 1) -> None:
+        """The answers to so many requests break off after so many bytes of their bodies."""
+        fault = Fault(match=re.compile(match), wrong=Wrong.BROKEN_BODY, after_bytes=after_bytes)
+        self._faults.add(fault, times=times)
+
+    def meanwhile(self, *, match: str, do: Callable[[], object]) -> None:
+        """Right before the next request that matches is looked at, `do` is called, once."""
+        self._faults.meanwhile(match=match, do=do)
+
+    def recover(self) -> None:
+        """All is well again."""
+        self._faults.forget()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -144,6 +171,7 @@ class HubDouble:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._faults.close()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -151,20 +179,25 @@ class HubDouble:
     def _answer(self, request: Request) -> Response:
         """The answer to one request; requests are carried out one at a time."""
         line = f"{request.method} {request.path}"
+        fault = self._faults.take(line)
         with self._lock:
             self.requests.append(line)
-            fault = self._take_fault(line)
             if fault is None:
                 return _respond(self._hub, request)
-            if fault.after:
+            if fault.wrong is Wrong.BROKEN_BODY:
+                return replace(_respond(self._hub, request), sent_bytes=fault.after_bytes)
+            if fault.wrong is Wrong.LATE_ANSWER:
                 _respond(self._hub, request).body.close()
-            return refusal(RefusedError(fault.status, f"the test asked {line} to fail"))
+        if fault.wrong is Wrong.SILENCE:
+            self._faults.stay_silent()
+        return _answer_of(fault, line)
 
-    def _take_fault(self, line: str) -> _Fault | None:
-        for position, fault in enumerate(self._faults):
-            if fault.match.search(line):
-                return self._faults.pop(position)
-        return None
+
+def _answer_of(fault: Fault, line: str) -> Response:
+    if fault.body:
+        body = io.BytesIO(fault.body)
+        return Response(status=fault.status, body=body, length_bytes=len(fault.body))
+    return refusal(RefusedError(fault.status, f"{fault.text}: {line}", fault.headers))
 
 
 def _respond(hub: Hub, request: Request) -> Response:
@@ -206,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with self._body() as body:
             response = self._answer(self._request(body))
-        with response.body:
+        with response.body, suppress(ConnectionError):  # who has gone hears no answer
             self._send(response)
 
     # BaseHTTPRequestHandler fixes these names.
@@ -240,7 +273,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
-            _copy(response.body, self.wfile, length_bytes=response.length_bytes)
+            sent = response.length_bytes if response.sent_bytes is None else response.sent_bytes
+            _copy(response.body, self.wfile, length_bytes=sent)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing is printed: `HubDouble.requests` is the log."""

@@ -51,6 +51,8 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict)
     body: IO[bytes]
     length_bytes: int
+    sent_bytes: int | None = None
+    """So many are sent before the connection ends; None for all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

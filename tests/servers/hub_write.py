@@ -52,6 +52,16 @@ def create_repository(hub: Hub, request: Request) -> Response:
     return json_response(answer)
 
 
+def delete_repository(hub: Hub, request: Request) -> Response:
+    asked = request.json()
+    caller = hub.caller(request)
+    assert caller is not None, "the route needs a token"
+    name = f"{asked['organization'] or caller.user}/{asked['name']}"
+    hub.repository(request, name)
+    del hub.repositories[name]
+    return json_response({})
+
+
 def create_branch(hub: Hub, request: Request, *, name: str, reference: str) -> Response:
     start = request.json().get("startingPoint", DEFAULT_BRANCH)
     hub.repository(request, name).create_branch(reference, start=start)

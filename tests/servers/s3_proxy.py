@@ -12,14 +12,16 @@ import re
 import socket
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from tests.servers.faults import FOR_EVER, Fault, Faults, Wrong
+from tests.servers.old_listing import OldListing
 from tests.servers.seaweed import S3Endpoint
 
 STOP_POLL_SECONDS = 0.02
@@ -48,7 +50,8 @@ class S3Proxy:
         self._behind = urlsplit(behind.url)
         self._faults = Faults()
         self._revoked: set[str] = set()
-        self._lists: dict[str, Answer] | None = None
+        self._old: OldListing | None = None
+        self._endpoint_behind = behind
         self._pause_s = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
@@ -107,9 +110,9 @@ class S3Proxy:
         """Whatever is signed with this key is answered as when its token has expired."""
         self._revoked.add(access_key)
 
-    def lists_lag(self) -> None:
-        """From now on a LIST is answered as it is answered the first time it is asked again."""
-        self._lists = {}
+    def lists_lag(self, bucket: str) -> None:
+        """Whoever asks for a LIST of the bucket is told what is there now, from now on."""
+        self._old = OldListing(self._endpoint_behind, bucket)
 
     def be_slow(self, pause_s: float) -> None:
         """Bodies come a piece at a time, with such a pause before each."""
@@ -119,7 +122,7 @@ class S3Proxy:
         """All is well again."""
         self._faults.forget()
         self._revoked.clear()
-        self._lists, self._pause_s = None, 0.0
+        self._old, self._pause_s = None, 0.0
 
     def wrong_with(self, line: str, headers: Mapping[str, str]) -> Fault | None:
         """What is to go wrong with this request."""
@@ -139,14 +142,12 @@ class S3Proxy:
 
     def pass_on(self, request: "_Handler", body: bytes) -> Answer:
         """The real server's answer, or an older one to a LIST."""
-        listing = self._lists if request.is_list else None
-        asked = request.path
-        if listing is not None and asked in listing:
-            return listing[asked]
-        answer = self._ask(request, body)
-        if listing is not None:
-            listing[asked] = answer
-        return answer
+        asked = urlsplit(request.path)
+        query = dict(parse_qsl(asked.query, keep_blank_values=True))
+        is_list = request.command == "GET" and query.get("list-type") == "2"
+        if self._old is not None and is_list:
+            return _xml(200, self._old.answer(query))
+        return self._ask(request, body)
 
     def _ask(self, request: "_Handler", body: bytes) -> Answer:
         connection = http.client.HTTPConnection(str(self._behind.netloc), timeout=300)
@@ -177,10 +178,6 @@ class _Handler(BaseHTTPRequestHandler):
     def __init__(self, proxy: S3Proxy, *arguments: Any) -> None:
         self._proxy = proxy
         super().__init__(*arguments)
-
-    @property
-    def is_list(self) -> bool:
-        return self.command == "GET" and ("list-type=2" in self.path or "uploads" in self.path)
 
     def _serve(self) -> None:
         fault = self._proxy.wrong_with(f"{self.command} {self.path}", dict(self.headers.items()))
@@ -216,8 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         for start in range(0, len(content), PIECE_BYTES):
             if self._proxy.pause_s:
                 threading.Event().wait(self._proxy.pause_s)
-            self.wfile.write(content[start : start + PIECE_BYTES])
-        self.wfile.flush()
+            with suppress(ConnectionError):  # who has gone hears no answer
+                self.wfile.write(content[start : start + PIECE_BYTES])
 
     def _reset(self) -> None:
         """Whoever reads on hears that the connection is gone, not that the body has ended."""
@@ -230,6 +227,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _refusal(fault: Fault) -> Answer:
     """The answer by which S3's clients recognise the error."""
-    body = f"<Error><Code>{fault.code}</Code><Message>{fault.text}</Message></Error>".encode()
-    headers = {"Content-Type": "application/xml", **fault.headers}
-    return Answer(status=fault.status, headers=headers, body=body, length_bytes=len(body))
+    text = f"<Error><Code>{fault.code}</Code><Message>{fault.text}</Message></Error>"
+    return _xml(fault.status, text, fault.headers)
+
+
+def _xml(status: int, text: str, headers: Mapping[str, str] | None = None) -> Answer:
+    body = text.encode()
+    headers = {"Content-Type": "application/xml", **(headers or {})}
+    return Answer(status=status, headers=headers, body=body, length_bytes=len(body))

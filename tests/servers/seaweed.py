@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 
@@ -104,17 +105,22 @@ def make_bucket(endpoint: S3Endpoint, name: str) -> None:
 
     A name has three characters or more. The first write to a bucket takes 0.2 s, now and then 5 s.
     """
-    client = botocore.session.Session().create_client(
+    client = client_of(endpoint)
+    try:
+        client.create_bucket(Bucket=name)
+    finally:
+        client.close()
+
+
+def client_of(endpoint: S3Endpoint) -> Any:
+    """A client of botocore's own; the caller closes it."""
+    return botocore.session.Session().create_client(
         "s3",
         endpoint_url=endpoint.url,
         region_name=endpoint.region,
         aws_access_key_id=endpoint.access_key,
         aws_secret_access_key=endpoint.secret_key,
     )
-    try:
-        client.create_bucket(Bucket=name)
-    finally:
-        client.close()
 
 
 def _free_ports() -> _Ports:

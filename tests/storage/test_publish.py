@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -108,10 +108,18 @@ def hub(tmp_path: Path) -> Iterator[HubDouble]:
         yield hub
 
 
-def publish(root: str, hub: HubDouble, to: str, *, token: str | None = None) -> str:
+def publish(
+    root: str,
+    hub: HubDouble,
+    to: str,
+    *,
+    token: str | None = None,
+    settings: Mapping[str, str] = {},
+) -> str:
     """Publishes step 5 in a process of its own, whose Hub is the double; its output or error."""
     code = (
         "import sys; from ray_ckpt.core.errors import RayCkptError\n"
+        "from ray_ckpt.core.failures import classify\n"
         "from ray_ckpt.storage.backends import open_catalog\n"
         "from ray_ckpt.storage.publish import publish_export\n"
         "catalog = open_catalog(sys.argv[1])\n"
@@ -120,8 +128,10 @@ def publish(root: str, hub: HubDouble, to: str, *, token: str | None = None) -> 
         "    print('done', done.location, done.bytes_sent)\n"
         "except RayCkptError as error:\n"
         "    print('failed', type(error).__name__, error)\n"
+        "    print('class', classify(error), getattr(error, 'retry_after_s', None))\n"
     )
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": token or hub.token}
+    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token or hub.token, **settings}
+    environment = {**os.environ, **own}
     command = [sys.executable, "-c", code, root, to]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True

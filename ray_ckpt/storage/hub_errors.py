@@ -1,0 +1,134 @@
+"""What the Hub's client raises, as ours: by the Hub's word for it, else by status or by text.
+
+HfHubHTTPError       an answer: X-Error-Code, then what it says of storage, then its status
+RuntimeError         an upload that failed for good; its reason is its cause
+ValueError           refusals of single files, in an answer that is none
+ConnectionError      of the Xet client, whose text alone names the status
+httpx.TransportError no answer
+"""
+
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ray_ckpt.core.errors import (
+    AuthorizationError,
+    ConflictError,
+    ObjectNotFoundError,
+    RayCkptError,
+    StorageError,
+    StorageFullError,
+    ThrottledError,
+    TransientError,
+)
+from ray_ckpt.storage.retry_after import retry_after_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Meaning:
+    """What an answer comes to, and what a person is to do about it."""
+
+    kind: type[StorageError]
+    do: str
+
+
+_AGAIN = "run the same command again; what was sent already is not sent twice"
+_UNREACHABLE = _Meaning(kind=TransientError, do=_AGAIN)
+_THROTTLED = _Meaning(kind=ThrottledError, do="nothing: it is tried again when the Hub allows it")
+_CONFLICT = _Meaning(kind=ConflictError, do=_AGAIN)
+_DENIED = _Meaning(
+    kind=AuthorizationError,
+    do="hf auth login (with a token that may write), then the same command again",
+)
+_GATED = _Meaning(
+    kind=AuthorizationError,
+    do="ask for access on the repository's page, then the same command again",
+)
+_FULL = _Meaning(
+    kind=StorageFullError,
+    do="free space on the Hub or have its limit raised, then the same command again",
+)
+_NO_REPOSITORY = _Meaning(
+    kind=ObjectNotFoundError,
+    do="hf repos create ORG/REPO --private, then the same command again",
+)
+_NO_REVISION = _Meaning(
+    kind=ObjectNotFoundError,
+    do="hf repos branch create ORG/REPO BRANCH, then the same command again",
+)
+_OFFLINE = _Meaning(kind=StorageError, do="unset HF_HUB_OFFLINE, then the same command again")
+_REFUSED = _Meaning(kind=StorageError, do="")
+
+_BY_CODE: Mapping[str, _Meaning] = {
+    "RepoNotFound": _NO_REPOSITORY,
+    "RevisionNotFound": _NO_REVISION,
+    "GatedRepo": _GATED,
+}
+_BY_STATUS: Mapping[int, _Meaning] = {
+    401: _DENIED,
+    402: _FULL,
+    403: _DENIED,
+    404: _NO_REPOSITORY,
+    **dict.fromkeys((409, 412), _CONFLICT),  # the branch moved meanwhile: look again
+    **dict.fromkeys((413, 507), _FULL),
+    429: _THROTTLED,
+    **dict.fromkeys((408, 500, 502, 503, 504), _UNREACHABLE),
+}
+_STORAGE = re.compile(
+    r"(storage|quota).*(limit|exceed|full|reached)|exceed\w* .*(storage|quota)", re.I
+)
+"""How the Hub words that a limit is reached, with a 403 that is no different otherwise."""
+_STATUS_IN_TEXT = re.compile(r"\b(4\d\d|5\d\d)\b")
+
+
+@contextmanager
+def translated(destination: str) -> Generator[None]:
+    """Turns what the Hub's client raises into ours, once; what is none of its errors passes."""
+    try:
+        yield
+    except RayCkptError:
+        raise
+    except Exception as error:
+        found = _meaning(error)
+        if found is None:
+            raise
+        meaning, text, headers = found
+        safe = "nothing became visible there; the export is untouched"
+        kind, wait_s = meaning.kind, retry_after_s(headers)
+        if issubclass(kind, TransientError) and wait_s is not None:
+            throttled = text, destination, safe, _THROTTLED.do, wait_s
+            raise ThrottledError(*throttled) from error
+        raise kind(text, destination, safe, meaning.do) from error
+
+
+def _meaning(error: BaseException) -> tuple[_Meaning, str, Mapping[str, str]] | None:
+    """With what is said about it, and the headers of the answer."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, HfHubHTTPError):
+        headers: Mapping[str, str] = error.response.headers
+        status, code = error.response.status_code, headers.get("X-Error-Code", "")
+        meaning = _BY_CODE.get(code) or _by_words(status, str(error))
+        return meaning, f"the Hub answered {status}: {error}", headers
+    if isinstance(error, OfflineModeIsEnabled):
+        return _OFFLINE, str(error), {}
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _meaning(error.__cause__)
+    if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors"):
+        return _by_words(0, str(error)), f"the Hub refused: {error}", {}
+    if isinstance(error, ConnectionError):
+        status = _STATUS_IN_TEXT.search(str(error))
+        meaning = _by_words(int(status[1]), str(error)) if status else _UNREACHABLE
+        return meaning, f"the Hub cannot be used: {error}", {}
+    if type(error).__module__.startswith(("httpx", "httpcore")):
+        text = str(error) or type(error).__name__
+        return _UNREACHABLE, f"the Hub cannot be reached: {text}", {}
+    return None
+
+
+def _by_words(status: int, text: str) -> _Meaning:
+    """By the status, unless the words say that it is about room."""
+    if status in (0, 403) and _STORAGE.search(text):
+        return _FULL
+    return _BY_STATUS.get(status, _REFUSED)
