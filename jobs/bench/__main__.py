@@ -6,6 +6,7 @@ python -m jobs.bench vote         what a save() that finds nothing due costs on 
 python -m jobs.bench manager      what a look at a root costs, by the number of its steps
 python -m jobs.bench beside       what a training step takes while exports run beside it
 python -m jobs.bench export       a step becomes a Hugging Face folder: ours, others, a bare copy
+python -m jobs.bench crew         the same by one task of a cluster and by several together
 python -m jobs.bench last         a last save becomes one, written by the ranks that train
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench.beside import measure_beside
+from jobs.bench.crew import measure_crews
 from jobs.bench.export import measure_exports
 from jobs.bench.integrity import measure_integrity
 from jobs.bench.last import measure_last_saves
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
     parser.add_argument("--folder", type=Path, help="the disk to use, but for vote")
+    parser.add_argument("--tasks", default="1,2,4", help="crew: that make an export, in turn")
     parser.add_argument("--root", help="manager: a folder or s3://bucket/prefix to measure on")
     parser.add_argument("--steps", default="10,100,1000", help="manager: how many, in turn")
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
@@ -86,6 +89,17 @@ def export(parsed: argparse.Namespace) -> Sequence[Any]:
         )
 
 
+def crew(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of exports by several tasks; what was written is removed."""
+    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
+        return measure_crews(
+            Path(folder),
+            [int(number) for number in parsed.tasks.split(",")],
+            size_mb=parsed.size_mb,
+            repeats=parsed.repeats,
+        )
+
+
 def last(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of last saves; what was written is removed."""
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
@@ -113,6 +127,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "manager": manager,
     "beside": beside,
     "export": export,
+    "crew": crew,
     "last": last,
 }
 

@@ -140,6 +140,19 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
+@pytest.mark.slow
+def test_an_export_is_measured_by_the_number_of_tasks_that_make_it(tmp_path: Path) -> None:
+    words = ("--tasks", "1,2", "--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
+    _, rows = measure("crew", *words)
+    assert [(row["num_tasks"], row["num_nodes"]) for row in rows] == [(1, 1), (2, 2)]
+    for row in rows:
+        assert row["num_shards"] >= 8
+        assert row["ratio"] == pytest.approx(row["median_s"] / rows[0]["median_s"])
+        assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
+        assert row["cpu_s"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_last_saves_are_measured_beside_torchtitans_and_a_raw_write(tmp_path: Path) -> None:
     words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
     _, rows = measure("last", *words)
