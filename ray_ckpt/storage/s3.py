@@ -50,7 +50,15 @@ class S3Store:
         self._uri = f"s3://{self._base}"
         if not self._base.partition("/")[0]:
             raise UsageError("no bucket is named", uri, do="write s3://bucket/prefix")
-        self._file_system = make_file_system()
+        self._file_system = self._made()
+
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
+        """Whoever gets it in another process makes a client of its own."""
+        return S3Store, (self._uri,)
+
+    def _made(self) -> Any:
+        with translated(self._uri):
+            return make_file_system()
 
     @property
     def uri(self) -> str:
@@ -79,7 +87,7 @@ class S3Store:
             except AuthorizationError as error:
                 if not may_have_newer_keys(error):
                     raise
-                self._file_system = make_file_system()
+                self._file_system = self._made()
             except TransientError as error:
                 if not has_broken_off(error):
                     raise

@@ -280,6 +280,14 @@ def test_keys_that_nobody_replaces_are_refused(store: S3Store, proxy: S3Proxy) -
     assert "AWS_SESSION_TOKEN" in caught.value.do
 
 
+def test_a_profile_that_nobody_has_made_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(AuthorizationError, match="nobody"):
+        S3Store("s3://bucket/run")
+
+
 def write_keys(path: Path, pair: S3Endpoint) -> None:
     key, secret = pair.access_key, pair.secret_key
     path.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
