@@ -11,6 +11,7 @@ import sys
 import click
 
 from ray_ckpt.cli import act, export, inspect, queue
+from ray_ckpt.cli.copies import copies
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.cli.events import events
 from ray_ckpt.cli.gc import gc
@@ -38,6 +39,7 @@ VERBS = (
     inspect.ls,
     inspect.show,
     inspect.verify,
+    copies,
     inspect.resume_plan,
     plan,
     events,

@@ -99,6 +99,25 @@ def promote_on_hub(publish: Action, tag: str, *, content_id: str, guard: Callabl
     return f"hf://{repository}@{tag}"
 
 
+def content_at_tag(publish: Action) -> str | None:
+    """What the commit says of itself that the step's own tag leads to; None without the tag.
+
+    The content of a copy of ours is named there.
+
+    Raises:
+        AuthorizationError, ObjectNotFoundError, TransientError
+    """
+    assert publish.destination is not None, "a publish action names where it went"
+    repository, _ = parse_hub(publish.destination)
+    with translated(publish.destination):
+        api = hub_api()
+        tags = {found.name: found.target_commit for found in api.list_repo_refs(repository).tags}
+        commit = tags.get(names.step_dir(publish.step))
+        if commit is None:
+            return None
+        return str(next(iter(api.list_repo_commits(repository, revision=commit))).message)
+
+
 def _holds(api: Any, repository: str, commit: str, content_id: str) -> bool:
     newest = next(iter(api.list_repo_commits(repository, revision=commit)))
     return f"{_TRAILER}{content_id}" in newest.message

@@ -47,7 +47,8 @@ def publish_export(
 
     Raises:
         ObjectExistsError: another export of that name and step is there; it is untouched.
-        IntegrityError: the export differs from its own manifest; nothing became visible.
+        IntegrityError: the export differs from its own manifest, and nothing became visible; or
+            the copy that is there was altered since it was made, and is untouched.
         AuthorizationError, TransientError, StorageFullError: from the destination.
     """
     scheme = destination.partition("://")[0] if "://" in destination else ""
@@ -64,6 +65,7 @@ def _publish_to_root(
     finish_retiring(target.store, folder)
     present = manifest_in(target.store, folder)
     if present is not None and present.content_id == export.manifest.content_id:
+        _check_files(target.store, export, location)
         return Published(location=location, bytes_sent=0)
     if present is not None:
         raise ObjectExistsError(
@@ -82,7 +84,7 @@ def _publish_to_root(
     except BaseException:
         target.commit.discard(staging)
         raise
-    _check_arrival(target.store, export, location)
+    _check_files(target.store, export, location)
     return Published(location=location, bytes_sent=export.manifest.total_bytes)
 
 
@@ -147,8 +149,18 @@ def copy_files(
             )
 
 
-def _check_arrival(store: Store, export: ExportView, location: str) -> None:
+def _check_files(store: Store, export: ExportView, location: str) -> None:
+    """Nothing, if every file is there in its size.
+
+    Raises:
+        IntegrityError: the store has lost something, or somebody has altered the copy.
+    """
     sizes = sizes_in(store, names.export_dir(export.name, export.step))
     damage = [text for entry in export.manifest.files if (text := size_damage(entry, sizes))]
     if damage:
-        raise IntegrityError(f"what arrived differs from what left: {'; '.join(damage)}", location)
+        raise IntegrityError(
+            f"the copy is not what left: {'; '.join(damage)}",
+            location,
+            "the export it was made from is untouched",
+            "look at it and remove it there, then publish again",
+        )

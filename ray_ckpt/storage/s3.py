@@ -18,13 +18,20 @@ from ray_ckpt.core.errors import (
     ObjectExistsError,
     ObjectNotFoundError,
     StorageError,
+    TransientError,
     UsageError,
 )
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
 from ray_ckpt.storage.s3_client import make_file_system
-from ray_ckpt.storage.s3_errors import may_have_newer_keys, raise_refusal, translated
+from ray_ckpt.storage.s3_errors import (
+    has_broken_off,
+    is_gone,
+    may_have_newer_keys,
+    raise_refusal,
+    translated,
+)
 from ray_ckpt.storage.s3_stream import S3Stream, body_of
 
 T = TypeVar("T")
@@ -32,6 +39,7 @@ _BLOCK_BYTES = 8 << 20
 _READS_AT_ONCE = 8
 _BATCH_KEYS = 1000
 _NAME_BYTES = 256
+_REPEATS = 2
 
 
 class S3Store:
@@ -42,7 +50,15 @@ class S3Store:
         self._uri = f"s3://{self._base}"
         if not self._base.partition("/")[0]:
             raise UsageError("no bucket is named", uri, do="write s3://bucket/prefix")
-        self._file_system = make_file_system()
+        self._file_system = self._made()
+
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
+        """Whoever gets it in another process makes a client of its own."""
+        return S3Store, (self._uri,)
+
+    def _made(self) -> Any:
+        with translated(self._uri):
+            return make_file_system()
 
     @property
     def uri(self) -> str:
@@ -59,14 +75,22 @@ class S3Store:
         return path.removeprefix(f"{self._base}/")
 
     def _ask(self, key: str, use: Callable[[Any], T]) -> T:
-        """What `use` makes of the s3fs file system; twice, if newer keys may be there meanwhile."""
-        try:
-            with translated(self._where(key)):
-                return use(self._file_system)
-        except AuthorizationError as error:
-            if not may_have_newer_keys(error):
-                raise
-        self._file_system = make_file_system()
+        """What `use` makes of the s3fs file system.
+
+        Again, if its answer has broken off, or if newer keys may be there meanwhile; whatever else
+        is worth another try botocore has tried again itself.
+        """
+        for _ in range(_REPEATS):
+            try:
+                with translated(self._where(key)):
+                    return use(self._file_system)
+            except AuthorizationError as error:
+                if not may_have_newer_keys(error):
+                    raise
+                self._file_system = self._made()
+            except TransientError as error:
+                if not has_broken_off(error):
+                    raise
         with translated(self._where(key)):
             return use(self._file_system)
 
@@ -239,7 +263,9 @@ class S3Store:
         """S3's own answer; empty where what is asked about is not there."""
         try:
             return self._ask(key, lambda files: files.call_s3(verb, **options))
-        except ObjectNotFoundError:
+        except StorageError as error:
+            if not is_gone(error):
+                raise
             return {}
 
     def delete(self, keys: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ What a person has set the ecosystem's way has its say: fsspec's configuration fo
                     so a transfer may be as slow as it likes. The longest silence of a server that
                     is well is the completion of a large upload: seconds, on AWS filled with spaces
     ATTEMPTS  3     in all, by botocore alone, which waits between them. s3fs would try five times
-                    around that, and five times around these where it reads: 25 minutes of silence
+                    around that, and where it reads five times around these: half an hour
 
 So a server that accepts and never answers is known as one after 80 seconds, everywhere.
 """

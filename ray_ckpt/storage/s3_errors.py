@@ -170,9 +170,27 @@ def raise_refusal(code: str, text: str, where: str) -> None:
     raise kind(f"the store failed: {text}", where, do=_CURES.get(kind, ""))
 
 
-def may_have_newer_keys(error: AuthorizationError) -> bool:
+def may_have_newer_keys(error: StorageError) -> bool:
     """Whether it was the keys that were refused, and not what was to be done with them."""
-    return error.__cause__ is not None and _code(_answer(error.__cause__)) in _KEYS_REFUSED
+    return _code_of(error) in _KEYS_REFUSED
+
+
+def is_gone(error: StorageError) -> bool:
+    """Whether what was asked about is not there, an upload that somebody has ended included."""
+    return isinstance(error, ObjectNotFoundError) or _code_of(error) == "NoSuchUpload"
+
+
+def has_broken_off(error: StorageError) -> bool:
+    """Whether an answer had begun and did not end; botocore lets such a one stand."""
+    return error.__cause__ is not None and _is_a(error.__cause__, "ClientPayloadError")
+
+
+def _code_of(error: StorageError) -> str:
+    return _code(_answer(error.__cause__)) if error.__cause__ else ""
+
+
+def _is_a(error: BaseException, name: str) -> bool:
+    return any(base.__name__ == name for base in type(error).__mro__)
 
 
 def _answer(error: BaseException) -> dict[str, Any]:

@@ -4,30 +4,29 @@ import io
 from collections.abc import Callable
 from typing import Any, cast
 
-_BODIES = 3
-"""So often an object is asked for in all whose bytes break off on the way."""
-
 
 def body_of(file_system: Any, path: str, **options: str) -> bytes:
-    """The answer to a GET, whole; asked for again should it break off.
+    """The answer to a GET, whole.
 
     Not by s3fs's `cat_file`: it repeats what has failed within repetitions of its own.
+
+    Raises:
+        aiohttp.ClientPayloadError: it broke off, or nothing more came of it.
     """
+    from aiohttp import ClientPayloadError
     from fsspec import asyn  # pyright: ignore[reportMissingTypeStubs]
     from s3fs.core import S3_RETRYABLE_ERRORS  # pyright: ignore[reportMissingTypeStubs]
 
     sync: Callable[..., bytes] = cast(Any, asyn).sync
+    broken = cast(tuple[type[Exception], ...], S3_RETRYABLE_ERRORS)
     bucket, _, key = path.partition("/")
-    for left in reversed(range(_BODIES)):
-        answer = file_system.call_s3("get_object", Bucket=bucket, Key=key, **options)
-        try:
-            return sync(file_system.loop, answer["Body"].read)
-        except S3_RETRYABLE_ERRORS:
-            if not left:
-                raise
-        finally:
-            answer["Body"].close()
-    raise AssertionError("the last one returns or raises")
+    answer = file_system.call_s3("get_object", Bucket=bucket, Key=key, **options)
+    try:
+        return sync(file_system.loop, answer["Body"].read)
+    except broken as error:
+        raise ClientPayloadError(f"the object broke off: {error}") from error
+    finally:
+        answer["Body"].close()
 
 
 class S3Stream(io.RawIOBase):

@@ -47,11 +47,10 @@ class S3Proxy:
 
     def __init__(self, behind: S3Endpoint) -> None:
         self.requests: list[str] = []
-        self._behind = urlsplit(behind.url)
+        self._behind = behind
         self._faults = Faults()
         self._revoked: set[str] = set()
         self._old: OldListing | None = None
-        self._endpoint_behind = behind
         self._pause_s = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._server.daemon_threads = True
@@ -112,7 +111,7 @@ class S3Proxy:
 
     def lists_lag(self, bucket: str) -> None:
         """Whoever asks for a LIST of the bucket is told what is there now, from now on."""
-        self._old = OldListing(self._endpoint_behind, bucket)
+        self._old = OldListing(self._behind, bucket)
 
     def be_slow(self, pause_s: float) -> None:
         """Bodies come a piece at a time, with such a pause before each."""
@@ -150,7 +149,7 @@ class S3Proxy:
         return self._ask(request, body)
 
     def _ask(self, request: "_Handler", body: bytes) -> Answer:
-        connection = http.client.HTTPConnection(str(self._behind.netloc), timeout=300)
+        connection = http.client.HTTPConnection(urlsplit(self._behind.url).netloc, timeout=300)
         try:
             connection.putrequest(
                 request.command, request.path, skip_host=True, skip_accept_encoding=True

@@ -1,6 +1,8 @@
 """A Hub that fails, is silent or full, or was changed by others: what is said, and what stays."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.retry_after import retry_after_s
 from tests.servers.hub import HubDouble
 from tests.storage.test_publish import WEIGHTS, api, make_export, publish
+from tests.waiting import PATIENCE_S
 
 TO = "hf://ray/model"
 COMMIT = r"POST .*/commit/"
@@ -86,6 +89,26 @@ def test_an_answer_that_breaks_off_is_worth_another_try(root: str, hub: HubDoubl
     assert kind_of(publish(root, hub, TO)) == "TransientError"
     hub.drop(match="GET .*/tree/", after_bytes=10)
     assert publish(root, hub, TO).startswith("done")
+
+
+OWN_CLIENT = """
+from huggingface_hub import get_session, set_client_factory
+from ray_ckpt.storage.hub_client import hub_api, limit_request
+kind = type(get_session())
+set_client_factory(lambda: kind(timeout=5))
+mine = get_session()
+hub_api(); hub_api()
+assert get_session() is mine
+assert mine.event_hooks["request"] == [limit_request]
+for asked, read_s in ((mine.build_request("GET", "http://hub"), 5),
+                      (mine.build_request("GET", "http://hub", timeout=None), 60)):
+    limit_request(asked)
+    assert asked.extensions["timeout"]["read"] == read_s
+"""
+
+
+def test_a_client_that_somebody_has_made_stays_and_its_limits_count() -> None:
+    subprocess.run([sys.executable, "-c", OWN_CLIENT], check=True, timeout=PATIENCE_S)
 
 
 ANSWERS: tuple[tuple[str, int, str, dict[str, str], type[RayCkptError]], ...] = (

@@ -91,6 +91,18 @@ def test_a_damaged_export_is_not_published(catalog: Catalog, destination: str, r
     assert list(open_catalog(destination).observe().exports) == []
 
 
+def test_a_copy_that_was_altered_since_is_not_said_to_be_there(
+    catalog: Catalog, destination: str
+) -> None:
+    export = make_export(catalog)
+    publish_export(catalog, export, destination)
+    store = open_catalog(destination).store
+    store.write("exports/hf/step-5/config.json", b"{}")
+    with pytest.raises(IntegrityError, match=r"config\.json has 2 bytes"):
+        publish_export(catalog, export, destination)
+    assert store.read("exports/hf/step-5/config.json") == b"{}"
+
+
 @pytest.mark.s3
 def test_a_root_on_s3_publishes_to_a_folder(s3_root: str, tmp_path: Path) -> None:
     catalog = open_catalog(s3_root)

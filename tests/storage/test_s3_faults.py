@@ -20,10 +20,14 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.core.failures import BLOCKS, RETRIES, classify
 from ray_ckpt.storage import s3_client
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.digests import find_damage
 from ray_ckpt.storage.ordered_write import OrderedWrite
+from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.s3 import S3Store
 from tests.servers.s3_proxy import PIECE_BYTES, S3Proxy
 from tests.servers.seaweed import S3Endpoint
+from tests.storage.test_publish import make_export
 
 pytestmark = pytest.mark.s3
 SHORT = {"connect_timeout": 1, "read_timeout": 1}
@@ -157,6 +161,25 @@ def test_what_fails_twice_and_then_works_has_worked(
     assert store.read("a") == Path(__file__).read_bytes()
 
 
+@pytest.mark.usefixtures("impatient")
+def test_a_copy_to_a_place_that_fails_in_every_way_arrives_whole(
+    root: str, s3_root: str, proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenario 41: throttled, silent, broken off and wrong once each, in the middle of a copy."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
+    source = open_catalog(root)
+    export = make_export(source)
+    proxy.fail(match="PUT .*safetensors", status=503, code="SlowDown", times=1)
+    proxy.fail(match="PUT .*safetensors", status=500, code="InternalError", times=1)
+    proxy.hang(match="PUT .*config.json", times=1)
+    proxy.drop(match="GET ", after_bytes=10, times=1)
+    proxy.fail(match="PUT .*manifest.json", status=500, code="InternalError", times=1, after=True)
+    publish_export(source, export, s3_root)
+    copy = open_catalog(s3_root)
+    assert copy.export("hf", 5).manifest == export.manifest
+    assert find_damage(copy.store, "exports/hf/step-5", export.manifest) == []
+
+
 CLASSES: tuple[tuple[int, str, type[RayCkptError]], ...] = (
     (503, "SlowDown", ThrottledError),
     (503, "ServiceUnavailable", ThrottledError),
@@ -255,6 +278,14 @@ def test_keys_that_nobody_replaces_are_refused(store: S3Store, proxy: S3Proxy) -
     with pytest.raises(AuthorizationError, match="ExpiredToken") as caught:
         store.write("a", b"x")
     assert "AWS_SESSION_TOKEN" in caught.value.do
+
+
+def test_a_profile_that_nobody_has_made_is_told_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(AuthorizationError, match="nobody"):
+        S3Store("s3://bucket/run")
 
 
 def write_keys(path: Path, pair: S3Endpoint) -> None:

@@ -1,6 +1,7 @@
 """What every backend must do; a new one is a line in `store`."""
 
 import os
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,11 @@ def keys_below(store: Store, folder: str) -> set[str]:
 def test_the_uri_has_no_slash_at_the_end(store: Store) -> None:
     assert open_catalog(f"{store.uri}/").store.uri == store.uri
     assert not store.uri.endswith("/")
+
+
+def test_another_process_may_be_given_the_store(store: Store) -> None:
+    store.write("a", b"x")
+    assert pickle.loads(pickle.dumps(store)).read("a") == b"x"
 
 
 def test_what_was_written_is_read(store: Store) -> None:

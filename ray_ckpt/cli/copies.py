@@ -1,0 +1,53 @@
+"""The verb that looks at copies again: records say that they were made, not what became of them."""
+
+from typing import Any
+
+import click
+
+from ray_ckpt.cli.output import emit, json_option, open_root, print_table, root_argument
+from ray_ckpt.core import copies as recorded
+from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.errors import StorageError
+from ray_ckpt.storage.copy_look import CopyState, look_at_copy
+
+
+@click.command()
+@root_argument
+@click.option("--step", type=int, help="Only copies of this checkpoint; without it all.")
+@json_option
+def copies(root: str, step: int | None, as_json: bool) -> None:
+    """Look at every copy again, where it lies: each byte, or what the Hub's tag leads to.
+
+    Exit 1 if one is stale, gone, or cannot be looked at. Nothing is changed.
+    """
+    catalog = open_root(root)
+    found = sorted(recorded.copies(catalog.observe()), key=lambda record: record.action.step)
+    rows = [_row(catalog.uri, record) for record in found if step in (None, record.action.step)]
+    columns = ("what", "state", "why", "do")
+    emit(
+        rows,
+        as_json=as_json,
+        render=lambda: print_table(columns, [[row[c] or "-" for c in columns] for row in rows]),
+    )
+    if any(row["state"] != CopyState.PRESENT for row in rows):
+        raise click.exceptions.Exit(1)
+
+
+def _row(root: str, record: ActionRecord) -> dict[str, Any]:
+    action = record.action
+    row: dict[str, Any] = {"what": action.title, "step": action.step, "at": action.destination}
+    try:
+        look = look_at_copy(action, content_id=str(record.result.get("content_id")))
+    except StorageError as error:
+        return {**row, "state": "unknown", "why": error.what, "do": error.do}
+    return {**row, "state": str(look.state), "why": look.why, "do": _cure(root, record, look.state)}
+
+
+def _cure(root: str, record: ActionRecord, state: CopyState) -> str:
+    """What makes a copy anew; what somebody has altered is theirs to remove."""
+    action = record.action
+    name = action.export.name if action.export else ""
+    again = f"ray-ckpt publish {root} --step {action.step} --name {name} --to {action.destination}"
+    if state is CopyState.PRESENT:
+        return ""
+    return again if state is CopyState.GONE else f"look at it and remove it there; then {again}"
