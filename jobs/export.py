@@ -61,12 +61,13 @@ def main() -> None:
         allow_zeros=config.allow_zeros,
     )
     checkpoint = catalog.checkpoint(config.step)
-    action = export_action(checkpoint, spec)
-    perform_on_cluster(catalog.uri, action, address="auto", told=print)
+    if config.to is None:
+        action = export_action(checkpoint, spec)
+    else:  # asked for at once: some destinations take files while others are made
+        action = publish_action(checkpoint, spec, config.to)
+    record = perform_on_cluster(catalog.uri, action, address="auto", told=print)
     print(f"{catalog.uri}/{names.export_dir(config.name, config.step)}")
     if config.to is not None:
-        action = publish_action(checkpoint, spec, config.to)
-        record = perform_on_cluster(catalog.uri, action, address="auto", told=print)
         print(record.result["location"])
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.executors import Executor, Running, Threads
 from ray_ckpt.cluster.reconciler import Reconciler
-from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import LiveNode, Placement
 from ray_ckpt.core.beats import Beat

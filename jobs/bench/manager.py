@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from jobs.bench.counting import CountingStore
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.reconciler import Reconciler, Round
-from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import LiveNode, Placement

@@ -126,12 +126,13 @@ def export(
         _show_plan(catalog, step, spec, as_json=as_json)
         return
     view = catalog.checkpoint(step)
-    action = export_action(view, spec)
-    _perform(catalog, action)
+    if destination is None:
+        record = _perform(catalog, export_action(view, spec))
+    else:  # asked for at once: some destinations take files while others are made
+        record = _perform(catalog, publish_action(view, spec, destination))
     folder = f"{catalog.uri}/{names.export_dir(spec.name, step)}"
     document: dict[str, Any] = {"step": step, "name": spec.name, "dtype": dtype, "path": folder}
     if destination is not None:
-        record = _perform(catalog, publish_action(view, spec, destination))
         document["published"] = {"destination": destination, **record.result}
 
     def render() -> None:

@@ -14,7 +14,8 @@ from ray.exceptions import OutOfMemoryError as OutOfMemory
 from ray.exceptions import RayError, RayTaskError
 
 from ray_ckpt.cluster import nodes, priority
-from ray_ckpt.cluster.tasks import Attempt, Result, run_action
+from ray_ckpt.cluster.attempts import Attempt
+from ray_ckpt.cluster.tasks import Result, run_action
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import LiveNode, Placement
 from ray_ckpt.core.beats import Beat

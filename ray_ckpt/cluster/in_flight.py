@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.executors import DiedError, Executor, Running
-from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import Occupant, Placement
 from ray_ckpt.core.beats import WAITS_AFTER_S, Beat, Watch

@@ -10,9 +10,9 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.executors import Executor
 from ray_ckpt.cluster.in_flight import Flight, InFlight
-from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import Start, admit, nodes_of_bytes
 from ray_ckpt.core.coalescing import superseded
@@ -24,6 +24,7 @@ from ray_ckpt.core.limits import Limits
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
 from ray_ckpt.core.settling import obeyed, overtaken, refused
+from ray_ckpt.core.wanted import places_after
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.garbage import find_garbage, remove_garbage
 from ray_ckpt.storage.history import Teller
@@ -256,6 +257,7 @@ class Reconciler:
             started_at=started.changed_at,
             epoch=self._held().epoch,
             beat_s=observed.policy.limits.beat_s,
+            places_after=places_after(action, observed),
         )
         self._in_flight.start(started, attempt, start.placement)
         log.info("started %s node=%s", attempt.title, start.placement and start.placement.node.name)

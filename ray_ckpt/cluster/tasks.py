@@ -10,11 +10,12 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ray_ckpt.cluster.attempts import Attempt, AttemptGuard
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import NODE
@@ -22,18 +23,18 @@ from ray_ckpt.core.copies import COPIED_AT
 from ray_ckpt.core.errors import (
     ConflictError,
     IntegrityError,
-    LeaseHeldError,
     OutOfMemoryError,
     StepNotFoundError,
     StorageError,
 )
-from ray_ckpt.core.lifecycle import ActionKind, ActionState
+from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import beating, first_beat
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.gathering import commit_draft, free, gather
-from ray_ckpt.storage.lease import MANAGER, Guard, LeaseGuard
+from ray_ckpt.storage.hand_over import handing_over
+from ray_ckpt.storage.lease import Guard
 from ray_ckpt.storage.memory import peak_rss_bytes
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.promote import promote_copy
@@ -43,60 +44,11 @@ from ray_ckpt.storage.retire import retire_copy
 
 if TYPE_CHECKING:
     from ray_ckpt.tensors.export import Crew
+    from ray_ckpt.tensors.exporting import Export
+    from ray_ckpt.tensors.output_shards import OutputShard
 
 Result = dict[str, Any]
 """What a record keeps of a finished action; plain JSON values."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attempt:
-    """One try to carry out an action: a small record, so that nothing large travels through Ray."""
-
-    action: Action
-    number: int
-    started_at: float
-    """As the action's record says: with the number it tells this attempt from every other one."""
-    epoch: int
-    """The manager's that planned it: what moves a checkpoint is refused under a later one."""
-    beat_s: float
-    """Seconds between two signs of life."""
-
-    @property
-    def title(self) -> str:
-        """What the dashboard calls it."""
-        again = f", attempt {self.number}" if self.number > 1 else ""
-        return f"{self.action.title}{again}"
-
-    @property
-    def beat_key(self) -> str:
-        """Where its signs of life are."""
-        return names.running_key(self.action.key, self.number)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttemptGuard:
-    """Whether an attempt still counts: its manager holds the lease and waits for this very one."""
-
-    catalog: Catalog
-    attempt: Attempt
-
-    def __call__(self) -> None:
-        """Nothing, as long as it does.
-
-        Raises:
-            LeaseHeldError: another manager has taken over, or the attempt was given up.
-        """
-        attempt = self.attempt
-        LeaseGuard(store=self.catalog.store, role=MANAGER, epoch=attempt.epoch)()
-        record = self.catalog.records.action(attempt.action)
-        current = record.state, record.attempts, record.changed_at
-        if current != (ActionState.RUNNING, attempt.number, attempt.started_at):
-            raise LeaseHeldError(
-                f"attempt {attempt.number} of {attempt.action.title} was given up: the record says "
-                f"{record.state}, attempt {record.attempts}",
-                self.catalog.uri,
-                "nothing was changed by this attempt",
-            )
 
 
 def run_action(
@@ -119,7 +71,7 @@ def run_action(
         try:
             run = _RUNNERS[attempt.action.kind]
             if attempt.action.kind is ActionKind.EXPORT:
-                run = partial(_export, crew=crew)
+                run = partial(_export, crew=crew, places_after=attempt.places_after)
             result = run(catalog, attempt.action, guard, progress)
         except Exception as error:
             _keep_log(catalog, attempt, traceback.format_exc())
@@ -178,14 +130,26 @@ def _read(catalog: Catalog, action: Action, progress: Progress) -> Result:
 
 
 def _export(
-    catalog: Catalog, action: Action, _: Guard, progress: Progress, *, crew: "Crew | None" = None
+    catalog: Catalog,
+    action: Action,
+    _: Guard,
+    progress: Progress,
+    *,
+    crew: "Crew | None" = None,
+    places_after: Sequence[str] = (),
 ) -> Result:
     """The engine returns an export that is there already as it is."""
     from ray_ckpt.tensors.export import alone, export_step  # torch, which the manager never needs
 
     assert action.export is not None, "an export action names its export"
+    work = crew or alone
+
+    def make(export: "Export", shards: "Sequence[OutputShard]", told: Progress) -> None:
+        with handing_over(catalog.store, export.parts, places_after):
+            work(export, shards, told)
+
     source = catalog.manifest(action.step)
-    manifest = export_step(catalog, source, action.export, progress=progress, crew=crew or alone)
+    manifest = export_step(catalog, source, action.export, progress=progress, crew=make)
     return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
 
 

@@ -191,6 +191,20 @@ def export_of(publish: Action) -> Action:
     return replace(publish, kind=ActionKind.EXPORT, destination=None)
 
 
+def places_after(action: Action, observed: Observation) -> tuple[str, ...]:
+    """Where an export is to be copied to once it is made, each once; nowhere after another kind."""
+    spec = action.export
+    if action.kind is not ActionKind.EXPORT or spec is None:
+        return ()
+    by_policy = [policy.to for policy in observed.policy.publish if policy.export == spec.name]
+    asked = [
+        request.destination
+        for request in observed.requests
+        if (request.step, request.export) == (action.step, spec) and request.destination
+    ]
+    return tuple(dict.fromkeys([*by_policy, *asked]))
+
+
 def _action(
     kind: ActionKind,
     checkpoint: CheckpointView,

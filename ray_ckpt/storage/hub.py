@@ -7,15 +7,18 @@ answer was lost is found, not made again.
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import ConflictError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.storage.hub_client import hub_api
+from ray_ckpt.core.observation import ExportView
+from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.hub_client import hub_api, parse_hub
 from ray_ckpt.storage.hub_errors import translated
+from ray_ckpt.storage.hub_upload import Upload, sent
+from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _TRAILER = "Ray-Ckpt-Content: "
 _KEPT = frozenset({".gitattributes"})
@@ -24,19 +27,21 @@ _LOOKS = 4
 
 
 def publish_to_hub(
-    fill: Callable[[], Path], manifest: Manifest, destination: str
+    store: Store, export: ExportView, destination: str, *, progress: Progress = UNTOLD
 ) -> tuple[str, int]:
-    """Location and bytes sent; the branch holds exactly the files of a folder, in one commit.
+    """Location and bytes sent; the branch holds exactly the export's files, in one commit.
 
-    `fill` gives the folder; it is called once the Hub has said that the content is not there yet
-    and that this token may write.
+    No file is read before the Hub has said that the content is not there yet and that this token
+    may write; each is proven while it is sent.
 
     Raises:
         AuthorizationError, ObjectNotFoundError, TransientError, StorageFullError
+        IntegrityError: a file differs from the export's manifest; nothing became visible.
         ObjectExistsError: the step's tag is there and leads elsewhere, or somebody has changed
             files of this copy while it was made; what is there is untouched.
     """
     repository, branch = parse_hub(destination)
+    manifest = export.manifest
     tag = names.step_dir(manifest.step)
     location = f"hf://{repository}@{tag}"
     with translated(destination):
@@ -46,7 +51,8 @@ def publish_to_hub(
         _refuse_another_tag(api, repository, commit, manifest)
         is_there = commit is not None
         if commit is None:
-            commit = _commit(api, repository, branch, folder=fill(), manifest=manifest)
+            upload = Upload(api=api, repository=repository, branch=branch, store=store)
+            commit = _commit(upload, export, progress)
         api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
         _refuse_another_tag(api, repository, commit, manifest)
     return location, 0 if is_there else manifest.total_bytes
@@ -132,18 +138,6 @@ def _not_promoted(why: str, publish: Action) -> UsageError:
     )
 
 
-def parse_hub(destination: str) -> tuple[str, str]:
-    """Repository and branch of `hf://org/repo[@branch]`.
-
-    >>> parse_hub("hf://org/repo"), parse_hub("hf://org/repo@best")
-    (('org/repo', 'main'), ('org/repo', 'best'))
-    """
-    repository, _, branch = destination.removeprefix("hf://").partition("@")
-    if len([part for part in repository.split("/") if part]) != 2:
-        raise UsageError(f"{destination!r} names no repository", do="write hf://org/repo")
-    return repository, branch or "main"
-
-
 def _find_commit(api: Any, repository: str, branch: str, content_id: str) -> str | None:
     """The commit on the branch that holds this very content."""
     for commit in api.list_repo_commits(repository, revision=branch):
@@ -152,19 +146,16 @@ def _find_commit(api: Any, repository: str, branch: str, content_id: str) -> str
     return None
 
 
-def _commit(api: Any, repository: str, branch: str, *, folder: Path, manifest: Manifest) -> str:
+def _commit(upload: Upload, export: ExportView, progress: Progress) -> str:
     """The new commit. What others commit meanwhile stays: it is made on top of that."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationDelete
 
+    api, repository, branch = upload.api, upload.repository, upload.branch
+    manifest = export.manifest
     head = api.repo_info(repository, revision=branch).sha
     before = _contents(api, repository, head)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    added = {path.relative_to(folder).as_posix(): path for path in files}
-    additions = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path))
-        for name, path in added.items()
-    ]
-    api.preupload_lfs_files(repository, additions=additions, revision=branch)
+    additions = sent(upload, export, progress=progress)
+    added = {addition.path_in_repo for addition in additions}
     stale = _stale(before, added)
     create = partial(
         api.create_commit,
@@ -183,7 +174,7 @@ def _commit(api: Any, repository: str, branch: str, *, folder: Path, manifest: M
                 raise
         head = api.repo_info(repository, revision=branch).sha
         now = _contents(api, repository, head)
-        _refuse_changes(before, now, {*added, *stale}, f"hf://{repository}@{branch}")
+        _refuse_changes(before, now, added | set(stale), f"hf://{repository}@{branch}")
     raise AssertionError("the last one returns or raises")
 
 
@@ -211,6 +202,6 @@ def _refuse_changes(
         )
 
 
-def _stale(present: Iterable[str], added: Mapping[str, Path]) -> list[str]:
+def _stale(present: Iterable[str], added: set[str]) -> list[str]:
     """Files of the step before that this one does not replace."""
-    return sorted(set(present) - set(added) - _KEPT)
+    return sorted(set(present) - added - _KEPT)

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ray_ckpt.core.errors import UsageError
+
 CONNECT_S = 10.0
 SILENCE_S = 60.0
 
@@ -57,3 +59,15 @@ def _limit(client: Any) -> Any:
 def _like(kind: Callable[..., Any], hooks: dict[str, list[Any]]) -> Any:
     """A client as the library makes its own."""
     return _limit(kind(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def parse_hub(destination: str) -> tuple[str, str]:
+    """Repository and branch of `hf://org/repo[@branch]`.
+
+    >>> parse_hub("hf://org/repo"), parse_hub("hf://org/repo@best")
+    (('org/repo', 'main'), ('org/repo', 'best'))
+    """
+    repository, _, branch = destination.removeprefix("hf://").partition("@")
+    if len([part for part in repository.split("/") if part]) != 2:
+        raise UsageError(f"{destination!r} names no repository", do="write hf://org/repo")
+    return repository, branch or "main"

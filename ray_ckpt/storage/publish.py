@@ -91,20 +91,8 @@ def _publish_to_root(
 def _publish_to_hub(
     catalog: Catalog, export: ExportView, destination: str, progress: Progress
 ) -> Published:
-    staging = catalog.commit.staging(f"publish-{uuid.uuid4().hex}")
-
-    def fill() -> Path:
-        folder = names.export_dir(export.name, export.step)
-        _expect_room(staging, export)
-        copy_files(catalog.store, folder, export.manifest.files, staging, progress=progress)
-        progress.begin(f"sends {export.name} to {destination}")  # its client counts for itself
-        (staging / names.MANIFEST).write_bytes(export.manifest.to_json())
-        return staging
-
-    try:
-        location, bytes_sent = publish_to_hub(fill, export.manifest, destination)
-    finally:
-        catalog.commit.discard(staging)
+    progress.begin(f"sends {export.name} to {destination}")  # its client counts for itself
+    location, bytes_sent = publish_to_hub(catalog.store, export, destination, progress=progress)
     return Published(location=location, bytes_sent=bytes_sent)
 
 

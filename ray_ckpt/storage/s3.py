@@ -33,6 +33,8 @@ from ray_ckpt.storage.s3_errors import (
     translated,
 )
 from ray_ckpt.storage.s3_stream import S3Stream, body_of
+from ray_ckpt.storage.s3_unfinished import parts_of, uploads_of
+from ray_ckpt.storage.s3_upload import PART_BYTES, upload_in_parts
 
 T = TypeVar("T")
 _BLOCK_BYTES = 8 << 20
@@ -145,9 +147,14 @@ class S3Store:
                 raise ObjectExistsError("something is there already", self._where(key)) from error
 
     def upload(self, source: Path, key: str, *, progress: Progress = UNTOLD) -> None:
-        """One PUT, or a multipart upload whose completion makes it visible; told of by parts."""
+        """One PUT, or an upload in parts that goes on where an earlier one was cut off."""
         told, target = _Told(progress), self._path(key)
-        self._ask(key, lambda files: files.put_file(str(source), target, callback=told))
+        if source.stat().st_size <= PART_BYTES:
+            self._ask(key, lambda files: files.put_file(str(source), target, callback=told))
+            return
+        bucket, _, name = target.partition("/")
+        call = partial(self._call, key=key)
+        upload_in_parts(call, source, bucket=bucket, name=name, progress=progress)
 
     def begin(self, key: str, size_bytes: int) -> S3Blocks:
         """A multipart upload, sent part by part."""
@@ -224,31 +231,21 @@ class S3Store:
     def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
         """Multipart uploads; one LIST, and one for the parts of each upload."""
         bucket, _, prefix = f"{self._base}/{folder}/".partition("/")
-        options = {"Bucket": bucket, "Prefix": prefix}
-        found: list[UnfinishedWrite] = []
-        while True:
-            page = self._call("list_multipart_uploads", folder, **options)
-            found.extend(self._unfinished(bucket, entry) for entry in page.get("Uploads", []))
-            if not page.get("IsTruncated"):
-                return found
-            options["KeyMarker"] = page["NextKeyMarker"]
-            options["UploadIdMarker"] = page["NextUploadIdMarker"]
+        call = partial(self._call, key=folder)
+        begun = uploads_of(call, bucket=bucket, prefix=prefix)
+        return [self._unfinished(bucket, upload) for upload in begun]
 
-    def _unfinished(self, bucket: str, entry: dict[str, Any]) -> UnfinishedWrite:
+    def _unfinished(self, bucket: str, upload: dict[str, Any]) -> UnfinishedWrite:
         """One upload as LIST shows it, and how far it has come."""
-        key = self._key(f"{bucket}/{entry['Key']}")
-        options = {"Bucket": bucket, "Key": entry["Key"], "UploadId": entry["UploadId"]}
-        size_bytes, changed_at = 0, entry["Initiated"].timestamp()
-        while True:
-            page = self._call("list_parts", key, **options)
-            for part in page.get("Parts", []):
-                size_bytes += int(part["Size"])
-                changed_at = max(changed_at, part["LastModified"].timestamp())
-            if not page.get("IsTruncated"):
-                break
-            options["PartNumberMarker"] = page["NextPartNumberMarker"]
+        key, token = self._key(f"{bucket}/{upload['Key']}"), upload["UploadId"]
+        at = {"Bucket": bucket, "Key": upload["Key"], "UploadId": token}
+        parts = list(parts_of(partial(self._call, key=key), at))
+        times = [upload["Initiated"], *(part["LastModified"] for part in parts)]
         return UnfinishedWrite(
-            key=key, size_bytes=size_bytes, changed_at=changed_at, token=entry["UploadId"]
+            key=key,
+            size_bytes=sum(int(part["Size"]) for part in parts),
+            changed_at=max(time.timestamp() for time in times),
+            token=token,
         )
 
     def abandon(self, writes: Sequence[UnfinishedWrite]) -> None:

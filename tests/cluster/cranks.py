@@ -8,10 +8,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.executors import Executor, RayTasks, Running
 from ray_ckpt.cluster.nodes import kill_if_same
 from ray_ckpt.cluster.reconciler import Reconciler, Round
-from ray_ckpt.cluster.tasks import Attempt, run_action
+from ray_ckpt.cluster.tasks import run_action
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import LiveNode, Placement
 from ray_ckpt.core.beats import Beat

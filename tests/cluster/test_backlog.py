@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.drain import drain
 from ray_ckpt.cluster.executors import Running, Threads
 from ray_ckpt.cluster.reconciler import Reconciler
-from ray_ckpt.cluster.tasks import Attempt, Result, run_action
+from ray_ckpt.cluster.tasks import Result, run_action
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import LiveNode, Placement
 from ray_ckpt.core.beats import Beat

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.bench.counting import CountingStore
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.in_flight import InFlight
-from ray_ckpt.cluster.tasks import Attempt
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import LiveNode, Placement
 from ray_ckpt.core.beats import Beat

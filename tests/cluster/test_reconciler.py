@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.connect import manager_status
 from ray_ckpt.cluster.drain import drain
 from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.cluster.perform import perform_here
 from ray_ckpt.cluster.reconciler import Reconciler
-from ray_ckpt.cluster.tasks import Attempt, run_action
+from ray_ckpt.cluster.tasks import run_action
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import LeaseHeldError, TransientError
 from ray_ckpt.core.export_spec import ExportSpec

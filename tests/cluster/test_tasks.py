@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.perform import perform_here, verify_here
-from ray_ckpt.cluster.tasks import Attempt, run_action
+from ray_ckpt.cluster.tasks import run_action
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.copies import copies, retire_action
 from ray_ckpt.core.errors import IntegrityError, UsageError

@@ -11,7 +11,7 @@ import http.client
 import re
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -104,6 +104,10 @@ class S3Proxy:
     def spoil(self, *, match: str, times: int = FOR_EVER) -> None:
         """Every byte of the body of so many answers is another one."""
         self._faults.add(Fault(match=re.compile(match), wrong=Wrong.OTHER_BODY), times=times)
+
+    def meanwhile(self, *, match: str, do: Callable[[], object]) -> None:
+        """Right before the next request that matches is looked at, `do` is called, once."""
+        self._faults.meanwhile(match=match, do=do)
 
     def revoke(self, access_key: str) -> None:
         """Whatever is signed with this key is answered as when its token has expired."""

@@ -2,10 +2,12 @@
 
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.servers.s3_proxy import S3Proxy
 from tests.servers.seaweed import S3Endpoint, make_bucket
 
 
@@ -22,6 +24,16 @@ def s3_root(s3_server: S3Endpoint, s3_bucket: str, monkeypatch: pytest.MonkeyPat
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_bucket}/run-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def proxy(
+    s3_root: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[S3Proxy]:
+    """In front of the server that `s3_root` lies on; the environment knows it."""
+    with S3Proxy(s3_server) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint.url)
+        yield proxy
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file
-from ray_ckpt.storage.hub import parse_hub
+from ray_ckpt.storage.hub_client import parse_hub
 from ray_ckpt.storage.publish import publish_export
 from tests.servers.hub import HubDouble
 from tests.waiting import PATIENCE_S

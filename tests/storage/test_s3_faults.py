@@ -1,7 +1,7 @@
 """An S3 server that fails, is silent, slow or full: what is raised, and what is tried again."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec.config
@@ -31,16 +31,6 @@ from tests.storage.test_publish import make_export
 
 pytestmark = pytest.mark.s3
 SHORT = {"connect_timeout": 1, "read_timeout": 1}
-
-
-@pytest.fixture
-def proxy(
-    s3_root: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[S3Proxy]:
-    """In front of the server that `s3_root` lies on; the environment knows it."""
-    with S3Proxy(s3_server) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint.url)
-        yield proxy
 
 
 @pytest.fixture
