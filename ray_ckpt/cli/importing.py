@@ -18,7 +18,8 @@ def import_(folder: str, root: str, family: str | None, as_json: bool) -> None:
     """Make a checkpoint of a Hugging Face FOLDER: step 0 of ROOT, under native names.
 
     Runs of any size start from it: FromWeights(path="ROOT/step-0"). No model is built, and none is
-    held in memory. FOLDER is a path or s3://bucket/prefix, as save_pretrained wrote it.
+    held in memory. FOLDER is a path, s3://bucket/prefix or hf://org/repo[@revision], as
+    save_pretrained wrote it.
 
     Example: ray-ckpt import /models/Llama-3.1-8B /runs/base
     """

@@ -14,6 +14,7 @@ from ray_ckpt.cli import act, export, inspect, queue
 from ray_ckpt.cli.copies import copies
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.cli.events import events
+from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.importing import import_
 from ray_ckpt.cli.plan import plan
@@ -47,6 +48,7 @@ VERBS = (
     import_,
     export.export,
     export.publish,
+    fetch,
     act.pin,
     act.unpin,
     act.purge,

@@ -19,7 +19,8 @@ class Source:
     """A folder that tensors are taken from."""
 
     path: str
-    """`/runs/a/step-500`, `s3://bucket/run/step-500` or a Hugging Face or PEFT folder."""
+    """`/runs/a/step-500`, `s3://bucket/run/step-500` or a Hugging Face or PEFT folder, which may
+    also be `hf://org/repo[@revision]`."""
     format: Format = "dcp"
     """`dcp`: native names. `hf`: the model family's names, also quantized. `peft`: an adapter."""
     owners: tuple[str, ...] = (BASE,)
@@ -27,7 +28,18 @@ class Source:
     parts: tuple[str, ...] = ()
     """What is taken beside the model: `optimizer`, `lr_scheduler`, ...; `dcp` only."""
 
+    @property
+    def name(self) -> str:
+        """What manifests call it: the folder's or the repository's own name."""
+        return self.path.rstrip("/").rpartition("/")[2].partition("@")[0]
+
     def __post_init__(self) -> None:
+        if self.path.startswith("hf://") and self.format == "dcp":
+            raise ConfigError(
+                f"{self.path} is a Hugging Face repository, and format dcp a checkpoint's",
+                "source.format",
+                do="set format = 'hf' or 'peft'; a checkpoint's folder: ray-ckpt fetch it first",
+            )
         if not self.owners:
             raise ConfigError("a source must supply somebody's keys", "source.owners")
         if self.parts and self.format != "dcp":
@@ -90,11 +102,14 @@ class FromSources:
             )
 
 
+Start = FromScratch | FromWeights | FromSources
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
     """How a training loop loads."""
 
-    start: FromScratch | FromWeights | FromSources = field(default_factory=FromScratch)
+    start: Start = field(default_factory=FromScratch)
     """What a run without a checkpoint of its own starts from; a restarted one resumes instead."""
     exclude: tuple[str, ...] = ()
     """Parts that keep the values they have: `dataloader`, `optimizer`, ...; never the model."""

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import Source
 from ray_ckpt.core.manifest import Manifest, ModelEntry
-from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.hub_download import pinned
 from ray_ckpt.storage.listing import sizes_in
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.contents import Contents
@@ -29,7 +29,7 @@ from ray_ckpt.tensors.hf_reader import HfReader
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.root_writer import RootWriter
 from ray_ckpt.tensors.run import CONFIG, HfAssets, Run, is_asset
-from ray_ckpt.tensors.sources import Naming, open_source
+from ray_ckpt.tensors.sources import Naming, open_source, split
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
 
 STEP = 0
@@ -41,7 +41,7 @@ def import_folder(catalog: Catalog, path: str, *, family: str | None = None) -> 
 
     Args:
         catalog: the root, which nobody trains in now.
-        path: a Hugging Face folder on a disk or `s3://`; a quantized one is made plain.
+        path: a Hugging Face folder on a disk, `s3://` or `hf://`; a quantized one is made plain.
         family: the adapter that knows its names; None for what `model_type` in its config says.
 
     Raises:
@@ -51,6 +51,7 @@ def import_folder(catalog: Catalog, path: str, *, family: str | None = None) -> 
         IntegrityError: a file is damaged.
     """
     catalog.refuse_existing(STEP)
+    path = pinned(path) if path.startswith("hf://") else path
     assets = _assets(path, family)
     naming = Naming.of(assets, converters=())
     source = open_source(Source(path=path, format="hf"), naming)
@@ -108,8 +109,8 @@ class _LazyPlanner(DefaultSavePlanner):
 
 def _assets(path: str, family: str | None) -> HfAssets:
     """What lies beside the weights, and the family: the one given, or its config's."""
-    parent, _, folder = path.rstrip("/").rpartition("/")
-    store = open_catalog(parent or ("/" if path.startswith("/") else ".")).store
+    catalog, folder = split(path)
+    store = catalog.store
     found = sorted(name for name in sizes_in(store, folder) if is_asset(name) and "/" not in name)
     files = {name: store.read(f"{folder}/{name}") for name in found}
     if CONFIG not in files:

@@ -5,7 +5,7 @@ Knows the order. Which step is good, how a source is read and what a run does ne
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -24,6 +24,7 @@ from ray_ckpt.tensors.starting import (
     needs_of,
     open_sources,
     origins_of,
+    pinned_start,
     refuse_unknown_parts,
 )
 
@@ -64,6 +65,8 @@ class Loader:
 
     def _load(self, step: int, config: LoadConfig, held: contextlib.ExitStack) -> Loaded:
         choice = self._choose(step, config, held)
+        start = self.ranks.on_coordinator(lambda: pinned_start(self.catalog, choice, config.start))
+        config = replace(config, start=start)
         parts = {name: p for name, p in self.parts.items() if name not in config.exclude}
         naming = Naming.of(self.assets, self.model.converters)
         sources = self.ranks.together(

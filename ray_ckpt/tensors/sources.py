@@ -23,6 +23,7 @@ from ray_ckpt.core.loading import Source
 from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.hub_download import in_cache
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.adapters import StateDictAdapter, make_adapter
@@ -70,7 +71,7 @@ class OpenSource:
         """How the manifest of a step that is trained on it names it. Collective."""
         assert self.named is not None and self.files is not None, "a step names others, not itself"
         return NeededSource(
-            name=self.files.folder.rpartition("/")[2],
+            name=self.named.name,
             format=self.named.format,
             owners=self.owners,
             digest=self.files.identity(ranks),
@@ -81,7 +82,7 @@ class OpenSource:
         assert self.named is not None and self.files is not None, "a step goes on, nothing starts"
         digest, run_id = self.files.origin()
         return StartSource(
-            name=self.files.folder.rpartition("/")[2],
+            name=self.named.name,
             format=self.named.format,
             owners=self.owners,
             digest=digest,
@@ -134,7 +135,7 @@ def open_source(source: Source, naming: Naming) -> OpenSource:
 
 
 def _open_dcp(source: Source, naming: Naming) -> OpenSource:
-    catalog, folder = _split(source.path)
+    catalog, folder = split(source.path)
     manifest = manifest_in(catalog.store, folder)
     digest = None
     if manifest is not None:
@@ -279,13 +280,13 @@ def _no_dcp(source: Source) -> ConfigError:
 
 
 def _hf_folder(source: Source, *, stem: str = "model") -> HfFolder:
-    catalog, folder = _split(source.path)
+    catalog, folder = split(source.path)
     return HfFolder(catalog.store, folder, stem=stem)
 
 
-def _split(path: str) -> tuple[Catalog, str]:
-    """The folder's parent as a root, and its own name."""
-    whole = path.rstrip("/")
+def split(path: str) -> tuple[Catalog, str]:
+    """The folder's parent as a root, and its own name; of the Hub's its copy on this host."""
+    whole = str(in_cache(path)) if path.startswith("hf://") else path.rstrip("/")
     parent, slash, folder = whole.rpartition("/")
     return open_catalog(parent or (slash or ".")), folder
 

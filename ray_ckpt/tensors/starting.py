@@ -4,9 +4,10 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from ray_ckpt.core.errors import ConfigError
-from ray_ckpt.core.loading import BASE, LoadConfig, Source
+from ray_ckpt.core.loading import BASE, FromSources, LoadConfig, Source, Start
 from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.hub_download import pinned
 from ray_ckpt.tensors.choosing import Choice
 from ray_ckpt.tensors.contents import saves_adapter
 from ray_ckpt.tensors.converters import owners
@@ -47,6 +48,21 @@ def open_sources(
     refuse_unknown_parts("load.exclude", config.exclude, {*parts, *held, *NOT_THE_MODEL})
     step = replace(step, left=tuple(sorted(held - {*parts, *config.exclude})))
     return [step, *(_open_needed(needed, named, naming) for needed in manifest.needs)]
+
+
+def pinned_start(catalog: Catalog, choice: Choice, start: Start) -> Start:
+    """The same, with what lies on the Hub as it is now: other ranks look at it a little later.
+
+    Where a step goes on by itself nobody asks the Hub.
+    """
+    is_needed = choice.step is None or bool(catalog.manifest(choice.step).needs)
+    if not is_needed or not any(source.path.startswith("hf://") for source in start.sources):
+        return start
+    pins = (
+        replace(source, path=pinned(source.path)) if source.path.startswith("hf://") else source
+        for source in start.sources
+    )
+    return FromSources(sources=tuple(pins))
 
 
 def refuse_unknown_parts(field: str, named: Iterable[str], known: Collection[str]) -> None:

@@ -1,0 +1,136 @@
+"""A run begins with weights that lie on the Hub, and an import makes a checkpoint of them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+
+from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.loading import FromWeights
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.reader import read_tensors
+from tests.roots import make_root
+from tests.servers.hub import HubDouble
+from tests.tensors.tiny import same_tensors
+from tests.waiting import PATIENCE_S
+
+REPOSITORY = "hf://ray/model"
+PUBLISH = """
+import sys
+from ray_ckpt.core.export_spec import ExportSpec
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.tensors.export import export_step
+catalog = open_catalog(sys.argv[1])
+export_step(catalog, catalog.manifest(10), ExportSpec(name="hf", dtype="float32"))
+publish_export(catalog, catalog.export("hf", 10), sys.argv[2])
+"""
+START = """
+import json, sys
+import torch
+import ray_ckpt as rc
+from jobs.assets import make_assets
+from jobs.corpus import VOCAB_SIZE
+from jobs.decoder import Decoder
+from tests.roots import TINY
+
+root, path, step = sys.argv[1:]
+model = Decoder(TINY, VOCAB_SIZE)
+manager = rc.CheckpointManager(
+    root,
+    rc.TrainingState(model=rc.ModelWrapper(model)),
+    config=rc.SaveConfig(every_steps=1, mode="sync"),
+    assets=make_assets(TINY),
+)
+report = manager.load(config=rc.LoadConfig(start=rc.FromWeights(path=path, format="hf")))
+manager.save(int(step), last_step=True)
+manager.close()
+print("loaded", report.step)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubDouble]:
+    with HubDouble(tmp_path / "hub") as hub:
+        HfApi(endpoint=hub.url, token=hub.token).create_repo("ray/model")
+        yield hub
+
+
+@pytest.fixture
+def published(root: str, hub: HubDouble) -> str:
+    """A root whose step 10 is on the Hub."""
+    make_root(root, (10,))
+    in_process(hub, PUBLISH, root, REPOSITORY)
+    return root
+
+
+def in_process(hub: HubDouble, code: str, *arguments: str) -> str:
+    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(hub.folder / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    return done.stdout + done.stderr
+
+
+def same_model(one: str, one_step: int, other: str, other_step: int) -> bool:
+    states = []
+    for root, step in ((one, one_step), (other, other_step)):
+        catalog = open_catalog(root)
+        manifest = catalog.manifest(step)
+        assert manifest.model is not None
+        states.append(read_tensors(catalog, manifest, manifest.model.keys))
+    return same_tensors(*states)
+
+
+def test_a_run_starts_from_it_and_its_manifest_says_so(
+    published: str, hub: HubDouble, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "other")
+    said = in_process(hub, START, other, f"{REPOSITORY}@step-10", "1")
+    assert "loaded 0" in said
+    assert same_model(published, 10, other, 1)
+    (started_from,) = open_catalog(other).manifest(1).lineage.started_from
+    assert (started_from.name, started_from.format) == ("model", "hf")
+
+
+def test_a_run_that_resumes_asks_the_hub_for_nothing(
+    published: str, hub: HubDouble, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "other")
+    in_process(hub, START, other, REPOSITORY, "1")
+    asked = len(hub.requests)
+    assert "loaded 1" in in_process(hub, START, other, REPOSITORY, "2")
+    assert hub.requests[asked:] == []
+
+
+def test_weights_that_are_not_what_the_hub_says_are_refused(
+    published: str, hub: HubDouble, tmp_path: Path
+) -> None:
+    (blob,) = (hub.folder / "lfs").iterdir()
+    blob.write_bytes(bytes(byte ^ 1 for byte in blob.read_bytes()))
+    said = in_process(hub, START, str(tmp_path / "other"), REPOSITORY, "1")
+    assert "what arrived is not what the Hub says: model-00001-of-00001.safetensors" in said
+    assert open_catalog(str(tmp_path / "other")).observe().checkpoints == ()
+
+
+def test_an_import_makes_a_checkpoint_of_it(published: str, hub: HubDouble, tmp_path: Path) -> None:
+    other = str(tmp_path / "other")
+    code = "import sys; from ray_ckpt.cli.main import main; main()"
+    said = in_process(hub, code, "import", REPOSITORY, other, "--json")
+    (told,) = (json.loads(line) for line in said.splitlines() if line.startswith("{"))
+    assert told["family"] == "llama"
+    assert same_model(published, 10, other, 0)
+
+
+def test_a_repository_is_no_checkpoint() -> None:
+    with pytest.raises(ConfigError, match="is a Hugging Face repository, and format dcp"):
+        FromWeights(path=REPOSITORY)
