@@ -11,6 +11,7 @@ import click
 from ray_ckpt.cli.output import emit, how_far, json_option, open_root, print_table, root_argument
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.admission import Occupant, admit
+from ray_ckpt.core.breaker import resting
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.policy import policy_of_toml
@@ -38,7 +39,8 @@ def plan(root: str, policy_file: Path | None, as_json: bool) -> None:
         text = policy_file.read_text(encoding="utf-8")
         observed = replace(observed, policy=policy_of_toml(text, where=str(policy_file)))
     planned = plan_round(observed, now=time.time())
-    planned = _with_progress(_with_limits(planned, observed), how_far(catalog, observed))
+    planned = _with_limits(planned, observed, now=time.time())
+    planned = _with_progress(planned, how_far(catalog, observed))
     dead = _dead(observed, planned)
     document = _document(planned, dead, policy="run" if policy_file is None else str(policy_file))
     emit(document, as_json=as_json, render=lambda: _print(planned, dead))
@@ -46,7 +48,7 @@ def plan(root: str, policy_file: Path | None, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _with_limits(planned: Plan, observed: Observation) -> Plan:
+def _with_limits(planned: Plan, observed: Observation, *, now: float) -> Plan:
     """What could start but finds no room says which limit keeps it waiting."""
     running = [
         Occupant(action=record.action)
@@ -54,7 +56,8 @@ def _with_limits(planned: Plan, observed: Observation) -> Plan:
         if record.state is ActionState.RUNNING
     ]
     limits = observed.policy.limits
-    waits = admit(planned.actions, running, limits=limits, nodes=None, near={}).waits
+    rests = resting(observed.records.values(), now=now)
+    waits = admit(planned.actions, running, limits=limits, resting=rests, nodes=None).waits
     told = (replace(p, not_now=p.not_now or waits.get(p.action.key)) for p in planned.planned)
     return replace(planned, planned=tuple(told))
 

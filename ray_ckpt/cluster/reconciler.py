@@ -14,7 +14,8 @@ from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.executors import Executor
 from ray_ckpt.cluster.in_flight import Flight, InFlight
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.admission import Start, admit, nodes_of_bytes
+from ray_ckpt.core.admission import Nodes, Start, admit, nodes_of_bytes
+from ray_ckpt.core.breaker import resting
 from ray_ckpt.core.coalescing import superseded
 from ray_ckpt.core.draft import Ended
 from ray_ckpt.core.errors import LeaseHeldError
@@ -166,8 +167,10 @@ class Reconciler:
             ready,
             self._in_flight.occupants(),
             limits=observed.policy.limits,
-            nodes=self._executor.nodes(),
-            near=nodes_of_bytes(ready, observed.records),
+            resting=resting(observed.records.values(), now=now),
+            nodes=Nodes(
+                living=self._executor.nodes(), near=nodes_of_bytes(ready, observed.records)
+            ),
         )
         for start in admission.starts:
             self._start(start, observed, now)

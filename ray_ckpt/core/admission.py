@@ -1,5 +1,6 @@
 """Which of the actions that may start do so now, and on which node. Pure: data in, data out.
 
+    places     none at one that rests because it fails: `core.breaker`
     limits     in all, of a kind, at a destination
     nodes      those with slots of `ckpt_io`, where any has them; none that is being drained; the
                one that touched the bytes last goes first: its page cache still holds them
@@ -32,6 +33,15 @@ class LiveNode:
     """How many actions it takes at once; None where it says nothing about that."""
     is_draining: bool = False
     """It will be taken away soon."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nodes:
+    """Where actions may run, and which of them each would best run on."""
+
+    living: Sequence[LiveNode]
+    near: Mapping[str, str]
+    """By the action's key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +85,20 @@ def admit(
     running: Sequence[Occupant],
     *,
     limits: Limits,
-    nodes: Sequence[LiveNode] | None,
-    near: Mapping[str, str],
+    resting: Mapping[str, str],
+    nodes: Nodes | None,
 ) -> Admission:
     """Which of `actions` start beside those that run, in their order.
 
-    `nodes` is None for somebody who only wants to know; `near` tells for an action's key the node
-    that it would best run on.
+    `resting` tells for a destination why nothing begins there now; `nodes` is None for somebody who
+    only wants to know.
     """
     taken, starts, waits = list(running), list[Start](), dict[str, str]()
     for action in actions:
-        placed = _over_limit(action, taken, limits)
+        placed = resting.get(action.destination or "") or _over_limit(action, taken, limits)
         if placed is None and nodes is not None:
-            placed = _place(action, taken, nodes, limits.per_node, near.get(action.key))
+            near = nodes.near.get(action.key)
+            placed = _place(action, taken, nodes.living, limits.per_node, near)
         if isinstance(placed, str):
             waits[action.key] = placed
             continue

@@ -9,6 +9,7 @@ from ray_ckpt.core.admission import (
     NODE,
     Admission,
     LiveNode,
+    Nodes,
     Occupant,
     Placement,
     Start,
@@ -45,8 +46,15 @@ def admitted(
     limits: Limits | None = None,
     nodes: tuple[LiveNode, ...] | None = None,
     near: dict[str, str] | None = None,
+    resting: dict[str, str] | None = None,
 ) -> Admission:
-    return admit(actions, running, limits=limits or Limits(), nodes=nodes, near=near or {})
+    return admit(
+        actions,
+        running,
+        limits=limits or Limits(),
+        resting=resting or {},
+        nodes=None if nodes is None else Nodes(living=nodes, near=near or {}),
+    )
 
 
 def started(admission: Admission) -> list[str]:
@@ -154,3 +162,11 @@ def test_limits_are_read_from_the_policy_and_unknown_kinds_are_refused() -> None
         Limits(per_kind={"export": 0})
     with pytest.raises(ConfigError, match="per_node must be at least 1"):
         Limits(per_node=0)
+
+
+def test_a_place_that_rests_keeps_its_own_actions_waiting_and_no_others() -> None:
+    admission = admitted(
+        publish(1, "/dead"), publish(1, "/well"), resting={"/dead": "/dead rests for 9 s"}
+    )
+    assert started(admission) == [publish(1, "/well").title]
+    assert list(admission.waits.values()) == ["/dead rests for 9 s"]
