@@ -49,6 +49,11 @@ class Size(click.ParamType):
         return size
 
 
+_create_option = click.option(
+    "--create", is_flag=True, help="Make the Hub's repository first, a private one, if need be."
+)
+
+
 @click.command()
 @root_argument
 @step_option
@@ -82,6 +87,7 @@ class Size(click.ParamType):
 @click.option("--allow-non-finite", is_flag=True, help="Also with NaN or Inf in the weights.")
 @click.option("--allow-zeros", is_flag=True, help="Also with a matrix that is nothing but zeros.")
 @click.option("--to", "destination", help="Also publish it there: /path, s3://..., hf://org/repo.")
+@_create_option
 @click.option("--plan", "plan_only", is_flag=True, help="Show what would be made; write nothing.")
 @json_option
 def export(
@@ -97,6 +103,7 @@ def export(
     allow_non_finite: bool,
     allow_zeros: bool,
     destination: str | None,
+    create: bool,
     plan_only: bool,
     as_json: bool,
 ) -> None:
@@ -126,6 +133,8 @@ def export(
         _show_plan(catalog, step, spec, as_json=as_json)
         return
     view = catalog.checkpoint(step)
+    if create:
+        _create(destination)
     if destination is None:
         record = _perform(catalog, export_action(view, spec))
     else:  # asked for at once: some destinations take files while others are made
@@ -182,17 +191,28 @@ def _what_is_done(tensors: Sequence[dict[str, Any]]) -> str:
 @step_option
 @click.option("--name", required=True, help="Which export.")
 @click.option("--to", "destination", required=True, help="/path, s3://bucket/prefix, hf://org/repo")
+@_create_option
 @json_option
-def publish(root: str, step: int, name: str, destination: str, as_json: bool) -> None:
+def publish(root: str, step: int, name: str, destination: str, create: bool, as_json: bool) -> None:
     """Copy one export to another place: all of it or none of it, and only once."""
     catalog = open_root(root)
     found = catalog.export(name, step)
     view = catalog.checkpoint(step)
     spec = ExportSpec.of_recipe(found.manifest.lineage.recipe)
     action = publish_action(view, spec, destination)
+    if create:
+        _create(destination)
     record = _perform(catalog, action)
     document = {"step": step, "name": name, "destination": destination, **record.result}
     emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
+
+
+def _create(destination: str | None) -> None:
+    from ray_ckpt.storage.hub import create_on_hub
+
+    if destination is None:
+        raise ConfigError("--create says nothing without --to", "--create", do="add --to hf://...")
+    create_on_hub(destination)
 
 
 def _perform(catalog: Catalog, action: Action) -> ActionRecord:

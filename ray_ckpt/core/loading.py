@@ -30,8 +30,10 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What manifests call it: the folder's or the repository's own name."""
-        return self.path.rstrip("/").rpartition("/")[2].partition("@")[0]
+        """What manifests call it: the folder's own name, or `org/repo`."""
+        if self.path.startswith("hf://"):
+            return self.path.removeprefix("hf://").partition("@")[0]
+        return self.path.rstrip("/").rpartition("/")[2]
 
     def __post_init__(self) -> None:
         if self.path.startswith("hf://") and self.format == "dcp":

@@ -77,6 +77,30 @@ def _refuse_another_tag(api: Any, repository: str, commit: str | None, manifest:
         )
 
 
+def create_on_hub(destination: str) -> None:
+    """The repository and the branch are there; a new repository is private. Twice is harmless.
+
+    For a person who asks by name: nothing that repeats itself may make one that somebody removed.
+
+    Raises:
+        UsageError: the destination is not on the Hub.
+        AuthorizationError, TransientError
+    """
+    if not destination.startswith("hf://"):
+        raise UsageError(
+            "only repositories on the Hub are made beforehand",
+            destination,
+            "nothing was changed",
+            "leave out --create: folders and prefixes come into being with the copy",
+        )
+    repository, branch = parse_hub(destination)
+    with translated(destination):
+        api = hub_api()
+        api.create_repo(repository, private=True, exist_ok=True)
+        if branch not in {found.name for found in api.list_repo_refs(repository).branches}:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+
+
 def promote_on_hub(publish: Action, tag: str, *, content_id: str, guard: Callable[[], None]) -> str:
     """Location; `tag` names the commit of the step's own tag. Twice is harmless.
 

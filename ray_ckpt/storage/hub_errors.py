@@ -51,7 +51,7 @@ _FULL = _Meaning(
 )
 _NO_REPOSITORY = _Meaning(
     kind=ObjectNotFoundError,
-    do="hf repos create ORG/REPO --private, then the same command again",
+    do="add --create to have it made, a private one; or hf repos create ORG/REPO --private",
 )
 _NO_REVISION = _Meaning(
     kind=ObjectNotFoundError,

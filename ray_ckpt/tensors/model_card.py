@@ -22,7 +22,9 @@ _ADAPTER_USE = (
 def model_card(source: Manifest, plan: ExportPlan) -> str:
     """Markdown with the front matter that the Hub reads; names no path and no machine."""
     is_whole_model = plan.layout.weights == WHOLE_MODEL.weights
-    base = plan.layout.config.get("base_model_name_or_path")
+    origins = [origin.name for origin in source.lineage.started_from]
+    on_hub = next((name for name in origins if "/" in name), None)
+    base = plan.layout.config.get("base_model_name_or_path") or on_hub
     lines = [
         "---",
         f"library_name: {'transformers' if is_whole_model else 'peft'}",
@@ -42,6 +44,7 @@ def model_card(source: Manifest, plan: ExportPlan) -> str:
         f"| step | {source.step} |",
         f"| checkpoint saved at | {source.created_at} |",
         f"| checkpoint content | `{source.content_id}` |",
+        *(f"| started from | `{name}` |" for name in origins),
         *(f"| {name} | {value:.6g} |" for name, value in sorted(source.metrics.items())),
         "",
         "```python",

@@ -11,8 +11,10 @@ import pytest
 from huggingface_hub import HfApi
 
 from ray_ckpt.core.errors import ConfigError
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.loading import FromWeights
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.export import export_step
 from ray_ckpt.tensors.reader import read_tensors
 from tests.roots import make_root
 from tests.servers.hub import HubDouble
@@ -99,7 +101,12 @@ def test_a_run_starts_from_it_and_its_manifest_says_so(
     assert "loaded 0" in said
     assert same_model(published, 10, other, 1)
     (started_from,) = open_catalog(other).manifest(1).lineage.started_from
-    assert (started_from.name, started_from.format) == ("model", "hf")
+    assert (started_from.name, started_from.format) == ("ray/model", "hf")
+    catalog = open_catalog(other)
+    export_step(catalog, catalog.manifest(1), ExportSpec(name="hf"))
+    card = Path(other, "exports/hf/step-1/README.md").read_text()
+    assert "\nbase_model: ray/model\n" in card
+    assert "\n| started from | `ray/model` |\n" in card
 
 
 def test_a_run_that_resumes_asks_the_hub_for_nothing(
