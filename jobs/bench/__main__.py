@@ -49,9 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
     parser.add_argument("--folder", type=Path, help="the disk to use, but for vote")
-    parser.add_argument("--tasks", default="1,2,4", help="crew: that make an export, in turn")
+    parser.add_argument(
+        "--tasks", type=numbers, default=[1, 2, 4], help="crew: that make an export, as in 1,2,4"
+    )
     parser.add_argument("--root", help="manager: a folder or s3://bucket/prefix to measure on")
-    parser.add_argument("--steps", default="10,100,1000", help="manager: how many, in turn")
+    parser.add_argument(
+        "--steps", type=numbers, default=[10, 100, 1000], help="manager: as in 10,100,1000"
+    )
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
     parser.add_argument("--actions", type=int, default=100, help="manager: done by one")
     parsed = parser.parse_args(arguments)
@@ -59,6 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(rows)
     if parsed.json:
         print(json.dumps({parsed.what: rows}))
+
+
+def numbers(text: str) -> list[int]:
+    """Each at least 1, from `1,2,4`."""
+    found = [int(number) for number in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: each must be at least 1")
+    return found
 
 
 def plan(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -94,7 +106,7 @@ def crew(parsed: argparse.Namespace) -> Sequence[Any]:
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
         return measure_crews(
             Path(folder),
-            [int(number) for number in parsed.tasks.split(",")],
+            parsed.tasks,
             size_mb=parsed.size_mb,
             repeats=parsed.repeats,
         )
@@ -113,10 +125,12 @@ def vote(parsed: argparse.Namespace) -> Sequence[Any]:
 
 def manager(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of the looks at roots of different sizes."""
-    steps = [int(number) for number in parsed.steps.split(",")]
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-") as folder:
         return measure_looks(
-            parsed.root or folder, steps, num_tensors=parsed.tensors, num_actions=parsed.actions
+            parsed.root or folder,
+            parsed.steps,
+            num_tensors=parsed.tensors,
+            num_actions=parsed.actions,
         )
 
 

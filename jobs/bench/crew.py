@@ -22,9 +22,10 @@ from jobs.bench.timing import in_turn
 from ray_ckpt.cluster import priority
 from ray_ckpt.cluster.crew import together
 from ray_ckpt.cluster.nodes import IO_RESOURCE
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.tensors.export import begin_export, export_step
+from ray_ckpt.tensors.export import export_step
+from ray_ckpt.tensors.exporting import begin_export
 
 NUM_SHARDS = 8
 """At least: tensors are not cut."""

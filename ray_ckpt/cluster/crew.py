@@ -168,7 +168,7 @@ class _Work:
         num_gpus = self._export.spec.num_gpus
         room = nodes.room_for_helpers(len(self._helpers), num_gpus=num_gpus)
         for _ in range(min(len(self._left), room)):
-            self._helpers.append(self._sent(self._left.pop()))
+            self._helpers.append(self._sent(self._left.popleft()))
 
     def _sent(self, shard: OutputShard) -> _Helper:
         export = self._export

@@ -19,7 +19,8 @@ from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.tensors.export import begin_export, export_step
+from ray_ckpt.tensors.export import export_step
+from ray_ckpt.tensors.exporting import begin_export
 from tests.cluster.nodes import Nodes, nodes_of
 from tests.roots import make_root
 from tests.waiting import wait_for

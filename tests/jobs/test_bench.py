@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.bench.export import LIMIT, WAYS
 from jobs.bench.models import STEP, commit_model
 from jobs.bench.plan import LLAMA_3_405B, llama_shapes
-from ray_ckpt.core.actions import ExportSpec
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export_plan import plan_export
 from tests.waiting import PATIENCE_S

@@ -22,7 +22,8 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_object
 from ray_ckpt.storage.garbage import find_garbage, remove_garbage
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.tensors.export import Export, alone, begin_export, export_step
+from ray_ckpt.tensors.export import alone, export_step
+from ray_ckpt.tensors.exporting import Export, begin_export
 from ray_ckpt.tensors.output_shards import OutputShard
 from tests.roots import make_root
 

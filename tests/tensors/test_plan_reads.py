@@ -13,7 +13,8 @@ from ray_ckpt.storage.file_blocks import new_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.converters import WHOLE_MODEL
 from ray_ckpt.tensors.converters.lora import LoRA
-from ray_ckpt.tensors.export_plan import ExportPlan, OutputShard, plan_model
+from ray_ckpt.tensors.export_plan import ExportPlan, plan_model
+from ray_ckpt.tensors.output_shards import OutputShard
 from ray_ckpt.tensors.plan_reads import node_read_bytes, read_bytes
 from ray_ckpt.tensors.recording import TensorSpec, Transform, record
 from ray_ckpt.tensors.shard_writer import write_shard
