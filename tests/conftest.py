@@ -15,6 +15,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.servers.hub import HubDouble
 from tests.servers.seaweed import S3Endpoint, make_bucket, seaweedfs
 
 
@@ -52,6 +53,13 @@ def s3_root(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> str:
 def root(tmp_path: Path) -> str:
     """An empty local root."""
     return str(tmp_path / "run")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubDouble]:
+    """A Hub on a free port of this machine, without a repository."""
+    with HubDouble(tmp_path / "hub") as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

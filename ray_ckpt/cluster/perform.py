@@ -85,17 +85,17 @@ def perform_on_cluster(
 
 
 def _wait(catalog: Catalog, action: Action, manager: Any, told: Told) -> ActionRecord:
-    said = ""
+    said: dict[str, ActionState] = {}
     while not _is_done(catalog, action):
         found = _concerned(catalog, action)
         _raise_if(found, ActionState.DEAD)
         _ask(catalog, action)  # once more is not twice
         manager.wake.remote()
-        state = next((r.state for r in found if r.action.key == action.key), ActionState.PENDING)
-        sentence = f"{action.title}: {state}"
-        if sentence != said:
-            told(sentence)
-            said = sentence
+        states = {action.title: ActionState.PENDING} | {r.action.title: r.state for r in found}
+        for title, state in states.items():
+            if said.get(title) is not state:
+                told(f"{title}: {state}")
+        said = states
         time.sleep(POLL_S)
     return catalog.records.action(action)
 

@@ -41,6 +41,7 @@ from ray_ckpt.storage.promote import promote_copy
 from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.retire import retire_copy
+from ray_ckpt.storage.secrets import without_secrets
 
 if TYPE_CHECKING:
     from ray_ckpt.tensors.export import Crew
@@ -109,9 +110,8 @@ def _keep_log(catalog: Catalog, attempt: Attempt, text: str) -> None:
     host = f"{socket.gethostname()} process {os.getpid()}"
     head = f"{attempt.action.title}, attempt {attempt.number} on {host}\n"
     with contextlib.suppress(StorageError):  # the error itself is what matters
-        catalog.store.write(
-            names.log_key(attempt.action.key, attempt.number), (head + text).encode()
-        )
+        data = (head + without_secrets(text)).encode()
+        catalog.store.write(names.log_key(attempt.action.key, attempt.number), data)
 
 
 def _verify(catalog: Catalog, action: Action, guard: Guard, progress: Progress) -> Result:

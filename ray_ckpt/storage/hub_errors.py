@@ -23,6 +23,7 @@ from ray_ckpt.core.errors import (
     TransientError,
 )
 from ray_ckpt.storage.retry_after import retry_after_s
+from ray_ckpt.storage.secrets import without_secrets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +94,8 @@ def translated(destination: str) -> Generator[None]:
         found = _meaning(error)
         if found is None:
             raise
-        meaning, text, headers = found
+        meaning, told, headers = found
+        text = without_secrets(told)
         safe = "nothing became visible there; the export is untouched"
         kind, wait_s = meaning.kind, retry_after_s(headers)
         if issubclass(kind, TransientError) and wait_s is not None:

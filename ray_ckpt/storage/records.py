@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from ray_ckpt.core.observation import Command, Request
 from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.read_once import ReadOnce
+from ray_ckpt.storage.secrets import without_secrets
 
 log = logging.getLogger("ray_ckpt")
 T = TypeVar("T")
@@ -101,7 +102,8 @@ class Records:
 
     def write_action(self, record: ActionRecord) -> None:
         """Replaces the record. Its one writer is whoever runs the action."""
-        self._store.write(names.action_key(record.action.key), record.to_json())
+        seen = replace(record, error=_seen(record.error), first_error=_seen(record.first_error))
+        self._store.write(names.action_key(record.action.key), seen.to_json())
 
     def forget_action(self, action: Action) -> None:
         """The action counts as never started."""
@@ -190,3 +192,8 @@ def _request_key(request: Request) -> str:
 
 def _json(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _seen(text: str | None) -> str | None:
+    """As anybody may read it."""
+    return None if text is None else without_secrets(text)

@@ -21,6 +21,7 @@ from ray_ckpt.core.errors import (
     TransientError,
 )
 from ray_ckpt.storage.retry_after import retry_after_s
+from ray_ckpt.storage.secrets import without_secrets
 
 Kind: TypeAlias = type[StorageError] | type[IntegrityError]
 
@@ -152,7 +153,7 @@ def translated(where: str) -> Generator[None]:
             raise
         code = _code(answer)
         told = f" ({code})" if code and code not in str(error) else ""
-        text = f"{_WORDS.get(kind, 'the store failed')}: {error}{told}"
+        text = f"{_WORDS.get(kind, 'the store failed')}: {without_secrets(str(error))}{told}"
         cure = _CURES.get(kind, "")
         if kind is ThrottledError:
             wait_s = retry_after_s(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
@@ -167,7 +168,7 @@ def raise_refusal(code: str, text: str, where: str) -> None:
         StorageError: always.
     """
     kind = _BY_CODE.get(code, TransientError)
-    raise kind(f"the store failed: {text}", where, do=_CURES.get(kind, ""))
+    raise kind(f"the store failed: {without_secrets(text)}", where, do=_CURES.get(kind, ""))
 
 
 def may_have_newer_keys(error: StorageError) -> bool:

@@ -1,9 +1,6 @@
 """Scenario 42: what became of a copy since it was made is found by looking again."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,10 @@ from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.publish import publish_export
+from tests.processes import run_python
 from tests.servers.hub import HubDouble
-from tests.storage.test_publish import api, make_export, publish
+from tests.storage.test_publish import make_export, publish
 from tests.storage.test_retire import publish_of
-from tests.waiting import PATIENCE_S
 
 Cli = Callable[..., Any]
 FOLDER = "exports/hf/step-5"
@@ -111,31 +108,27 @@ def test_a_place_that_cannot_be_looked_at_is_not_called_gone(
 
 def on_hub(root: str, hub: HubDouble) -> dict[str, str]:
     """The one row, by a process of its own, whose Hub is the double."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
-    command = [sys.executable, "-m", "ray_ckpt", "copies", root, "--json"]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    arguments = ("-m", "ray_ckpt", "copies", root, "--json")
+    done = run_python(*arguments, environment=hub.environment(), check=False)
     (row,) = json.loads(done.stdout)
     assert done.returncode == int(row["state"] != "present")
     return row
 
 
 def test_a_tag_on_the_hub_that_was_moved_or_removed_is_found(
-    root: str, export: ExportView, tmp_path: Path
+    root: str, export: ExportView, hub: HubDouble
 ) -> None:
     """Scenarios 39 and 42: nothing is made again there."""
-    with HubDouble(tmp_path / "hub") as hub:
-        client = api(hub)
-        client.create_repo("ray/model")
-        publish(root, hub, "hf://ray/model")
-        record(root, export, "hf://ray/model")
-        assert on_hub(root, hub)["state"] == "present"
-        client.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="ray/model")
-        client.delete_tag("ray/model", tag="step-5")
-        assert on_hub(root, hub)["why"] == "there is no tag step-5"
-        client.create_tag("ray/model", tag="step-5", revision="main")
-        assert on_hub(root, hub)["state"] == "stale"
-        client.delete_repo("ray/model")
-        assert on_hub(root, hub)["state"] == "gone"
-        assert hub.requests.count("POST /api/repos/create") == 1, "the test's own"
+    client = hub.api()
+    client.create_repo("ray/model")
+    publish(root, hub, "hf://ray/model")
+    record(root, export, "hf://ray/model")
+    assert on_hub(root, hub)["state"] == "present"
+    client.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="ray/model")
+    client.delete_tag("ray/model", tag="step-5")
+    assert on_hub(root, hub)["why"] == "there is no tag step-5"
+    client.create_tag("ray/model", tag="step-5", revision="main")
+    assert on_hub(root, hub)["state"] == "stale"
+    client.delete_repo("ray/model")
+    assert on_hub(root, hub)["state"] == "gone"
+    assert hub.requests.count("POST /api/repos/create") == 1, "the test's own"

@@ -1,36 +1,15 @@
 """A repository on the Hub comes into being only where a person asks for it, and a private one."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from huggingface_hub import HfApi
-
+from tests.processes import run_python
 from tests.roots import make_root
 from tests.servers.hub import HubDouble
-from tests.waiting import PATIENCE_S
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        yield hub
 
 
 def ray_ckpt(hub: HubDouble, *arguments: str) -> tuple[int, str]:
     """Exit code and all that is said."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
-    environment.pop("RAY_ADDRESS", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "ray_ckpt", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    done = run_python("-m", "ray_ckpt", *arguments, environment=hub.environment(), check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -48,7 +27,7 @@ def test_with_create_the_repository_and_branch_are_made_private(root: str, hub: 
     code, said = ray_ckpt(hub, *export)
     assert code == 0, said
     assert "hf://ray/model@step-10" in said
-    api = HfApi(endpoint=hub.url, token=hub.token)
+    api = hub.api()
     assert api.repo_info("ray/model").private
     assert {branch.name for branch in api.list_repo_refs("ray/model").branches} == {"main", "best"}
     assert "config.json" in api.list_repo_files("ray/model", revision="best")

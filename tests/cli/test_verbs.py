@@ -279,7 +279,7 @@ def test_every_verb_helps_and_takes_json() -> None:
         assert verb.help
         assert "--json" in [flag for param in verb.params for flag in param.opts]
     assert set(command_group.commands) == {
-        *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish"),
+        *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish", "fetch"),
         *("pin", "unpin", "purge", "undo", "save-now", "plan", "events"),
         *("drain", "retry", "cancel", "gc", "import", "copies"),
     }

@@ -57,12 +57,12 @@ class Processes:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        HfApi(endpoint=hub.url, token=hub.token).create_repo("ray/model")
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        yield hub
+def hub(hub: HubDouble, monkeypatch: pytest.MonkeyPatch) -> HubDouble:
+    """With a repository; the environment knows it."""
+    hub.api().create_repo("ray/model")
+    for name, value in hub.environment().items():
+        monkeypatch.setenv(name, value)
+    return hub
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_an_export_on_a_gpu_waits_for_a_node_that_has_one(
 ) -> None:
     monkeypatch.setattr(in_flight, "WAITS_AFTER_S", 0.5)
     on_gpu = replace(HF, device="cuda")
-    make_root(root, (10,), LifecyclePolicy(export=(on_gpu,), limits=Limits(stalled_after_s=1.0)))
+    make_root(root, (10,), LifecyclePolicy(export=(on_gpu,)))
     manager = crank(root, RayTasks())
     seen = manager.until(lambda done: done.problems)
     assert seen.problems == ("export step-10 hf waits for a GPU: 0 of 0 free",)

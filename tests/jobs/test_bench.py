@@ -163,3 +163,23 @@ def test_last_saves_are_measured_beside_torchtitans_and_a_raw_write(tmp_path: Pa
     ]
     assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.s3
+def test_uploads_are_measured_beside_other_clients_and_a_socket(
+    s3_root: str, tmp_path: Path
+) -> None:
+    sizes = ("--size-mb", "20", "--files", "5", "--repeats", "1")
+    header, rows = measure("upload", "--root", s3_root, "--folder", str(tmp_path), *sizes)
+    assert header.split() == list(rows[0])
+    ways = {(row["what"], row["way"]) for row in rows}
+    assert {("large up", way) for way in ("a socket to nobody", "ray_ckpt", "s3fs.put_file")} < ways
+    assert {("large down", "ray_ckpt"), ("many up", "ray_ckpt"), ("many up", "s3fs.put")} < ways
+    assert all(row["median_s"] > 0 and row["ratio"] > 0 and row["mb_per_s"] > 0 for row in rows)
+    store = open_catalog(s3_root).store
+    large = store.stat("large")
+    assert large is not None
+    assert large.size_bytes == 20_000_000
+    small = [info for info in store.list_objects("many") if info.size_bytes == 16_384]
+    assert {info.key.rpartition("/")[2] for info in small} == {f"{n:04d}" for n in range(5)}
+    assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,8 @@ from types import TracebackType
 from typing import IO, Any, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from huggingface_hub import HfApi
+
 from tests.servers import hub_read, hub_write
 from tests.servers.faults import FOR_EVER, Fault, Faults, Wrong
 from tests.servers.hub_repo import BlobStore, RefusedError
@@ -117,6 +119,15 @@ class HubDouble:
     def read_only_token(self) -> str:
         """The token of user `ray` whose changes are refused with 403."""
         return READ_ONLY_TOKEN
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which huggingface_hub finds this server, and a cache of its own."""
+        cache = str(self.folder / "home")
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HOME": cache}
+
+    def api(self) -> HfApi:
+        """The real client of user `ray`."""
+        return HfApi(endpoint=self.url, token=self.token)
 
     def fail(
         self,

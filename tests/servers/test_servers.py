@@ -42,14 +42,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        yield hub
-
-
-@pytest.fixture
 def api(hub: HubDouble) -> HfApi:
-    api = HfApi(endpoint=hub.url, token=hub.token)
+    api = hub.api()
     api.create_repo(REPOSITORY)
     return api
 

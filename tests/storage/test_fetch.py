@@ -2,13 +2,9 @@
 
 import fcntl
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
 from ray_ckpt.core.errors import (
     ConflictError,
@@ -22,10 +18,10 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.fetch import fetch
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.local import LocalStore
+from tests.processes import run_python
 from tests.servers.hub import HubDouble
 from tests.servers.s3_proxy import S3Proxy
 from tests.storage.test_publish import make_export, publish
-from tests.waiting import PATIENCE_S
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 
@@ -110,25 +106,18 @@ def test_two_at_once_do_not_mix(root: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def hub(root: str, tmp_path: Path) -> Iterator[HubDouble]:
+def hub(hub: HubDouble, root: str) -> HubDouble:
     """With an export of step 5 on it, published from `root`."""
     make_export(open_catalog(root))
-    with HubDouble(tmp_path / "hub") as hub:
-        HfApi(endpoint=hub.url, token=hub.token).create_repo("ray/model")
-        assert publish(root, hub, "hf://ray/model").startswith("done")
-        yield hub
+    hub.api().create_repo("ray/model")
+    assert publish(root, hub, "hf://ray/model").startswith("done")
+    return hub
 
 
 def fetched(hub: HubDouble, source: str, target: Path) -> tuple[int, str]:
     """Exit code and output of the command, in a process whose Hub is the double."""
-    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(hub.folder / "home")}
-    done = subprocess.run(
-        [sys.executable, "-m", "ray_ckpt", "fetch", source, str(target)],
-        env={**os.environ, **own},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    arguments = ("-m", "ray_ckpt", "fetch", source, str(target))
+    done = run_python(*arguments, environment=hub.environment(), check=False)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from ray_ckpt.core.failures import BLOCKS, RETRIES, ErrorClass, classify
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.retry_after import retry_after_s
 from tests.servers.hub import HubDouble
-from tests.storage.test_publish import WEIGHTS, api, make_export, publish
+from tests.storage.test_publish import WEIGHTS, make_export, publish
 from tests.waiting import PATIENCE_S
 
 TO = "hf://ray/model"
@@ -35,15 +34,15 @@ FULL_FILE = {"oid": "0", "size": 1, "error": {"code": 507, "message": FULL}}
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        api(hub).create_repo("ray/model")
-        yield hub
+def hub(hub: HubDouble) -> HubDouble:
+    """With a repository."""
+    hub.api().create_repo("ray/model")
+    return hub
 
 
 @pytest.fixture
 def client(hub: HubDouble) -> HfApi:
-    return api(hub)
+    return hub.api()
 
 
 @pytest.fixture(autouse=True)

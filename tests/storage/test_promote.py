@@ -1,9 +1,5 @@
 """A name at a destination leads to the copy that was meant, and to no other at any moment."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +12,10 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.promote import promote_copy
 from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.retire import retire_copy
+from tests.processes import run_python
 from tests.servers.hub import HubDouble
-from tests.storage.test_publish import api, make_export, publish
+from tests.storage.test_publish import make_export, publish
 from tests.storage.test_retire import publish_of
-from tests.waiting import PATIENCE_S
 
 KEY = "exports/hf/latest"
 
@@ -157,40 +153,30 @@ except RayCkptError as error:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        yield hub
-
-
-@pytest.fixture
 def on_hub(catalog: Catalog, root: str, hub: HubDouble) -> ExportView:
     """Of step 5, which is published, and then another commit on the branch."""
     export = make_export(catalog, 5)
-    api(hub).create_repo("ray/model")
+    hub.api().create_repo("ray/model")
     publish(root, hub, "hf://ray/model")
-    api(hub).upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="ray/model")
+    hub.api().upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="ray/model")
     return export
 
 
 def promote_to_tag(hub: HubDouble, export: ExportView, tag: str, content_id: str = "") -> str:
     """In a process of its own, whose Hub is the double; its output or error."""
     wanted = content_id or export.manifest.content_id
-    command = [sys.executable, "-c", PROMOTE, "hf://ray/model", str(export.step), wanted, tag]
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True
-    )
-    return done.stdout.strip()
+    arguments = ("-c", PROMOTE, "hf://ray/model", str(export.step), wanted, tag)
+    return run_python(*arguments, environment=hub.environment()).stdout.strip()
 
 
 def tags(hub: HubDouble) -> dict[str, str]:
-    return {tag.name: tag.target_commit for tag in api(hub).list_repo_refs("ray/model").tags}
+    return {tag.name: tag.target_commit for tag in hub.api().list_repo_refs("ray/model").tags}
 
 
 def test_a_tag_of_that_name_is_moved_to_the_steps_commit(
     hub: HubDouble, on_hub: ExportView
 ) -> None:
-    api(hub).create_tag("ray/model", tag="latest", revision="main")
+    hub.api().create_tag("ray/model", tag="latest", revision="main")
     assert tags(hub)["latest"] != tags(hub)["step-5"]
     assert promote_to_tag(hub, on_hub, "latest") == "done hf://ray/model@latest"
     assert tags(hub)["latest"] == tags(hub)["step-5"]
@@ -207,7 +193,7 @@ def test_a_tag_that_was_lost_on_its_way_is_there_after_another_try(
     hub: HubDouble, on_hub: ExportView, request_line: str, is_carried_out: bool
 ) -> None:
     """Scenario 36, for a tag: the answer is lost, or the process dies between its two steps."""
-    api(hub).create_tag("ray/model", tag="latest", revision="main")
+    hub.api().create_tag("ray/model", tag="latest", revision="main")
     hub.fail(match=request_line, status=500, after=is_carried_out)
     assert promote_to_tag(hub, on_hub, "latest").startswith("failed TransientError")
     assert promote_to_tag(hub, on_hub, "latest").startswith("done")

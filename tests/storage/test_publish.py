@@ -1,11 +1,8 @@
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
@@ -21,8 +18,8 @@ from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.hub_client import parse_hub
 from ray_ckpt.storage.publish import publish_export
+from tests.processes import run_python
 from tests.servers.hub import HubDouble
-from tests.waiting import PATIENCE_S
 
 WEIGHTS = os.urandom(200_000)
 
@@ -114,12 +111,6 @@ def test_a_root_on_s3_publishes_to_a_folder(s3_root: str, tmp_path: Path) -> Non
 # ---- the Hub ----
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        yield hub
-
-
 def publish(
     root: str,
     hub: HubDouble,
@@ -142,24 +133,15 @@ def publish(
         "    print('failed', type(error).__name__, error)\n"
         "    print('class', classify(error), getattr(error, 'retry_after_s', None))\n"
     )
-    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token or hub.token, **settings}
-    environment = {**os.environ, **own}
-    command = [sys.executable, "-c", code, root, to]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True
-    )
-    return done.stdout.strip()
-
-
-def api(hub: HubDouble) -> HfApi:
-    return HfApi(endpoint=hub.url, token=hub.token)
+    environment = {**hub.environment(), "HF_TOKEN": token or hub.token, **settings}
+    return run_python("-c", code, root, to, environment=environment).stdout.strip()
 
 
 def test_an_export_becomes_one_commit_and_a_tag(
     catalog: Catalog, root: str, hub: HubDouble, tmp_path: Path
 ) -> None:
     export = make_export(catalog)
-    client = api(hub)
+    client = hub.api()
     client.create_repo("ray/model")
     before = len(client.list_repo_commits("ray/model"))
     said = publish(root, hub, "hf://ray/model")
@@ -174,7 +156,7 @@ def test_publishing_to_the_hub_twice_makes_one_commit(
     catalog: Catalog, root: str, hub: HubDouble
 ) -> None:
     make_export(catalog)
-    client = api(hub)
+    client = hub.api()
     client.create_repo("ray/model")
     publish(root, hub, "hf://ray/model")
     commits = client.list_repo_commits("ray/model")
@@ -187,7 +169,7 @@ def test_a_commit_whose_answer_was_lost_is_found_and_not_made_again(
 ) -> None:
     """Scenario 36: the Hub says 500, and has committed."""
     make_export(catalog)
-    client = api(hub)
+    client = hub.api()
     client.create_repo("ray/model")
     before = len(client.list_repo_commits("ray/model"))
     hub.fail(match=r"POST .*/commit/", times=1, status=500, after=True)
@@ -199,7 +181,7 @@ def test_a_commit_whose_answer_was_lost_is_found_and_not_made_again(
 
 def test_files_of_the_step_before_do_not_stay(catalog: Catalog, root: str, hub: HubDouble) -> None:
     make_export(catalog)
-    client = api(hub)
+    client = hub.api()
     client.create_repo("ray/model")
     client.upload_file(
         path_or_fileobj=b"old", path_in_repo="model-00002-of-00002.safetensors", repo_id="ray/model"
@@ -226,7 +208,7 @@ def test_what_the_hub_refuses_is_told_before_anything_is_sent(
     catalog: Catalog, root: str, hub: HubDouble, to: str, token: str | None, kind: type[Exception]
 ) -> None:
     make_export(catalog)
-    api(hub).create_repo("ray/model")
+    hub.api().create_repo("ray/model")
     said = publish(root, hub, to, token=token)
     assert said.startswith(f"failed {kind.__name__}")
     assert not [request for request in hub.requests if request.startswith("PUT")]

@@ -125,3 +125,12 @@ def test_losing_all_records_leaves_an_empty_memory(root: str, records: Records) 
     store = open_catalog(root).store
     store.delete([info.key for info in store.list_objects(names.PRIVATE)])
     assert (records.run(), records.actions(), records.requests()) == (None, {}, ())
+
+
+def test_no_secret_of_an_error_is_written_down(root: str, records: Records) -> None:
+    secret = "hf_" + "x" * 30
+    failed = ActionRecord(action=EXPORT).started(1.0).failed(OSError(f"401 for {secret}"), 2.0)
+    records.write_action(failed)
+    read = records.action(EXPORT)
+    assert (read.error, read.first_error) == ("401 for <hidden>",) * 2
+    assert secret.encode() not in open_catalog(root).store.read(names.action_key(EXPORT.key))

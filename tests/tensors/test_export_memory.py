@@ -34,7 +34,7 @@ for name, dtype in (("full", "float32"), ("half", "bfloat16")):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_model_four_times_as_large_as_the_memory_is_exported(root: str) -> None:
-    commit_model(root, MODEL_MB)
+    commit_model(root, MODEL_MB, kind="permute")
     catalog = open_catalog(root)
     command = [sys.executable, "-c", EXPORT, root, str(LIMIT_MB * 1_000_000), str(STEP)]
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}

@@ -1,18 +1,11 @@
 """Files of an export that is still being made are on the Hub already, where nobody sees them."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from huggingface_hub import HfApi
 
 from ray_ckpt.storage.backends import open_catalog
+from tests.processes import run_python
 from tests.roots import make_root
 from tests.servers.hub import HubDouble
-from tests.waiting import PATIENCE_S
 
 PLACE = "hf://ray/model"
 EXPORT = """
@@ -53,22 +46,15 @@ print(publish_export(catalog, catalog.export("hf", 10), sys.argv[2]).location)
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        HfApi(endpoint=hub.url, token=hub.token).create_repo("ray/model")
-        yield hub
+def hub(hub: HubDouble) -> HubDouble:
+    """With a repository."""
+    hub.api().create_repo("ray/model")
+    return hub
 
 
 def in_process(code: str, hub: HubDouble, *arguments: str) -> str:
     """What it prints and logs."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
+    done = run_python("-c", code, *arguments, environment=hub.environment())
     return done.stdout + done.stderr
 
 
@@ -87,7 +73,7 @@ def test_every_file_is_there_when_the_export_ends_and_the_copy_sends_none(
 ) -> None:
     root = str(request.getfixturevalue("root" if kind == "folder" else "s3_root"))
     make_root(root, (10,))
-    api = HfApi(endpoint=hub.url, token=hub.token)
+    api = hub.api()
     before = api.list_repo_files("ray/model")
     said = export(root, hub, PLACE, "/elsewhere")
     made = open_catalog(root).export("hf", 10)
@@ -112,7 +98,7 @@ def test_a_hub_that_refuses_does_not_keep_the_export_from_being_made(
     assert said.count(f"{PLACE} takes no file early, it is sent with the copy") == 1
     hub.recover()
     in_process(PUBLISH, hub, root, PLACE)
-    assert "config.json" in HfApi(endpoint=hub.url).list_repo_files("ray/model")
+    assert "config.json" in hub.api().list_repo_files("ray/model")
 
 
 def test_places_that_take_nothing_early_get_nothing(root: str, hub: HubDouble) -> None:

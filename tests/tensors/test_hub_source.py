@@ -1,14 +1,9 @@
 """A run begins with weights that lie on the Hub, and an import makes a checkpoint of them."""
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
 
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
@@ -16,10 +11,10 @@ from ray_ckpt.core.loading import FromWeights
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export import export_step
 from ray_ckpt.tensors.reader import read_tensors
+from tests.processes import run_python
 from tests.roots import make_root
 from tests.servers.hub import HubDouble
 from tests.tensors.tiny import same_tensors
-from tests.waiting import PATIENCE_S
 
 REPOSITORY = "hf://ray/model"
 PUBLISH = """
@@ -57,10 +52,10 @@ print("loaded", report.step)
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
-    with HubDouble(tmp_path / "hub") as hub:
-        HfApi(endpoint=hub.url, token=hub.token).create_repo("ray/model")
-        yield hub
+def hub(hub: HubDouble) -> HubDouble:
+    """With a repository."""
+    hub.api().create_repo("ray/model")
+    return hub
 
 
 @pytest.fixture
@@ -72,14 +67,8 @@ def published(root: str, hub: HubDouble) -> str:
 
 
 def in_process(hub: HubDouble, code: str, *arguments: str) -> str:
-    own = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HOME": str(hub.folder / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, **own},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    """All that it says, well or not."""
+    done = run_python("-c", code, *arguments, environment=hub.environment(), check=False)
     return done.stdout + done.stderr
 
 

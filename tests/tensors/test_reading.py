@@ -17,7 +17,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.readers import readers_by_step
-from ray_ckpt.tensors import export as export_module
+from ray_ckpt.tensors import exporting
 from ray_ckpt.tensors import loader as loader_module
 from ray_ckpt.tensors.export import export_step
 from tests.roots import make_root
@@ -112,7 +112,7 @@ def test_an_export_holds_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             purge(root, 10)
         refusals.append(caught.value.what)
 
-    in_the_middle(monkeypatch, export_module, "plan_export", try_to_purge)
+    in_the_middle(monkeypatch, exporting, "plan_export", try_to_purge)
     export_step(catalog, catalog.manifest(10), ExportSpec(name="hf"))
     assert "it is being read: export hf, process" in refusals[0]
     assert purge(root, 10) > 0
@@ -129,7 +129,7 @@ def test_a_step_that_is_saved_anew_while_it_is_exported_makes_no_export_of_both(
         catalog.roll_back(10, now=0.0)
         make_root(root, (20,))
 
-    in_the_middle(monkeypatch, export_module, "write_companions", roll_back_and_save_anew)
+    in_the_middle(monkeypatch, exporting, "write_companions", roll_back_and_save_anew)
     with pytest.raises(UsageError, match="saved anew while it was exported"):
         export_step(catalog, catalog.manifest(20), ExportSpec(name="hf"))
     assert catalog.observe().exports == ()

@@ -1,0 +1,234 @@
+"""One large file and many small ones go to an S3 store and come back: ours, and what others do.
+
+Every way uses the endpoint and keys that the environment names. Peers that are not installed are
+left out. The limit is a socket on this machine to a process that reads and keeps nothing: no store
+answers sooner.
+"""
+
+import importlib.util
+import os
+import shutil
+import socket
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from jobs.bench.timing import Timing, interleaved
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.marker import MarkerCommit
+from ray_ckpt.storage.s3 import S3Store
+
+SMALL_BYTES = 16_384
+LIMIT = "a socket to nobody"
+_THREADS = 10
+_BLOCK_BYTES = 8 << 20
+
+Way = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """One way to send or fetch one thing."""
+
+    what: str
+    way: str
+    min_s: float
+    median_s: float
+    max_s: float
+    cpu_s: float
+    """The median, of the client alone."""
+    mb_per_s: float
+    ratio: float
+    """Of the best peer's median to this one's: above 1 is faster than all of them."""
+
+
+def measure_uploads(
+    folder: Path, root: str, *, size_mb: int, num_small: int, repeats: int
+) -> list[Sent]:
+    """Rows for a file of `size_mb` megabytes there and back, and for so many small ones."""
+    large = _large_file(folder / "large", size_mb)
+    small = _small_files(folder / "small", num_small)
+    size_bytes = large.stat().st_size
+    with _sink() as port:
+        rows = _rows("large up", _uploads(root, large, port), repeats, size_bytes)
+    rows += _rows("large down", _downloads(root, folder / "back"), repeats, size_bytes)
+    scratch = folder / "scratch"
+    prepare = partial(_linked, small, scratch)
+    many = _many(root, small, scratch)
+    rows += _rows("many up", many, repeats, num_small * SMALL_BYTES, prepare=prepare)
+    return rows
+
+
+def _rows(
+    what: str,
+    ways: Mapping[str, Way],
+    repeats: int,
+    size_bytes: int,
+    *,
+    prepare: Callable[[], object] = lambda: None,
+) -> list[Sent]:
+    timings = interleaved(ways, repeats, prepare=prepare)
+    peers = [t.median_s for t in timings if t.what not in (LIMIT, OURS)]
+    best_s = min(peers, default=statistics.median(t.median_s for t in timings))
+    return [_row(what, timing, size_bytes, best_s) for timing in timings]
+
+
+def _row(what: str, timing: Timing, size_bytes: int, best_s: float) -> Sent:
+    return Sent(
+        what=what,
+        way=timing.what,
+        min_s=timing.min_s,
+        median_s=timing.median_s,
+        max_s=timing.max_s,
+        cpu_s=timing.cpu_s,
+        mb_per_s=size_bytes / 1e6 / timing.median_s,
+        ratio=best_s / timing.median_s,
+    )
+
+
+OURS = "ray_ckpt"
+
+
+def _uploads(root: str, path: Path, port: int) -> dict[str, Way]:
+    bucket, key = _split(root, "large")
+    ways: dict[str, Way] = {
+        LIMIT: partial(_to_nobody, path, port),
+        OURS: lambda: S3Store(root).upload(path, "large"),
+        "s3fs.put_file": lambda: _s3fs().put_file(str(path), f"{bucket}/{key}"),
+    }
+    if _has("boto3"):
+        ways["boto3.upload_file"] = lambda: _boto3().upload_file(str(path), bucket, key)
+    if _has("obstore"):
+        ways["obstore.put"] = lambda: _obstore_put(bucket, {key: path})
+    return ways
+
+
+def _downloads(root: str, target: Path) -> dict[str, Way]:
+    bucket, key = _split(root, "large")
+    ways: dict[str, Way] = {
+        OURS: lambda: S3Store(root).download("large", target),
+        "s3fs.get_file": lambda: _s3fs().get_file(f"{bucket}/{key}", str(target)),
+    }
+    if _has("boto3"):
+        ways["boto3.download_file"] = lambda: _boto3().download_file(bucket, key, str(target))
+    if _has("obstore"):
+        ways["obstore.get"] = lambda: _obstore_get(bucket, key, target)
+    return ways
+
+
+def _many(root: str, small: Path, scratch: Path) -> dict[str, Way]:
+    bucket, key = _split(root, "many")
+    files = {f"{key}/{path.name}": path for path in sorted(small.iterdir())}
+    ways: dict[str, Way] = {
+        OURS: lambda: MarkerCommit(open_catalog(root).store).contribute(scratch, "many"),
+        "s3fs.put": lambda: _s3fs().put(str(small), f"{bucket}/{key}", recursive=True),
+    }
+    if _has("boto3"):
+        ways["boto3.upload_file, threads"] = lambda: _boto3_many(bucket, files)
+    if _has("obstore"):
+        ways["obstore.put, threads"] = lambda: _obstore_put(bucket, files)
+    return ways
+
+
+def _split(root: str, name: str) -> tuple[str, str]:
+    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    return bucket, f"{prefix}/{name}"
+
+
+def _s3fs() -> Any:
+    import s3fs  # pyright: ignore[reportMissingTypeStubs]
+
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+
+
+def _boto3() -> Any:
+    return importlib.import_module("boto3").client("s3")
+
+
+def _boto3_many(bucket: str, files: Mapping[str, Path]) -> None:
+    client = _boto3()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in threads.map(lambda key: client.upload_file(str(files[key]), bucket, key), files):
+            pass
+
+
+def _obstore_put(bucket: str, files: Mapping[str, Path]) -> None:
+    obstore, store = _obstore(bucket)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in threads.map(lambda key: obstore.put(store, key, files[key]), files):
+            pass
+
+
+def _obstore_get(bucket: str, key: str, target: Path) -> None:
+    obstore, store = _obstore(bucket)
+    with target.open("wb") as file:
+        for block in obstore.get(store, key).stream(min_chunk_size=_BLOCK_BYTES):
+            file.write(block)
+
+
+def _obstore(bucket: str) -> tuple[Any, Any]:
+    obstore: Any = importlib.import_module("obstore")
+    stores: Any = importlib.import_module("obstore.store")
+    http = {"allow_http": True}
+    return obstore, stores.S3Store(bucket, client_options=http)
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _to_nobody(path: Path, port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as there, path.open("rb") as file:
+        there.sendfile(file)
+        there.shutdown(socket.SHUT_WR)
+        there.recv(1)  # it has read all
+
+
+@contextmanager
+def _sink() -> Iterator[int]:
+    """A port, on which another process reads what one client after the other sends."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        process = get_context("spawn").Process(target=_swallow, args=(listener,), daemon=True)
+        process.start()
+        try:
+            yield int(listener.getsockname()[1])
+        finally:
+            process.terminate()
+            process.join()
+
+
+def _swallow(listener: socket.socket) -> None:
+    buffer = bytearray(_BLOCK_BYTES)
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            while connection.recv_into(buffer):
+                pass
+
+
+def _large_file(path: Path, size_mb: int) -> Path:
+    with path.open("wb") as file:
+        for _ in range(size_mb):
+            file.write(os.urandom(1_000_000))
+    return path
+
+
+def _small_files(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:04d}").write_bytes(os.urandom(SMALL_BYTES))
+    return folder
+
+
+def _linked(source: Path, target: Path) -> None:
+    """Ours takes files away once they are sent: it gets links to them."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).hardlink_to(path)
