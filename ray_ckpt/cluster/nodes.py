@@ -59,7 +59,7 @@ def options_of(placement: Placement) -> dict[str, Any]:
 
 def why_waiting(*, num_gpus: int) -> str:
     """What a task that Ray has not begun waits for, as far as one look tells."""
-    if _free("GPU") < num_gpus:
+    if num_gpus and _free("GPU") < num_gpus:
         return f"waits for a GPU: {_free('GPU'):.0f} of {_total('GPU'):.0f} free"
     if not _total(IO_RESOURCE):
         return "waits for a worker process of Ray"
@@ -70,7 +70,7 @@ def why_waiting(*, num_gpus: int) -> str:
 def has_room(*, num_gpus: int) -> bool:
     """Whether a task could begin now; where nobody has slots none is needed."""
     has_slot = not _total(IO_RESOURCE) or _free(IO_RESOURCE) >= 1.0
-    return has_slot and _free("GPU") >= num_gpus
+    return has_slot and (not num_gpus or _free("GPU") >= num_gpus)
 
 
 def room_for_helpers(num_sent: int, *, num_gpus: int) -> int:
@@ -78,8 +78,10 @@ def room_for_helpers(num_sent: int, *, num_gpus: int) -> int:
 
     Where nobody has slots each other node takes one.
     """
-    others = len(living_nodes()) - 1 - num_sent
-    room = int(_free(IO_RESOURCE)) if _total(IO_RESOURCE) else max(0, others)
+    if _total(IO_RESOURCE):
+        room = int(_free(IO_RESOURCE))
+    else:
+        room = max(0, len(living_nodes()) - 1 - num_sent)
     return min(room, int(_free("GPU"))) if num_gpus else room
 
 

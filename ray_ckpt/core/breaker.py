@@ -7,7 +7,7 @@ So a place that is away for hours costs one try now and then, and no action its 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 
 from ray_ckpt.core.actions import ActionRecord
@@ -42,16 +42,15 @@ def _is_done(record: ActionRecord) -> bool:
     return record.state is ActionState.SUCCEEDED
 
 
-def _is_enough(failing: Iterable[ActionRecord]) -> bool:
-    failing = list(failing)
+def _is_enough(failing: Sequence[ActionRecord]) -> bool:
     has_asked = any(record.error_class is ErrorClass.THROTTLED for record in failing)
     return has_asked or _count(failing) >= _IN_A_ROW
 
 
-def _times(failing: Iterable[ActionRecord]) -> str:
+def _times(failing: Sequence[ActionRecord]) -> str:
     count = _count(failing)
     return "once" if count == 1 else f"{count} times in a row"
 
 
-def _count(failing: Iterable[ActionRecord]) -> int:
+def _count(failing: Sequence[ActionRecord]) -> int:
     return sum(record.failures.get(kind, 0) for record in failing for kind in _PASSING)

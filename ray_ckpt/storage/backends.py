@@ -40,3 +40,9 @@ def open_catalog(uri: str) -> Catalog:
         known = ", ".join(f"{name}://" for name in _BACKENDS if name)
         raise UsageError(f"no backend for {uri!r}", do=f"use a path or one of: {known}")
     return _BACKENDS[scheme](uri)
+
+
+def open_folder(path: str) -> tuple[Catalog, str]:
+    """The folder's parent as a root, and its own name in it."""
+    parent, slash, folder = path.rstrip("/").rpartition("/")
+    return open_catalog(parent or (slash or ".")), folder

@@ -17,7 +17,7 @@ from pathlib import Path
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConflictError, IntegrityError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import FileEntry
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.backends import open_folder
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.hub_download import download, pinned
@@ -75,8 +75,8 @@ def _attempt(target: Path) -> Generator[Path]:
 
 
 def _fill(source: str, attempt: Path, progress: Progress) -> None:
-    parent, _, folder = source.rstrip("/").rpartition("/")
-    store = open_catalog(parent or ("/" if source.startswith("/") else ".")).store
+    catalog, folder = open_folder(source)
+    store = catalog.store
     manifest = manifest_in(store, folder)
     if manifest is None:
         raise UsageError(

@@ -21,7 +21,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError, ObjectNotFoundError, RayCkptError
 from ray_ckpt.core.loading import Source
 from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.backends import open_folder
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.hub_download import in_cache
 from ray_ckpt.storage.listing import manifest_in
@@ -286,9 +286,7 @@ def _hf_folder(source: Source, *, stem: str = "model") -> HfFolder:
 
 def split(path: str) -> tuple[Catalog, str]:
     """The folder's parent as a root, and its own name; of the Hub's its copy on this host."""
-    whole = str(in_cache(path)) if path.startswith("hf://") else path.rstrip("/")
-    parent, slash, folder = whole.rpartition("/")
-    return open_catalog(parent or (slash or ".")), folder
+    return open_folder(str(in_cache(path)) if path.startswith("hf://") else path)
 
 
 def _shapes(reader: StorageReader) -> dict[str, tuple[int, ...] | None]:
