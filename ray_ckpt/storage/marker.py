@@ -22,8 +22,8 @@ from ray_ckpt.storage.listing import ASIDE, manifest_in, sizes_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.scratch import make_scratch, remove_scratch
 
-_FILES_AT_ONCE = 4
-"""Each in several parts, if it is large: 16 connections, 128 MiB of memory."""
+_FILES_AT_ONCE = 16
+"""Most wait for an answer. How many parts of large ones are in memory is limited elsewhere."""
 
 
 class MarkerCommit:

@@ -21,10 +21,12 @@ from ray_ckpt.core.errors import (
     TransientError,
     UsageError,
 )
+from ray_ckpt.storage import posix
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
 from ray_ckpt.storage.s3_client import make_file_system
+from ray_ckpt.storage.s3_download import download_in_ranges
 from ray_ckpt.storage.s3_errors import (
     has_broken_off,
     is_gone,
@@ -32,9 +34,11 @@ from ray_ckpt.storage.s3_errors import (
     raise_refusal,
     translated,
 )
+from ray_ckpt.storage.s3_multipart import S3Object
 from ray_ckpt.storage.s3_stream import S3Stream, body_of
 from ray_ckpt.storage.s3_unfinished import parts_of, uploads_of
 from ray_ckpt.storage.s3_upload import PART_BYTES, upload_in_parts
+from ray_ckpt.storage.s3_wire import Got, S3Wire, open_wire
 
 T = TypeVar("T")
 _BLOCK_BYTES = 8 << 20
@@ -53,6 +57,7 @@ class S3Store:
         if not self._base.partition("/")[0]:
             raise UsageError("no bucket is named", uri, do="write s3://bucket/prefix")
         self._file_system = self._made()
+        self._wired: tuple[Any, S3Wire | None] = (None, None)
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
         """Whoever gets it in another process makes a client of its own."""
@@ -96,6 +101,19 @@ class S3Store:
         with translated(self._where(key)):
             return use(self._file_system)
 
+    def _wire(self, key: str) -> S3Wire | None:
+        """The way for bulk bytes, with the keys that s3fs has now."""
+        of, wire = self._wired
+        if of is not self._file_system:
+            of = self._file_system
+            wire = self._ask(key, lambda files: open_wire(files, self._base.partition("/")[0]))
+            self._wired = (of, wire)
+        return wire
+
+    def _got(self, key: str, offset: int, into: memoryview) -> Got | None:
+        wire = self._wire(key)
+        return wire and wire.get(self._path(key).partition("/")[2], offset, into)
+
     def read(self, key: str) -> bytes:
         """One GET."""
         return self._ask(key, lambda files: body_of(files, self._path(key)))
@@ -118,6 +136,9 @@ class S3Store:
         end = offset + buffer.nbytes
         if offset == end:
             return  # an empty range would be the whole object
+        got = self._got(key, offset, buffer.cast("B"))
+        if got and got.num_bytes == buffer.nbytes:
+            return
         byte_range = f"bytes={offset}-{end - 1}"
         try:
             data = self._ask(key, lambda files: body_of(files, self._path(key), Range=byte_range))
@@ -148,20 +169,25 @@ class S3Store:
 
     def upload(self, source: Path, key: str, *, progress: Progress = UNTOLD) -> None:
         """One PUT, or an upload in parts that goes on where an earlier one was cut off."""
-        told, target = _Told(progress), self._path(key)
-        if source.stat().st_size <= PART_BYTES:
-            self._ask(key, lambda files: files.put_file(str(source), target, callback=told))
+        with posix.translated(source):
+            data = source.read_bytes() if source.stat().st_size <= PART_BYTES else None
+        if data is None:
+            upload_in_parts(source, self._object(key), progress=progress)
             return
-        bucket, _, name = target.partition("/")
-        call = partial(self._call, key=key)
-        upload_in_parts(call, source, bucket=bucket, name=name, progress=progress)
+        target = self._object(key)
+        wire = target.wire()
+        if not (wire and wire.put(target.name, data)):
+            self.write(key, data)
+        progress.advance(len(data))
 
     def begin(self, key: str, size_bytes: int) -> S3Blocks:
         """A multipart upload, sent part by part."""
+        return S3Blocks(self._object(key), size_bytes)
+
+    def _object(self, key: str) -> S3Object:
         bucket, _, name = self._path(key).partition("/")
-        return S3Blocks(
-            partial(self._call, key=key), bucket=bucket, name=name, size_bytes=size_bytes
-        )
+        call, wire = partial(self._call, key=key), partial(self._wire, key)
+        return S3Object(bucket=bucket, name=name, call=call, wire=wire)
 
     def copy(self, source: str, target: str) -> None:
         """Server-side; in parts where the object is larger than 5 GB."""
@@ -169,9 +195,22 @@ class S3Store:
         self._ask(source, lambda files: files.cp_file(*ends))
 
     def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
-        """One streamed GET."""
-        told, source = _Told(progress), self._path(key)
-        self._ask(key, lambda files: files.get_file(source, str(target), callback=told))
+        """Ranged GETs, several at once; the first tells how many more there are."""
+        download_in_ranges(
+            partial(self._start, key), partial(self.read_into, key), target, progress=progress
+        )
+
+    def _start(self, key: str, buffer: memoryview) -> Got:
+        """The first bytes of the object are in the buffer."""
+        got = self._got(key, 0, buffer)
+        if got:
+            return got
+        info = self.stat(key)
+        if info is None:
+            raise ObjectNotFoundError("not there", self._where(key), do="check bucket and prefix")
+        num_bytes = min(info.size_bytes, buffer.nbytes)
+        self.read_into(key, 0, buffer[:num_bytes])
+        return Got(num_bytes=num_bytes, total_bytes=info.size_bytes)
 
     def point(self, key: str, name: str) -> None:
         """One PUT."""
@@ -302,17 +341,3 @@ class S3Store:
             modified_at=modified.timestamp() if modified else 0.0,
             version=info.get("ETag", ""),
         )
-
-
-class _Told:
-    """As much of an fsspec callback as s3fs calls."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def set_size(self, size: int | None) -> None:
-        """Known already."""
-
-    def relative_update(self, inc: int = 1) -> None:
-        """So many bytes more have been sent, or have come."""
-        self._progress.advance(inc)
