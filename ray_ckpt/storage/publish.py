@@ -18,11 +18,12 @@ from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.digests import describe_file, size_damage
+from ray_ckpt.storage.digests import size_damage
 from ray_ckpt.storage.hub import publish_to_hub
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 from ray_ckpt.storage.posix import sync_file
 from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.storage.proven import Origin, bring
 from ray_ckpt.storage.retire import finish_retiring
 from ray_ckpt.storage.room import expect_room
 
@@ -121,20 +122,15 @@ def copy_files(
         IntegrityError: a file differs from its entry.
     """
     progress.begin(f"reads {folder}", 2 * sum(entry.size_bytes for entry in entries))
+    origin = Origin(
+        store=store,
+        folder=folder,
+        safe="nothing was published; the checkpoint it was made from is untouched",
+        do="remove the export's folder and export the step again",
+    )
     for entry in entries:
-        path = target / entry.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        store.download(f"{folder}/{entry.path}", path, progress=progress)
-        sync_file(path)
-        algorithm = entry.digest.partition(":")[0]
-        found = describe_file(path, entry.path, algorithm, progress=progress)
-        if found != entry:
-            raise IntegrityError(
-                f"{entry.path} is {found.digest}, its manifest says {entry.digest}",
-                f"{store.uri}/{folder}",
-                "nothing was published; the checkpoint it was made from is untouched",
-                "remove the export's folder and export the step again",
-            )
+        bring(origin, entry, target, progress=progress)
+        sync_file(target / entry.path)
 
 
 def _check_files(store: Store, export: ExportView, location: str) -> None:
