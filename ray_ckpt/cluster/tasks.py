@@ -167,6 +167,7 @@ def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> 
     return {
         "location": published.location,
         "bytes": published.bytes_sent,
+        "bytes_copied": published.bytes_copied,
         "content_id": export.manifest.content_id,
         METRICS: dict(export.manifest.metrics),
         NON_FINITE: len(export.manifest.non_finite),
