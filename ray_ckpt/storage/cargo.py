@@ -31,6 +31,17 @@ class Published:
     """By the store itself."""
 
 
+def cargo_of_checkpoint(manifest: Manifest, root: str) -> Cargo:
+    """A checkpoint of that root, as it is copied: optimizer and all."""
+    folder = names.step_dir(manifest.step)
+    return Cargo(
+        folder=folder,
+        title=f"checkpoint {folder}",
+        manifest=manifest,
+        cure=f"ray-ckpt verify {root} --step {manifest.step}    (says whether it lasts)",
+    )
+
+
 def cargo_of(export: ExportView) -> Cargo:
     """An export as it is copied."""
     return Cargo(

@@ -1,5 +1,6 @@
 """A file arrives from a store and is the one that its manifest describes, or it is not there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.storage.posix import sync_file
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 
@@ -27,6 +29,20 @@ class Origin:
             self.safe,
             self.do,
         )
+
+
+def bring_all(
+    origin: Origin, entries: Sequence[FileEntry], target: Path, *, progress: Progress = UNTOLD
+) -> None:
+    """Below `target` lie the files of these entries, synced, each equal to its own.
+
+    Raises:
+        IntegrityError: what came differs.
+    """
+    progress.begin(f"reads {origin.folder}", 2 * sum(entry.size_bytes for entry in entries))
+    for entry in entries:
+        bring(origin, entry, target, progress=progress)
+        sync_file(target / entry.path)
 
 
 def bring(origin: Origin, entry: FileEntry, target: Path, *, progress: Progress = UNTOLD) -> None:

@@ -1,15 +1,20 @@
-"""A finished export reaches a place outside its root: all of it or none of it, and only once.
+"""An export or a checkpoint reaches a place outside its root: all of it or none of it, and once.
 
-    /path, s3://bucket/prefix     <destination>/exports/<name>/step-<n>/, a root like any other
-    hf://org/repo[@branch]        one commit, and the tag step-<n>
+                                  an export                                a checkpoint
+    /path, s3://bucket/prefix     <destination>/exports/<name>/step-<n>/   <destination>/step-<n>/
+    hf://org/repo[@branch]        one commit, and the tag step-<n>         refused
 
-To add a kind of destination: a module of its own, and a line in `_PUBLISHERS`.
+A path or a prefix is a root like any other then. To add a kind of destination: a module of its own,
+and a line in `_PUBLISHERS`.
 """
 
 from collections.abc import Callable
 
+from ray_ckpt.core.copy_policy import INSTEAD_OF_HUB, NOT_ON_HUB
+from ray_ckpt.core.errors import UsageError
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import ExportView
-from ray_ckpt.storage.cargo import Published, cargo_of
+from ray_ckpt.storage.cargo import Published, cargo_of, cargo_of_checkpoint
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.hub import publish_to_hub
 from ray_ckpt.storage.progress import UNTOLD, Progress
@@ -34,6 +39,33 @@ def publish_export(
     scheme = destination.partition("://")[0] if "://" in destination else ""
     publisher = _PUBLISHERS.get(scheme, _publish_to_root)
     return publisher(catalog, export, destination, progress)
+
+
+def publish_checkpoint(
+    catalog: Catalog, manifest: Manifest, destination: str, *, progress: Progress = UNTOLD
+) -> Published:
+    """The checkpoint of this manifest is at `destination`, from where `load` and `fetch` read it.
+
+    A second run is harmless, as for an export.
+
+    Raises:
+        UsageError: the destination is the root itself, or the Hub, or a trainer saves there.
+        ForeignFolderError: somebody else's folder is in its place; it is untouched.
+        ObjectExistsError, IntegrityError, AuthorizationError, TransientError, StorageFullError: as
+            for an export.
+    """
+    refuse_hub(destination)
+    return copy_to_root(catalog, cargo_of_checkpoint(manifest, catalog.uri), destination, progress)
+
+
+def refuse_hub(destination: str) -> None:
+    """Nothing, if a checkpoint may be copied there.
+
+    Raises:
+        UsageError: it is on the Hub.
+    """
+    if destination.startswith("hf://"):
+        raise UsageError(NOT_ON_HUB, destination, "nothing was sent", INSTEAD_OF_HUB)
 
 
 def _publish_to_root(

@@ -7,20 +7,18 @@ The manifest is last. Until then nobody sees anything of the copy.
 """
 
 import uuid
-from collections.abc import Sequence
-from pathlib import Path
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, UsageError
-from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.cargo import Cargo, Published
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import size_damage
+from ray_ckpt.storage.lease import TRAINER, holder_of
 from ray_ckpt.storage.listing import manifest_in, sizes_in
-from ray_ckpt.storage.posix import sync_file
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.storage.proven import Origin, bring
+from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.storage.retire import finish_retiring
 from ray_ckpt.storage.room import expect_room
 from ray_ckpt.storage.server_copy import copy_on_server
@@ -31,7 +29,8 @@ def copy_to_root(catalog: Catalog, cargo: Cargo, destination: str, progress: Pro
 
     Raises:
         ObjectExistsError: something else is there under its name; it is untouched.
-        UsageError: the destination is the root itself.
+        UsageError: the destination is the root itself, or a trainer saves checkpoints there.
+        ForeignFolderError: somebody else's folder is in the place of a checkpoint.
         IntegrityError: the folder differs from its own manifest, and nothing became visible; or
             the copy that is there was altered since it was made, and is untouched.
         StorageError: from the destination.
@@ -52,9 +51,24 @@ def copy_to_root(catalog: Catalog, cargo: Cargo, destination: str, progress: Pro
             raise _another(cargo, location)
         _check_files(target.store, cargo, location)
         return Published(location=location, bytes_sent=0)
+    if names.parse_step(cargo.folder) is not None:
+        _refuse_others_steps(target, cargo)
     published = _make(catalog, cargo, target, progress)
     _check_files(target.store, cargo, location)
     return published
+
+
+def _refuse_others_steps(target: Catalog, cargo: Cargo) -> None:
+    """Nothing, if the place of a checkpoint is free, and of no run that goes on there."""
+    target.refuse_existing(cargo.manifest.step)
+    trainer = holder_of(target.store, TRAINER)
+    if trainer is not None:
+        raise UsageError(
+            f"process {trainer.pid} on {trainer.host} saves checkpoints of its own there",
+            target.uri,
+            "nothing was changed",
+            "name a place where no run saves",
+        )
 
 
 def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -> Published:
@@ -73,7 +87,7 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
         sent_bytes = sum(entry.size_bytes for entry in left)
         # at the destination itself, or on this host's disk on the way there
         expect_room(staging, sent_bytes, what=f"a copy of {cargo.title}")
-        _fetch(origin, left, staging, progress)
+        bring_all(origin, left, staging, progress=progress)
         progress.begin(f"sends {cargo.title} to {target.uri}", sent_bytes)
         target.commit.contribute(staging, cargo.folder, progress=progress)
         target.commit_folder(staging, cargo.folder, cargo.manifest)
@@ -85,15 +99,6 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
         bytes_sent=sent_bytes,
         bytes_copied=cargo.manifest.total_bytes - sent_bytes,
     )
-
-
-def _fetch(origin: Origin, entries: Sequence[FileEntry], target: Path, progress: Progress) -> None:
-    """Local copies of these files, synced, each equal to its entry."""
-    num_bytes = 2 * sum(entry.size_bytes for entry in entries)
-    progress.begin(f"reads {origin.folder}", num_bytes)
-    for entry in entries:
-        bring(origin, entry, target, progress=progress)
-        sync_file(target / entry.path)
 
 
 def _another(cargo: Cargo, location: str) -> ObjectExistsError:
