@@ -1,4 +1,4 @@
-"""Copy a finished export to another root, to S3 or to the Hugging Face Hub.
+"""Copy a finished export, or a checkpoint, to another root or to S3; an export also to the Hub.
 
 ray job submit --working-dir . -- python -m jobs.publish root=/r step=500 name=hf to=hf://o/r
 """
@@ -14,24 +14,26 @@ from ray_ckpt.storage.backends import open_catalog
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishConfig:
-    """One copy of one export."""
+    """One copy of one export, or of one checkpoint."""
 
     root: str
     """Where the run keeps its checkpoints."""
     step: int
     """Which one."""
-    name: str
-    """Which export of it."""
     to: str
     """`/path`, `s3://bucket/prefix` or `hf://org/repo`."""
+    name: str | None = None
+    """Which export of it; without one the checkpoint itself is copied."""
 
 
 def main() -> None:
     """Ask the run's manager, and wait."""
     config = parse(PublishConfig, __doc__)
     catalog = open_catalog(config.root)
-    recipe = catalog.export(config.name, config.step).manifest.lineage.recipe
-    spec = ExportSpec.of_recipe(recipe)
+    spec = None
+    if config.name is not None:
+        recipe = catalog.export(config.name, config.step).manifest.lineage.recipe
+        spec = ExportSpec.of_recipe(recipe)
     action = publish_action(catalog.checkpoint(config.step), spec, config.to)
     record = perform_on_cluster(catalog.uri, action, address="auto", told=print)
     print(record.result["location"])

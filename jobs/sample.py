@@ -20,7 +20,7 @@ from jobs.decoder import Decoder, DecoderConfig
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.publish import copy_files
+from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.reader import read_asset, read_tensors
 from ray_ckpt.tensors.transforms import cast_floating
@@ -61,7 +61,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         source = names.export_dir(config.name, config.step)
-        copy_files(catalog.store, source, export.manifest.files, Path(folder))
+        origin = Origin(
+            store=catalog.store,
+            folder=source,
+            safe="the checkpoint it was made from is untouched",
+            do="remove the export's folder and export the step again",
+        )
+        bring_all(origin, export.manifest.files, Path(folder))
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     loaded = model.state_dict()

@@ -46,8 +46,8 @@ def _row(root: str, record: ActionRecord) -> dict[str, Any]:
 def _cure(root: str, record: ActionRecord, state: CopyState) -> str:
     """What makes a copy anew; what somebody has altered is theirs to remove."""
     action = record.action
-    name = action.export.name if action.export else ""
-    again = f"ray-ckpt publish {root} --step {action.step} --name {name} --to {action.destination}"
+    what = f"--name {action.export.name}" if action.export else "--checkpoint"
+    again = f"ray-ckpt publish {root} --step {action.step} {what} --to {action.destination}"
     if state is CopyState.PRESENT:
         return ""
     return again if state is CopyState.GONE else f"look at it and remove it there; then {again}"

@@ -1,4 +1,4 @@
-"""Verbs that make a Hugging Face folder of a checkpoint and bring it elsewhere: export, publish."""
+"""Verbs that make a Hugging Face folder of a checkpoint, or bring it elsewhere: export, publish."""
 
 import os
 import re
@@ -25,6 +25,7 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.publish import refuse_hub
 
 _NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -189,22 +190,44 @@ def _what_is_done(tensors: Sequence[dict[str, Any]]) -> str:
 @click.command()
 @root_argument
 @step_option
-@click.option("--name", required=True, help="Which export.")
+@click.option("--name", help="Which export.")
+@click.option("--checkpoint", is_flag=True, help="Not an export: the checkpoint itself.")
 @click.option("--to", "destination", required=True, help="/path, s3://bucket/prefix, hf://org/repo")
 @_create_option
 @json_option
-def publish(root: str, step: int, name: str, destination: str, create: bool, as_json: bool) -> None:
-    """Copy one export to another place: all of it or none of it, and only once."""
+def publish(
+    root: str,
+    step: int,
+    name: str | None,
+    checkpoint: bool,
+    destination: str,
+    create: bool,
+    as_json: bool,
+) -> None:
+    """Copy one export, or a checkpoint, to another place: all of it or none of it, and only once.
+
+    A copied checkpoint is DEST/step-N: a run can load it from there, ray-ckpt fetch brings it back.
+    """
     catalog = open_root(root)
-    found = catalog.export(name, step)
-    view = catalog.checkpoint(step)
-    spec = ExportSpec.of_recipe(found.manifest.lineage.recipe)
-    action = publish_action(view, spec, destination)
+    if checkpoint is (name is not None):
+        raise ConfigError(
+            "say what is to be copied, and one thing only",
+            "--name",
+            do="write --name NAME for an export, or --checkpoint for the checkpoint itself",
+        )
+    spec = None if name is None else _spec_of(catalog, name, step)
+    if spec is None:
+        refuse_hub(destination)
+    action = publish_action(catalog.checkpoint(step), spec, destination)
     if create:
         _create(destination)
     record = _perform(catalog, action)
     document = {"step": step, "name": name, "destination": destination, **record.result}
     emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
+
+
+def _spec_of(catalog: Catalog, name: str, step: int) -> ExportSpec:
+    return ExportSpec.of_recipe(catalog.export(name, step).manifest.lineage.recipe)
 
 
 def _create(destination: str | None) -> None:

@@ -102,7 +102,6 @@ def _wait(catalog: Catalog, action: Action, manager: Any, told: Told) -> ActionR
 
 def _ask(catalog: Catalog, action: Action) -> None:
     """The request is on storage before anybody hears of it."""
-    assert action.export is not None, "only exports and copies are asked for"
     request = Request(step=action.step, export=action.export, destination=action.destination)
     catalog.records.add_request(request)
 
@@ -136,10 +135,9 @@ def _concerned(catalog: Catalog, action: Action) -> list[ActionRecord]:
     return [r for r in catalog.records.actions().values() if r.action.key in keys]
 
 
-def _chain(action: Action) -> tuple[Action, Action, Action]:
+def _chain(action: Action) -> tuple[Action, ...]:
     """The verify and the export that must come before it, and the action itself."""
-    return (
-        replace(action, kind=ActionKind.VERIFY, export=None, destination=None),
-        replace(action, kind=ActionKind.EXPORT, destination=None),
-        action,
-    )
+    verify = replace(action, kind=ActionKind.VERIFY, export=None, destination=None)
+    if action.export is None:
+        return verify, action
+    return verify, replace(action, kind=ActionKind.EXPORT, destination=None), action

@@ -28,6 +28,7 @@ from ray_ckpt.core.errors import (
     StorageError,
 )
 from ray_ckpt.core.lifecycle import ActionKind
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import beating, first_beat
@@ -38,8 +39,9 @@ from ray_ckpt.storage.lease import Guard
 from ray_ckpt.storage.memory import peak_rss_bytes
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.promote import promote_copy
-from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.storage.publish import publish_checkpoint, publish_export
 from ray_ckpt.storage.purging import purge_step
+from ray_ckpt.storage.readers import reading
 from ray_ckpt.storage.retire import retire_copy
 from ray_ckpt.storage.secrets import without_secrets
 
@@ -157,20 +159,40 @@ def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> 
     """Looks at the destination first; the same content there means nothing is sent.
 
     Raises:
-        ConflictError: somebody removed the export after this was planned; it is to be made again.
+        ConflictError: somebody removed the export after this was planned, and it is to be made
+            again; or the checkpoint that is to be copied is another one now.
     """
-    assert action.export is not None, "a publish action names its export"
-    assert action.destination is not None, "and where it goes"
-    with _export_stays(catalog, action.export.name, action.step):
-        export = catalog.export(action.export.name, action.step)
-        published = publish_export(catalog, export, action.destination, progress=progress)
+    assert action.destination is not None, "a publish action says where it goes"
+    if action.export is None:
+        with reading(catalog.store, action.step, who=action.title):
+            manifest = _as_planned(catalog, action)
+            published = publish_checkpoint(catalog, manifest, action.destination, progress=progress)
+    else:
+        with _export_stays(catalog, action.export.name, action.step):
+            export = catalog.export(action.export.name, action.step)
+            manifest = export.manifest
+            published = publish_export(catalog, export, action.destination, progress=progress)
     return {
         "location": published.location,
         "bytes": published.bytes_sent,
-        "content_id": export.manifest.content_id,
-        METRICS: dict(export.manifest.metrics),
-        NON_FINITE: len(export.manifest.non_finite),
+        "bytes_copied": published.bytes_copied,
+        "content_id": manifest.content_id,
+        METRICS: dict(manifest.metrics),
+        NON_FINITE: len(manifest.non_finite),
     }
+
+
+def _as_planned(catalog: Catalog, action: Action) -> Manifest:
+    """The manifest of the very checkpoint that the action is about."""
+    manifest = catalog.manifest(action.step)
+    if manifest.content_id != action.source_id:
+        raise ConflictError(
+            f"step-{action.step} was saved anew before it was copied",
+            catalog.uri,
+            "nothing was copied",
+            "nothing: what is there now is looked at by itself",
+        )
+    return manifest
 
 
 @contextlib.contextmanager

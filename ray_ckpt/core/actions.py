@@ -37,7 +37,8 @@ class Action:
     """Content id of the checkpoint; another save of the same step is another source. Of a save
     that is no checkpoint yet its save id."""
     export: ExportSpec | None = None
-    """For export, publish, promote and retire: which export."""
+    """For export, publish, promote and retire: which export. A publish or a retire without one is
+    about a copy of the checkpoint itself."""
     destination: str | None = None
     """For publish: where to. For promote and retire: where."""
     grace_s: float | None = None
@@ -66,6 +67,8 @@ class Action:
         words = [self.kind, f"step-{self.step}"]
         if self.export is not None:
             words.append(self.export.name)
+        elif self.destination is not None:
+            words.append("checkpoint")
         if self.pointer is not None:
             words.append(f"to {self.pointer}")
         if self.destination is not None:

@@ -121,9 +121,11 @@ def nodes_of_bytes(
 
 
 def _reader_before(action: Action) -> Action | None:
-    if action.kind is ActionKind.EXPORT:
-        return replace(action, kind=ActionKind.VERIFY, export=None)
-    return export_of(action) if action.kind is ActionKind.PUBLISH else None
+    if action.kind not in (ActionKind.EXPORT, ActionKind.PUBLISH):
+        return None
+    if action.kind is ActionKind.EXPORT or action.export is None:
+        return replace(action, kind=ActionKind.VERIFY, export=None, destination=None)
+    return export_of(action)
 
 
 def _over_limit(action: Action, running: Sequence[Occupant], limits: Limits) -> str | None:

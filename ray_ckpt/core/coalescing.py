@@ -20,7 +20,7 @@ from ray_ckpt.core.wanted import Wanted, WantedAction, all_wanted, export_of
 
 _NOT_BEGUN = None, ActionState.RETRY_WAIT, ActionState.BLOCKED
 """PENDING is what was interrupted, or what a person has asked for again."""
-_Lane = tuple[ActionKind, str, str | None]
+_Lane = tuple[ActionKind, str | None, str | None]
 """What is done, to which export, and where: the same for every step."""
 
 
@@ -83,5 +83,4 @@ def _record(action: Action, observed: Observation) -> ActionRecord:
 
 
 def _lane(action: Action) -> _Lane:
-    assert action.export is not None, "exports and copies name their export"
-    return action.kind, action.export.name, action.destination
+    return action.kind, action.export and action.export.name, action.destination

@@ -1,4 +1,4 @@
-"""Copies of exports at their destinations: which are there, and which their policy lets go.
+"""Copies at their destinations: which are there, and which of them their policy lets go.
 
 What is there is known from records: a copy was made, and was not retired since. The rule for
 retiring one, that is removing it at its destination:
@@ -17,11 +17,14 @@ each place, while newer steps are at both.
 from collections.abc import Container, Iterator
 from dataclasses import replace
 
+from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.copy_policy import KeepCopies, PublishPolicy
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
-from ray_ckpt.core.observation import Observation
-from ray_ckpt.core.policy import KeepCopies, PublishPolicy
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.observation import Observation, Request
 from ray_ckpt.core.retention import Candidate
+from ray_ckpt.core.wanted import is_result
 
 COPIED_AT = "copied_at"
 """In the result of a retire: when the copy was made that it removed, by the publish's record."""
@@ -30,6 +33,20 @@ COPIED_AT = "copied_at"
 def retire_action(publish: Action) -> Action:
     """Remove at its destination what `publish` copied there."""
     return replace(publish, kind=ActionKind.RETIRE)
+
+
+def folder_of(publish: Action) -> str:
+    """Where what it copies lies, at the root as at the destination."""
+    if publish.export is None:
+        return names.step_dir(publish.step)
+    return names.export_dir(publish.export.name, publish.step)
+
+
+def is_copy_of(manifest: Manifest, publish: Action) -> bool:
+    """Whether a folder with this manifest is what `publish` copies, as far as the action says."""
+    if publish.export is None:
+        return manifest.content_id == publish.source_id
+    return is_result(manifest, publish)
 
 
 def copies(observed: Observation) -> list[ActionRecord]:
@@ -66,8 +83,7 @@ def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tup
 
 def is_at(copy: Action, policy: PublishPolicy) -> bool:
     """Whether the policy is about the place where this copy lies."""
-    name = copy.export.name if copy.export else None
-    return (name, copy.destination) == (policy.export, policy.to)
+    return (_name_in(copy), copy.destination) == (policy.export, policy.to)
 
 
 def _let_go(
@@ -78,10 +94,14 @@ def _let_go(
     candidates = [Candidate(step=step, is_verified=True, metrics={}) for step in steps]
     kept = {step for policy in policies for step in policy.reasons(candidates)} | {*steps[-1:]}
     pinned = {view.step for view in observed.checkpoints if view.pins}
-    asked = {(r.step, r.export.name, r.destination) for r in observed.requests}
+    asked = {(r.step, _name_in(r), r.destination) for r in observed.requests}
     for copy in there:
-        name = copy.export.name if copy.export else ""
-        if copy.step in kept | pinned or (copy.step, name, copy.destination) in asked:
+        if copy.step in kept | pinned or (copy.step, _name_in(copy), copy.destination) in asked:
             continue
         titles = ", ".join(policy.title for policy in policies)
         yield copy, f"at {copy.destination} kept by none of: {titles}"
+
+
+def _name_in(about: Action | Request) -> str | None:
+    """Of the export that it is about; None for the checkpoint itself."""
+    return None if about.export is None else about.export.name

@@ -8,10 +8,11 @@ were made, so that purging the best one does not make the second best worth an e
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ray_ckpt.core.copy_policy import WhenBehind
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation
-from ray_ckpt.core.policy import ExportPolicy, WhenBehind
+from ray_ckpt.core.policy import ExportPolicy
 from ray_ckpt.core.retention import Candidate
 
 

@@ -60,7 +60,8 @@ class Request:
     """An export or a copy that a person or a job asked for; by step, which may be saved anew."""
 
     step: int
-    export: ExportSpec
+    export: ExportSpec | None = None
+    """None asks for a copy of the checkpoint itself."""
     destination: str | None = None
     """Where a copy goes; None asks for the export alone."""
 
@@ -68,7 +69,8 @@ class Request:
     def title(self) -> str:
         """The request as a sentence."""
         to = f" to {self.destination}" if self.destination is not None else ""
-        return f"{self.export.name} of step-{self.step}{to}"
+        what = "checkpoint" if self.export is None else self.export.name
+        return f"{what} of step-{self.step}{to}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
     [lifecycle.keep]            latest = 3    every_steps = 5000    max_bytes = 2_000_000_000_000
     [lifecycle.verify]          scrub_every_s = 604800
     [[lifecycle.export]]        name = "hf-bf16"    every_steps = 1000    best = 1
-    [[lifecycle.publish]]       export = "hf-bf16"    to = "s3://bucket/models"    keep.latest = 5
+    [[lifecycle.publish]]       see core.copy_policy
     [lifecycle.limits]          total = 8    per_node = 2    per_kind = { export = 1 }
 
 Knows what each field means and which do not go together; decides nothing about any step.
@@ -12,7 +12,7 @@ Knows what each field means and which do not go together; decides nothing about 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from ray_ckpt.core.config import (
     MAX_SHARD_BYTES,
@@ -24,21 +24,17 @@ from ray_ckpt.core.config import (
     build,
     parse_toml,
 )
+from ray_ckpt.core.copy_policy import (
+    DEFAULT_METRIC,
+    PublishPolicy,
+    WhenBehind,
+    changed_ranking,
+    check_steps,
+    named_policies,
+)
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.limits import Limits
-from ray_ckpt.core.retention import (
-    KeepBest,
-    KeepEvery,
-    KeepLatest,
-    KeepRecent,
-    KeepSteps,
-    Order,
-    Policy,
-)
-
-_DEFAULT_METRIC = "loss"
-WhenBehind = Literal["all", "newest"]
-"""What to do of several steps that wait for the same: each of them, or the newest alone."""
+from ray_ckpt.core.retention import KeepBest, KeepRecent, KeepSteps, Order, Policy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +51,7 @@ class ExportPolicy:
     """Export the last step of the run."""
     best: int | None = None
     """Export a step when it becomes one of the best so many; older ones stay exported."""
-    metric: str = _DEFAULT_METRIC
+    metric: str = DEFAULT_METRIC
     """For `best`: a metric that was handed to `save`."""
     order: Order = "min"
     """For `best`: which end of `metric` is best."""
@@ -80,7 +76,7 @@ class ExportPolicy:
         at_least(1, every_steps=self.every_steps, best=self.best)
         at_least(1, max_shard_bytes=self.max_shard_bytes)
         at_least(0, logits_within=self.logits_within)
-        _steps("export.steps", self.steps)
+        check_steps("export.steps", self.steps)
         _ranked_by("export", best=self.best, metric=self.metric, order=self.order)
         if not (self.every_steps or self.last_step or self.best or self.steps):
             raise ConfigError(
@@ -96,91 +92,6 @@ class ExportPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeepCopies:
-    """Which copies survive at one destination; the newest one always does."""
-
-    latest: int | None = None
-    """The newest so many copies."""
-    every_steps: int | None = None
-    """Every copy whose step is a multiple of this."""
-
-    def __post_init__(self) -> None:
-        at_least(1, latest=self.latest, every_steps=self.every_steps)
-        if self.latest is None and self.every_steps is None:
-            raise ConfigError(
-                "no copy is named",
-                "publish.keep",
-                do="set latest or every_steps; without keep every copy stays",
-            )
-
-    def policies(self) -> list[Policy]:
-        """The retention policies these fields stand for."""
-        return _named(latest=self.latest, every_steps=self.every_steps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishPolicy:
-    """A place every export of one name is copied to."""
-
-    export: str
-    """Name of the export."""
-    to: str
-    """`/path`, `s3://bucket/prefix` or `hf://org/repo`."""
-    required: bool = True
-    """Whether a step is kept until its copy was made."""
-    when_behind: WhenBehind = "all"
-    """When exports come faster than copies: make each all the same, or of those that wait and are
-    exported by `every_steps` alone, `newest`: older ones are superseded and hold no step."""
-    keep: KeepCopies | None = None
-    """Which copies stay there; None keeps all. What `promote` leads to always does."""
-    promote: str | None = None
-    """A name, for example `latest`, that leads to one of the copies there: a symbolic link beside
-    them, on S3 an object whose text is `step-<n>`, on the Hub a tag."""
-    promote_by: Literal["newest", "best"] = "newest"
-    """Which copy that is; never one with NaN or Inf in its weights."""
-    metric: str = _DEFAULT_METRIC
-    """For `promote_by = "best"`: a metric that was handed to `save`."""
-    order: Order = "min"
-    """For `promote_by = "best"`: which end of `metric` is best."""
-
-    def __post_init__(self) -> None:
-        self._check_promote()
-        if self.keep is not None and self.to.startswith("hf://"):
-            raise ConfigError(
-                f"copies at {self.to} are never removed: a tag on the Hub is history",
-                "publish.keep",
-                do="leave out keep for this destination",
-            )
-
-    def _check_promote(self) -> None:
-        if self.promote is not None:
-            a_word("publish.promote", self.promote)
-        elif self.promote_by != "newest":
-            raise ConfigError(
-                "promote_by says which copy a name leads to, but promote names none",
-                "publish.promote_by",
-                do='set promote = "best", or another name',
-            )
-        changed = _changed(metric=self.metric, order=self.order)
-        if self.promote_by != "best" and changed:
-            raise ConfigError(
-                f"{changed[0]} ranks copies, but {self.promote_by} ones are promoted",
-                f"publish.{changed[0]}",
-                do='set promote_by = "best", or remove it',
-            )
-
-    @property
-    def ranking(self) -> KeepBest | None:
-        """How copies are ranked for `promote`; None where the newest counts."""
-        return KeepBest(1, self.metric, self.order) if self.promote_by == "best" else None
-
-    @property
-    def repository(self) -> str | None:
-        """Where its tags lie, on the Hub; None for any other destination."""
-        return self.to.partition("@")[0] if self.to.startswith("hf://") else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class KeepConfig:
     """Which checkpoints survive; several lines keep the union, then `max_bytes` has its say."""
 
@@ -190,7 +101,7 @@ class KeepConfig:
     """Every step that is a multiple of this."""
     best: int | None = None
     """The best so many by `best_metric`."""
-    best_metric: str = _DEFAULT_METRIC
+    best_metric: str = DEFAULT_METRIC
     """A metric that was handed to `save`; smaller is better unless `best_order` says otherwise."""
     best_order: Order = "min"
     """Which end of `best_metric` is best."""
@@ -209,12 +120,12 @@ class KeepConfig:
         at_least(1, every_steps=self.every_steps, best=self.best)
         at_least(1, max_age_s=self.max_age_s, max_bytes=self.max_bytes)
         at_least(0, trash_grace_s=self.trash_grace_s)
-        _steps("keep.steps", self.steps)
+        check_steps("keep.steps", self.steps)
         _ranked_by("keep", best=self.best, best_metric=self.best_metric, best_order=self.best_order)
 
     def policies(self, *, now: float) -> list[Policy]:
         """The retention policies these fields stand for; none keeps everything."""
-        policies = _named(latest=self.latest, every_steps=self.every_steps)
+        policies = named_policies(latest=self.latest, every_steps=self.every_steps)
         if self.best is not None:
             policies.append(KeepBest(self.best, self.best_metric, self.best_order))
         if self.max_age_s is not None:
@@ -242,7 +153,7 @@ class LifecyclePolicy:
     export: tuple[ExportPolicy, ...] = ()
     """Exports made without being asked for."""
     publish: tuple[PublishPolicy, ...] = ()
-    """Copies made of these exports."""
+    """Copies made of these exports, and of checkpoints."""
     keep: KeepConfig = dataclasses.field(default_factory=KeepConfig)
     """What is kept; the default keeps everything."""
     verify: VerifyPolicy = dataclasses.field(default_factory=VerifyPolicy)
@@ -252,7 +163,7 @@ class LifecyclePolicy:
 
     def __post_init__(self) -> None:
         names = [export.name for export in self.export]
-        unknown = sorted({p.export for p in self.publish} - set(names))
+        unknown = sorted({p.export for p in self.publish if p.export} - set(names))
         if unknown:
             raise ConfigError(
                 f"publish names exports that no [[export]] makes: {', '.join(unknown)}",
@@ -262,7 +173,7 @@ class LifecyclePolicy:
         if len(set(names)) < len(names):
             raise ConfigError("two [[export]] entries have the same name", "export.name")
         if len({(p.export, p.to) for p in self.publish}) < len(self.publish):
-            raise ConfigError("two [[publish]] entries copy one export to one place", "publish.to")
+            raise ConfigError("two [[publish]] entries copy the same to one place", "publish.to")
         tags = [(p.repository, p.promote) for p in self.publish if p.promote and p.repository]
         if len(set(tags)) < len(tags):
             raise ConfigError(
@@ -287,31 +198,12 @@ def policy_of_toml(text: str, *, where: str) -> LifecyclePolicy:
     return build(LifecyclePolicy, cast(dict[str, Any], section), where=f"{where}: lifecycle")
 
 
-def _named(*, latest: int | None, every_steps: int | None) -> list[Policy]:
-    policies: list[Policy] = []
-    if latest is not None:
-        policies.append(KeepLatest(latest))
-    if every_steps is not None:
-        policies.append(KeepEvery(every_steps))
-    return policies
-
-
-def _steps(field: str, steps: tuple[int, ...]) -> None:
-    if any(step < 0 for step in steps):
-        raise ConfigError(f"a step must be at least 0, got {min(steps)}", field)
-
-
 def _ranked_by(section: str, *, best: int | None, **fields: str) -> None:
     """Nothing, if `best` says how many, or nothing else says by what."""
-    changed = _changed(**fields)
+    changed = changed_ranking(**fields)
     if best is None and changed:
         raise ConfigError(
             f"{changed[0]} ranks steps, but best does not say how many to take",
             f"{section}.{changed[0]}",
             do="set best = 1, or remove it",
         )
-
-
-def _changed(**fields: str) -> list[str]:
-    """Names of those that say by what steps are ranked, and not by loss as always."""
-    return [name for name, value in fields.items() if value not in (_DEFAULT_METRIC, "min")]

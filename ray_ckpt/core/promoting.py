@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.copies import copies, is_at, retire_action
+from ray_ckpt.core.copy_policy import PublishPolicy
 from ray_ckpt.core.lifecycle import WAITING, ActionKind, ActionState
 from ray_ckpt.core.observation import Observation
-from ray_ckpt.core.policy import PublishPolicy
 from ray_ckpt.core.retention import Candidate
 
 METRICS, NON_FINITE = "metrics", "non_finite"

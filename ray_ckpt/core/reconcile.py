@@ -298,11 +298,14 @@ def _is_settled(request: Request, observed: Observation) -> bool:
     checkpoint = next((c for c in observed.readable() if c.step == request.step), None)
     if checkpoint is None:
         return True
-    export = export_action(checkpoint, request.export)
-    is_given_up = observed.state_of(export) in GIVEN_UP
-    if request.destination is None:
-        made = (e.manifest for e in observed.exports if e.step == request.step)
-        return is_given_up or any(is_result(manifest, export) for manifest in made)
+    is_given_up = False
+    if request.export is not None:
+        export = export_action(checkpoint, request.export)
+        is_given_up = observed.state_of(export) in GIVEN_UP
+        if request.destination is None:
+            made = (e.manifest for e in observed.exports if e.step == request.step)
+            return is_given_up or any(is_result(manifest, export) for manifest in made)
+    assert request.destination is not None, "a copy goes somewhere"
     publish = publish_action(checkpoint, request.export, request.destination)
     return is_given_up or observed.state_of(publish) in (ActionState.SUCCEEDED, *GIVEN_UP)
 

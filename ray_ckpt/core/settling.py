@@ -48,7 +48,7 @@ def obeyed(observed: Observation, *, now: float) -> list[ActionRecord]:
 
 def _export_again(command: Command, observed: Observation, now: float) -> list[ActionRecord]:
     """A copy that is tried again needs its export, should that have been given up."""
-    if command.action.kind is not ActionKind.PUBLISH:
+    if command.action.kind is not ActionKind.PUBLISH or command.action.export is None:
         return []
     export = _record(export_of(command.action), observed)
     return [export.asked_again(command.by, now)] if export.state in GIVEN_UP else []

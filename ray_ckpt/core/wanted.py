@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.copy_policy import CopiedSteps, PublishPolicy
 from ray_ckpt.core.due import DueExport, due_exports, is_export_of
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
-from ray_ckpt.core.policy import PublishPolicy
 
 _ASKED = "asked for"
 _MADE = ActionKind.EXPORT, ActionKind.PUBLISH
@@ -30,7 +30,8 @@ class WantedAction:
     is_skippable: bool
     """Whether a newer step may make it needless; see `core.coalescing`."""
     is_exported: bool
-    """Whether the export that it makes or copies is on storage; no record is asked."""
+    """Whether the export that it makes or copies is on storage; no record is asked. A checkpoint
+    that is copied itself needs none."""
     state: ActionState | None
     """Of its record; None if it was never started."""
 
@@ -71,7 +72,7 @@ def _asked_for(observed: Observation) -> dict[int, list[Request]]:
     for record in observed.records.values():
         action = record.action
         is_open = record.asked_by and not record.state.is_terminal
-        if is_open and action.kind in _MADE and action.export is not None:
+        if is_open and action.kind in _MADE:
             again = Request(step=action.step, export=action.export, destination=action.destination)
             asked[action.step].append(again)
     return asked
@@ -99,7 +100,8 @@ def _exports(
             is_skippable=export.is_periodic and export.when_behind == "newest",
         )
     for request in asked:
-        yield _Asked(action=export_action(checkpoint, request.export), reason=_ASKED)
+        if request.export is not None:
+            yield _Asked(action=export_action(checkpoint, request.export), reason=_ASKED)
 
 
 def _publishes(
@@ -110,7 +112,9 @@ def _publishes(
 ) -> Iterator[_Asked]:
     exports = {export.spec.name: export for export in due}
     for policy in policies:
-        export = exports.get(policy.export)
+        if policy.checkpoint is not None:
+            yield from _as_it_is(checkpoint, policy, policy.checkpoint)
+        export = exports.get(policy.export or "")
         if export is not None:
             yield _Asked(
                 action=publish_action(checkpoint, export.spec, policy.to),
@@ -123,6 +127,27 @@ def _publishes(
         if request.destination is not None:
             publish = publish_action(checkpoint, request.export, request.destination)
             yield _Asked(action=publish, reason=_ASKED, is_required=True)
+
+
+def _as_it_is(
+    checkpoint: CheckpointView, policy: PublishPolicy, which: CopiedSteps
+) -> Iterator[_Asked]:
+    """The copy of the checkpoint itself, if the policy asks for it; never of an unhealthy one."""
+    step, every = checkpoint.step, f"every {which.every_steps} steps"
+    lines = {
+        every: which.every_steps is not None and step % which.every_steps == 0,
+        "last step": which.last_step and manifest_of(checkpoint).is_last_step,
+        "named in steps": step in which.steps,
+    }
+    reasons = [line for line, asks in lines.items() if asks]
+    if reasons and checkpoint.is_healthy:
+        yield _Asked(
+            action=publish_action(checkpoint, None, policy.to),
+            reason=f"{reasons[0]}: the checkpoint is copied there{_if_required(policy)}",
+            is_required=policy.required,
+            is_due=True,
+            is_skippable=reasons == [every] and policy.when_behind == "newest",
+        )
 
 
 def _known(
@@ -139,7 +164,8 @@ def _known(
             is_required=any(each.is_required for each in same),
             is_due=any(each.is_due for each in same),
             is_skippable=all(each.is_skippable for each in same),
-            is_exported=any(is_result(manifest, same[0].action) for manifest in made),
+            is_exported=same[0].action.export is None
+            or any(is_result(manifest, same[0].action) for manifest in made),
             state=observed.records[key].state if key in observed.records else None,
         )
         for key, same in by_key.items()
@@ -147,7 +173,11 @@ def _known(
 
 
 def _line(policy: PublishPolicy) -> str:
-    return f"every {policy.export} is copied there{', required' if policy.required else ''}"
+    return f"every {policy.export} is copied there{_if_required(policy)}"
+
+
+def _if_required(policy: PublishPolicy) -> str:
+    return ", required" if policy.required else ""
 
 
 def is_result(manifest: Manifest, action: Action) -> bool:
@@ -181,8 +211,10 @@ def export_action(checkpoint: CheckpointView, export: ExportSpec) -> Action:
     return _action(ActionKind.EXPORT, checkpoint, export=export)
 
 
-def publish_action(checkpoint: CheckpointView, export: ExportSpec, destination: str) -> Action:
-    """Copy one export of the checkpoint to `destination`."""
+def publish_action(
+    checkpoint: CheckpointView, export: ExportSpec | None, destination: str
+) -> Action:
+    """Copy one export of the checkpoint to `destination`, or the checkpoint itself."""
     return _action(ActionKind.PUBLISH, checkpoint, export=export, destination=destination)
 
 

@@ -144,7 +144,10 @@ class Catalog:
 
     def commit_export(self, staging: Path, name: str, manifest: Manifest) -> Manifest:
         """The export is there, whole; returns its manifest: of equal ones the first counts."""
-        folder = names.export_dir(name, manifest.step)
+        return self.commit_folder(staging, names.export_dir(name, manifest.step), manifest)
+
+    def commit_folder(self, staging: Path, folder: str, manifest: Manifest) -> Manifest:
+        """As for an export, under any name."""
         try:
             self.commit.publish(staging, folder, manifest.to_json())
         except ObjectExistsError:

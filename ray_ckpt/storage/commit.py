@@ -66,6 +66,10 @@ class Commit(Protocol):
         """What a dead save left in `folder` is gone; for the one writer, before it contributes."""
         ...
 
+    def begin(self, folder: str) -> None:
+        """Whatever lies in `folder` before its manifest does is ours; comes before the first."""
+        ...
+
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """What this process wrote to `staging` will be part of `folder`; still not visible."""
         ...
@@ -157,6 +161,9 @@ class RenameCommit:
 
     def clear(self, folder: str) -> None:
         """Nothing to do: a dead save never came so far."""
+
+    def begin(self, folder: str) -> None:
+        """Nothing to do: nothing lies there."""
 
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """Nothing to do: the rename takes everything along."""

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.copies import folder_of
 from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.digests import find_damage
@@ -34,7 +35,7 @@ class CopyLook:
 
 
 def look_at_copy(publish: Action, *, content_id: str) -> CopyLook:
-    """What has become of the copy that `publish` made of the export with this content.
+    """What has become of the copy that `publish` made of what has this content.
 
     Raises:
         StorageError: nobody could look: not reached, not allowed.
@@ -58,9 +59,7 @@ def _look_on_hub(publish: Action, content_id: str) -> CopyLook:
 
 
 def _look_at_root(publish: Action, content_id: str) -> CopyLook:
-    assert publish.export is not None, "and its export"
-    store = open_catalog(str(publish.destination)).store
-    folder = names.export_dir(publish.export.name, publish.step)
+    store, folder = open_catalog(str(publish.destination)).store, folder_of(publish)
     try:
         copy = manifest_in(store, folder)
     except IntegrityError as error:
@@ -68,7 +67,7 @@ def _look_at_root(publish: Action, content_id: str) -> CopyLook:
     if copy is None:
         return CopyLook(state=CopyState.GONE, why="its manifest is not there")
     if copy.content_id != content_id:
-        return CopyLook(state=CopyState.STALE, why="another export is there")
+        return CopyLook(state=CopyState.STALE, why="something else is there")
     damage = find_damage(store, folder, copy)
     state = CopyState.STALE if damage else CopyState.PRESENT
     return CopyLook(state=state, why="; ".join(damage))

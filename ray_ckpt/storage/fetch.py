@@ -15,15 +15,15 @@ from collections.abc import Generator
 from pathlib import Path
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import ConflictError, IntegrityError, ObjectExistsError, UsageError
+from ray_ckpt.core.errors import ConflictError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.backends import open_folder
-from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.hub_download import download, pinned
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.posix import make_folder, sync_file, sync_folder, write_synced
 from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.storage.proven import Origin, algorithm_of, bring
 from ray_ckpt.storage.room import expect_room
 
 
@@ -90,24 +90,15 @@ def _fill(source: str, attempt: Path, progress: Progress) -> None:
     missing_bytes = sum(entry.size_bytes for entry in missing)
     expect_room(attempt, missing_bytes, what=source)
     progress.begin(f"fetches {source}", 2 * missing_bytes)
+    origin = Origin(
+        store=store,
+        folder=folder,
+        safe="nothing is at the target; what is there was not changed",
+        do="run the same command again; if it says the same, the copy there is damaged",
+    )
     for entry in missing:
-        _fetch_one(store, f"{folder}/{entry.path}", entry, attempt, progress)
+        bring(origin, entry, attempt, progress=progress)
     write_synced(attempt / names.MANIFEST, manifest.to_json())
-
-
-def _fetch_one(store: Store, key: str, entry: FileEntry, attempt: Path, progress: Progress) -> None:
-    path = attempt / entry.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store.download(key, path, progress=progress)
-    found = describe_file(path, entry.path, _algorithm(entry), progress=progress)
-    if found != entry:
-        path.unlink()
-        raise IntegrityError(
-            f"{entry.path} is {found.digest}, its manifest says {entry.digest}",
-            f"{store.uri}/{key}",
-            "nothing is at the target; what is there was not changed",
-            "run the same command again; if it says the same, the copy there is damaged",
-        )
 
 
 def _is_there(attempt: Path, entry: FileEntry, progress: Progress) -> bool:
@@ -115,8 +106,4 @@ def _is_there(attempt: Path, entry: FileEntry, progress: Progress) -> bool:
     if not path.is_file() or path.stat().st_size != entry.size_bytes:
         return False
     progress.begin(f"looks at {entry.path}", entry.size_bytes)
-    return describe_file(path, entry.path, _algorithm(entry), progress=progress) == entry
-
-
-def _algorithm(entry: FileEntry) -> str:
-    return entry.digest.partition(":")[0]
+    return describe_file(path, entry.path, algorithm_of(entry), progress=progress) == entry

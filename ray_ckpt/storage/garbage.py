@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ray_ckpt.core import names
+from ray_ckpt.core.copies import folder_of
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.garbage import ABANDONED_AFTER_S, GRACE_S, duration, spent_records, why_dead
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
@@ -199,9 +200,8 @@ def _copies(catalog: Catalog, observed: Observation, now: float) -> Iterator[Gar
     for record in observed.records.values():
         action = record.action
         is_begun = action.kind is ActionKind.PUBLISH and record.attempts > 0
-        if is_begun and record.state is not ActionState.SUCCEEDED and action.export is not None:
-            folder = names.export_dir(action.export.name, action.step)
-            folders.setdefault(action.destination or "", set()).add(folder)
+        if is_begun and record.state is not ActionState.SUCCEEDED:
+            folders.setdefault(action.destination or "", set()).add(folder_of(action))
     for destination, begun in sorted(folders.items()):
         if not destination.startswith("hf://"):
             yield from _at(open_catalog(destination), begun, now)

@@ -54,14 +54,15 @@ class MarkerCommit:
             self._store.delete([f"{folder}/{name}" for name in self._unfinished(folder)])
         self._store.delete([note])
 
-    def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
-        """Uploads the files, several at once; without a manifest nobody counts them.
+    def begin(self, folder: str) -> None:
+        """A note, so that the remains of a dead save are not taken for foreign files."""
+        self._store.write(names.begun_key(folder), b"")
 
-        The note comes first, so that the remains of a dead save are not taken for foreign files.
-        """
+    def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
+        """Uploads the files, several at once; without a manifest nobody counts them."""
         paths = [path for path in sorted(staging.rglob("*")) if path.is_file()]
         if paths:
-            self._store.write(names.begun_key(folder), b"")
+            self.begin(folder)
 
         def send(path: Path) -> None:
             key = f"{folder}/{path.relative_to(staging).as_posix()}"
@@ -99,7 +100,7 @@ class MarkerCommit:
         if self._store.stat(names.manifest_key(folder)) is not None:
             raise ObjectExistsError("something is there already", f"{self._store.uri}/{folder}")
         save_id = manifest.save_id
-        self._store.write(names.begun_key(folder), b"")
+        self.begin(folder)
         for name in _shared_names((entry.path for entry in manifest.files), save_id):
             self._store.copy(self.waiting_key(folder, save_id, name), f"{folder}/{name}")
         self._store.create(names.manifest_key(folder), manifest.to_json())
@@ -107,7 +108,7 @@ class MarkerCommit:
 
     def part_key(self, folder: str, export_id: str, file: str, *, token: str) -> str:
         """In its place; the note comes first, as in `contribute`."""
-        self._store.write(names.begun_key(folder), b"")
+        self.begin(folder)
         return f"{folder}/{file}"
 
     def take_part(self, key: str, target: Path) -> None:

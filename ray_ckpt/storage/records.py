@@ -170,7 +170,7 @@ def _request(text: bytes) -> Request:
     document = json.loads(text)
     return Request(
         step=int(document["step"]),
-        export=ExportSpec(**document["export"]),
+        export=ExportSpec(**document["export"]) if document["export"] else None,
         destination=document["destination"],
     )
 

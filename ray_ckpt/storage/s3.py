@@ -21,11 +21,13 @@ from ray_ckpt.core.errors import (
     TransientError,
     UsageError,
 )
+from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage import posix
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
 from ray_ckpt.storage.s3_client import make_file_system
+from ray_ckpt.storage.s3_copy import copy_object, is_equal
 from ray_ckpt.storage.s3_download import download_in_ranges
 from ray_ckpt.storage.s3_errors import (
     has_broken_off,
@@ -194,6 +196,21 @@ class S3Store:
         ends = self._path(source), self._path(target)
         self._ask(source, lambda files: files.cp_file(*ends))
 
+    def copy_from(self, other: "S3Store", key: str, entry: FileEntry) -> None:
+        """The object under the same key of another store of this service is here too.
+
+        Server-side, in parts where it is large; `is_equal` says whether it is what its entry says.
+        """
+        source, target = _at(other._path(key)), _at(self._path(key))
+        copy_object(partial(self._call, key=key), source, target, entry)
+
+    def is_equal(self, key: str, entry: FileEntry) -> bool | None:
+        """Whether the object is what the entry says, by a checksum of the service; one HEAD.
+
+        None if it is as large, and the service has computed none that could tell.
+        """
+        return is_equal(partial(self._call, key=key), _at(self._path(key)), entry)
+
     def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         """Ranged GETs, several at once; the first tells how many more there are."""
         download_in_ranges(
@@ -341,3 +358,8 @@ class S3Store:
             modified_at=modified.timestamp() if modified else 0.0,
             version=info.get("ETag", ""),
         )
+
+
+def _at(path: str) -> dict[str, str]:
+    bucket, _, name = path.partition("/")
+    return {"Bucket": bucket, "Key": name}

@@ -80,7 +80,7 @@ def test_a_copy_that_somebody_has_replaced_is_stale(
     theirs = make_export(other, weights=b"else")
     copy.delete([info.key for info in copy.list_objects(FOLDER)])
     publish_export(other, theirs, copy.uri)
-    assert only_row(cli, root, code=1)["why"] == "another export is there"
+    assert only_row(cli, root, code=1)["why"] == "something else is there"
 
 
 def test_a_copy_that_was_removed_is_gone_and_can_be_made_again(

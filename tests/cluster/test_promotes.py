@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from ray_ckpt.cluster.drain import drain
 from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.copy_policy import KeepCopies
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
-from ray_ckpt.core.policy import ExportPolicy, KeepCopies, LifecyclePolicy, PublishPolicy
+from ray_ckpt.core.policy import ExportPolicy, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.history import EventReader

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import COPIED_AT, copies, retire_action
+from ray_ckpt.core.copy_policy import KeepCopies
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
-from ray_ckpt.core.policy import KeepCopies, LifecyclePolicy
+from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.reconcile import plan
 from ray_ckpt.core.wanted import publish_action
 from tests.core.worlds import (

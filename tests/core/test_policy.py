@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from ray_ckpt.core.config import build
+from ray_ckpt.core.copy_policy import KeepCopies
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.policy import (
     ExportPolicy,
     KeepConfig,
-    KeepCopies,
     LifecyclePolicy,
     PublishPolicy,
     VerifyPolicy,

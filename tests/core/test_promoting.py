@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import retire_action
+from ray_ckpt.core.copy_policy import KeepCopies
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Observation
-from ray_ckpt.core.policy import KeepCopies, LifecyclePolicy, PublishPolicy
+from ray_ckpt.core.policy import LifecyclePolicy, PublishPolicy
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, promote_action
 from ray_ckpt.core.reconcile import plan
 from ray_ckpt.core.settling import overtaken

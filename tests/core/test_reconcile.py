@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.copy_policy import KeepCopies
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import Lineage
 from ray_ckpt.core.observation import READABLE, CheckpointView, ExportView, Observation, Request
-from ray_ckpt.core.policy import ExportPolicy, KeepConfig, KeepCopies, LifecyclePolicy
+from ray_ckpt.core.policy import ExportPolicy, KeepConfig, LifecyclePolicy
 from ray_ckpt.core.reconcile import decide_all, holds_of, plan
 from ray_ckpt.core.wanted import export_action, publish_action, purge_action, verify_action
 from tests.core.worlds import (

@@ -42,11 +42,14 @@ class Answer:
 class S3Proxy:
     """Answers inside its `with` block, at `endpoint`.
 
-    `requests` holds "METHOD path?query" of all requests so far, in order, the failed ones too.
+    `requests` holds "METHOD path?query" of all requests so far, in order, the failed ones too, with
+    " from <bucket/key>" behind those that ask the server to copy;
+    `passed_bytes` counts what their bodies and those of their answers had.
     """
 
     def __init__(self, behind: S3Endpoint) -> None:
         self.requests: list[str] = []
+        self.passed_bytes = 0
         self._behind = behind
         self._faults = Faults()
         self._revoked: set[str] = set()
@@ -145,6 +148,11 @@ class S3Proxy:
 
     def pass_on(self, request: "_Handler", body: bytes) -> Answer:
         """The real server's answer, or an older one to a LIST."""
+        answer = self._answer(request, body)
+        self.passed_bytes += len(body) + len(answer.body)
+        return answer
+
+    def _answer(self, request: "_Handler", body: bytes) -> Answer:
         asked = urlsplit(request.path)
         query = dict(parse_qsl(asked.query, keep_blank_values=True))
         is_list = request.command == "GET" and query.get("list-type") == "2"
@@ -183,7 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def _serve(self) -> None:
-        fault = self._proxy.wrong_with(f"{self.command} {self.path}", dict(self.headers.items()))
+        source = self.headers.get("x-amz-copy-source")
+        line = f"{self.command} {self.path}" + (f" from {source}" if source else "")
+        fault = self._proxy.wrong_with(line, dict(self.headers.items()))
         self.close_connection = True
         if fault is not None and fault.wrong is Wrong.SILENCE:
             self._proxy.stay_silent()

@@ -102,4 +102,4 @@ def test_a_copy_to_an_object_store_counts_what_it_sends(root: str, s3_root: str)
     publish_export(catalog, export, s3_root, progress=progress)
     total = export.manifest.total_bytes
     assert total > len(WEIGHTS)
-    assert progress.seen() == (f"sends hf to {s3_root}", total, total)
+    assert progress.seen() == (f"sends export hf of step-5 to {s3_root}", total, total)
