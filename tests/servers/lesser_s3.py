@@ -9,6 +9,9 @@ It signs anew what it has changed. What a store does not know at all, `S3Proxy.f
 import http.client
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
 from enum import Enum, auto
 from urllib.parse import urlsplit
 
@@ -42,6 +45,8 @@ class LesserS3(S3Proxy):
     def __init__(self, behind: S3Endpoint) -> None:
         super().__init__(behind)
         self.lacks: set[Lack] = set()
+        self.clock_ahead_s = 0.0
+        """Of this store's clock, against everybody else's."""
         self._behind_it = behind
 
     def pass_on(self, request: Handler, body: bytes) -> Answer:
@@ -52,7 +57,13 @@ class LesserS3(S3Proxy):
             if self._is_there(request):
                 return _error(412, "PreconditionFailed")
             threading.Event().wait(RACE_S)
-        return super().pass_on(request, body)
+        answer = super().pass_on(request, body)
+        told_at = answer.headers.get("Last-Modified")
+        if told_at is None or not self.clock_ahead_s:
+            return answer
+        ahead = parsedate_to_datetime(told_at) + timedelta(seconds=self.clock_ahead_s)
+        headers = {**answer.headers, "Last-Modified": format_datetime(ahead, usegmt=True)}
+        return replace(answer, headers=headers)
 
     def headers_of(self, request: Handler, body: bytes) -> Mapping[str, str]:
         asked = dict(request.headers.items())
