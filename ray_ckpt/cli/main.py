@@ -13,6 +13,7 @@ import click
 from ray_ckpt.cli import act, export, inspect, queue
 from ray_ckpt.cli.copies import copies
 from ray_ckpt.cli.demo import demo
+from ray_ckpt.cli.doctor import doctor
 from ray_ckpt.cli.events import events
 from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
@@ -37,6 +38,7 @@ def cli() -> None:
 
 VERBS = (
     demo,
+    doctor,
     inspect.ls,
     inspect.show,
     inspect.verify,

@@ -86,6 +86,8 @@ class Reconciler:
         self._observer = catalog.observer()
         self._tidied_at: float | None = None
         self._teller: Teller | None = None
+        self._weaknesses: tuple[str, ...] = ()
+        """What the store lacks, as sentences."""
 
     def round(self, now: float) -> Round:
         """One look at storage, and what follows from it, has begun."""
@@ -105,6 +107,7 @@ class Reconciler:
     def _hold_lease(self) -> None:
         """Checked before anything is changed: a manager that was paused finds out here."""
         if self._lease is None:
+            self._weaknesses = tuple(map(str, self._catalog.store.weaknesses()))
             lease = Lease(self._catalog.store, MANAGER, owner=self._owner)
             lease.acquire()
             log.info("this process manages %s epoch=%d", self._catalog.uri, lease.epoch)
@@ -152,7 +155,7 @@ class Reconciler:
             running=self._in_flight.all(),
             waiting=tuple(action for action in wanted if action.key not in self._in_flight),
             waits=waits,
-            problems=tuple(self._in_flight.problems()),
+            problems=(*self._weaknesses, *self._in_flight.problems()),
             elsewhere=tuple(elsewhere),
         )
 

@@ -28,6 +28,9 @@
                                        in step-500/
         events/<time>-<who>-<id>.jsonl what happened, in batches that are never rewritten
         snapshot.json                  what the manager has told of last
+        store-<endpoint>.json          object stores: what the store there does and does not
+        elections/<key>/<token>.json   object stores: somebody is about to create an object
+        probes/                        object stores: what that is found out with; empty
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
 Keys are relative to the root and separated by "/", on every backend.
@@ -55,6 +58,8 @@ EVENTS = f"{PRIVATE}/events"
 SNAPSHOT = f"{PRIVATE}/snapshot.json"
 SAVE_NOW = f"{PRIVATE}/save-now.json"
 PARTS = f"{PRIVATE}/parts"
+ELECTIONS = f"{PRIVATE}/elections"
+PROBES = f"{PRIVATE}/probes"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"
@@ -325,6 +330,16 @@ def event_key(at: str, who: str, batch: str) -> str:
 def event_time(at: str) -> str:
     """A UTC time in ISO 8601 as the names of batches begin with it."""
     return at.removesuffix("+00:00").replace("-", "").replace(":", "") + "Z"
+
+
+def election_dir(election: str) -> str:
+    """Folder of the claims of those who are about to create one object."""
+    return f"{ELECTIONS}/{election}"
+
+
+def store_key(endpoint: str) -> str:
+    """Key of what is known of the store that answers at this address."""
+    return f"{PRIVATE}/store-{hashlib.sha256(endpoint.encode()).hexdigest()[:8]}.json"
 
 
 def lease_key(role: str, epoch: int) -> str:

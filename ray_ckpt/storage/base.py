@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from ray_ckpt.core.findings import Finding
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 
@@ -173,6 +174,10 @@ class Store(Protocol):
 
     def free_bytes(self) -> int | None:
         """So many bytes can still be written; None where nobody can say."""
+        ...
+
+    def weaknesses(self) -> Sequence[Finding]:
+        """What it does not do that is relied on, and what is done instead; one look, remembered."""
         ...
 
     def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:

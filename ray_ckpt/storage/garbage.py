@@ -4,6 +4,7 @@
     the trash                    whose grace time is over
     writes that never ended      below .ray_ckpt/, which is ours alone
     heartbeats                   of readers and of attempts that died
+    claims and probes            of who died while it created an object
     notes about finished files   of exports that nobody goes on with
     records and logs             of checkpoints that are nowhere any more
     copies that were begun       at destinations, by publishes that died there
@@ -57,6 +58,7 @@ def find_garbage(catalog: Catalog, observed: Observation, *, now: float) -> list
         *_trash(catalog, observed, now),
         *_writes(catalog.store, now),
         *_heartbeats(catalog.store, now),
+        *_claims(catalog.store, now),
         *_parts(catalog.store, now),
         *_records(catalog, observed, now),
         *_copies(catalog, observed, now),
@@ -142,6 +144,16 @@ def _heartbeats(store: Store, now: float) -> Iterator[Garbage]:
         idle_s, what = now - info.modified_at, _whose_heartbeat(info.key)
         if what is not None and idle_s >= GRACE_S:
             yield _object(store, info, what=what, why=f"no beat for {duration(idle_s)}")
+
+
+def _claims(store: Store, now: float) -> Iterator[Garbage]:
+    """Of those who died while they created an object, or while they found out how to."""
+    for info in (*store.list_objects(names.ELECTIONS), *store.list_objects(names.PROBES)):
+        idle_s = now - info.modified_at
+        if idle_s >= GRACE_S:
+            is_claim = info.key.startswith(f"{names.ELECTIONS}/")
+            what = "claim of a dead process" if is_claim else "probe of a dead process"
+            yield _object(store, info, what=what, why=f"untouched for {duration(idle_s)}")
 
 
 def _parts(store: Store, now: float) -> Iterator[Garbage]:

@@ -175,6 +175,13 @@ def holder_of(store: Store, role: str) -> Holder | None:
     return None if holder is None or holder.is_released or is_dead(holder) else holder
 
 
+def last_heard_of(store: Store, role: str) -> tuple[Holder, float] | None:
+    """Who held the role last, and when it was heard of, by the store's clock; None for nobody."""
+    epoch, holder = _current(store, role)
+    info = store.stat(names.lease_key(role, epoch)) if holder is not None else None
+    return (holder, info.modified_at) if holder is not None and info is not None else None
+
+
 def _current(store: Store, role: str) -> tuple[int, Holder | None]:
     """The highest epoch and who holds it."""
     epochs = [0]

@@ -189,6 +189,10 @@ class LocalStore:
         with translated(folder):
             return shutil.disk_usage(folder).free
 
+    def weaknesses(self) -> tuple[()]:
+        """None: a file system links and renames at once, or it is none."""
+        return ()
+
     def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
         """Files under temporary names."""
         found: list[UnfinishedWrite] = []

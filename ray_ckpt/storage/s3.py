@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import (
     AuthorizationError,
     IntegrityError,
@@ -21,21 +22,26 @@ from ray_ckpt.core.errors import (
     TransientError,
     UsageError,
 )
+from ray_ckpt.core.findings import Finding
 from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.core.store_features import Creates, weaknesses
 from ray_ckpt.storage import posix
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
+from ray_ckpt.storage.election import create_by_election
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
 from ray_ckpt.storage.s3_client import make_file_system
 from ray_ckpt.storage.s3_copy import copy_object, is_equal
+from ray_ckpt.storage.s3_deletes import S3Deletes
 from ray_ckpt.storage.s3_download import download_in_ranges
 from ray_ckpt.storage.s3_errors import (
     has_broken_off,
     is_gone,
+    is_unknown,
     may_have_newer_keys,
-    raise_refusal,
     translated,
 )
+from ray_ckpt.storage.s3_features import S3Features
 from ray_ckpt.storage.s3_multipart import S3Object
 from ray_ckpt.storage.s3_stream import S3Stream, body_of
 from ray_ckpt.storage.s3_unfinished import parts_of, uploads_of
@@ -45,7 +51,6 @@ from ray_ckpt.storage.s3_wire import Got, S3Wire, open_wire
 T = TypeVar("T")
 _BLOCK_BYTES = 8 << 20
 _READS_AT_ONCE = 8
-_BATCH_KEYS = 1000
 _NAME_BYTES = 256
 _REPEATS = 2
 
@@ -60,6 +65,9 @@ class S3Store:
             raise UsageError("no bucket is named", uri, do="write s3://bucket/prefix")
         self._file_system = self._made()
         self._wired: tuple[Any, S3Wire | None] = (None, None)
+        self._deletes = S3Deletes(self._at_name, self.bucket)
+        self.features = S3Features(self, partial(self.ask, names.PROBES), self._endpoint)
+        """What this store does."""
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
         """Whoever gets it in another process makes a client of its own."""
@@ -69,10 +77,22 @@ class S3Store:
         with translated(self._uri):
             return make_file_system()
 
+    def _endpoint(self) -> str:
+        return self._ask("", lambda files: str(files.s3.meta.endpoint_url))
+
     @property
     def uri(self) -> str:
         """`s3://bucket/prefix`."""
         return self._uri
+
+    @property
+    def bucket(self) -> str:
+        """Its name."""
+        return self._base.partition("/")[0]
+
+    def weaknesses(self) -> tuple[Finding, ...]:
+        """Found out by the first who asks, or who creates an object."""
+        return weaknesses(self.features.get(), self._uri)
 
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}".rstrip("/")
@@ -158,7 +178,24 @@ class S3Store:
         self._ask(key, lambda files: files.pipe_file(self._path(key), data))
 
     def create(self, key: str, data: bytes) -> None:
-        """One PUT with If-None-Match; the very same bytes count as put by this call."""
+        """One PUT with If-None-Match, or an election; the very same bytes count as put by it."""
+        features = self.features.get()
+        if features.creates is Creates.EXCLUSIVE:
+            self._put_new(key, data)
+        else:
+            # If-None-Match goes along where the store knows it: it may have learnt more since
+            is_known = features.creates is not Creates.REFUSED
+            put = partial(self._put_new if is_known else self.write, key, data)
+            create_by_election(self, key, data, put)
+        if not features.checks_checksums and self.read(key) != data:
+            raise IntegrityError(
+                "what is there differs from what was sent",
+                self._where(key),
+                "whatever was sent before is untouched",
+                f"look at it, remove it, and try again: aws s3 rm {self._where(key)}",
+            )
+
+    def _put_new(self, key: str, data: bytes) -> None:
         try:
             self._ask(key, lambda files: files.pipe_file(self._path(key), data, mode="create"))
         except StorageError as error:
@@ -286,7 +323,8 @@ class S3Store:
 
     def list_unfinished(self, folder: str) -> list[UnfinishedWrite]:
         """Multipart uploads; one LIST, and one for the parts of each upload."""
-        bucket, _, prefix = f"{self._base}/{folder}/".partition("/")
+        below = f"{folder}/" if folder else ""
+        bucket, _, prefix = f"{self._base}/{below}".partition("/")
         call = partial(self._call, key=folder)
         begun = uploads_of(call, bucket=bucket, prefix=prefix)
         return [self._unfinished(bucket, upload) for upload in begun]
@@ -313,33 +351,25 @@ class S3Store:
             )
 
     def _call(self, verb: str, key: str, **options: Any) -> dict[str, Any]:
-        """S3's own answer; empty where what is asked about is not there."""
+        """S3's own answer; empty where what is asked about is not there, or nobody can say."""
         try:
-            return self._ask(key, lambda files: files.call_s3(verb, **options))
+            return self.ask(key, verb, **options)
         except StorageError as error:
-            if not is_gone(error):
+            is_untold = verb == "list_multipart_uploads" and is_unknown(error)
+            if not is_untold and not is_gone(error):
                 raise
             return {}
 
+    def _at_name(self, verb: str, name: str, **options: Any) -> dict[str, Any]:
+        return self._call(verb, self._key(f"{self.bucket}/{name}"), **options)
+
+    def ask(self, key: str, verb: str, **options: Any) -> dict[str, Any]:
+        """S3's own answer to one of its own requests; errors are said to be about `key`."""
+        return self._ask(key, lambda files: files.call_s3(verb, **options))
+
     def delete(self, keys: Sequence[str]) -> None:
-        """The first object by itself, so that a marker is gone before the rest; then in batches.
-
-        Not by s3fs's `rm`: it takes `*` for a pattern, and drops the refusals in S3's answer.
-        """
-        rest = range(1, len(keys), _BATCH_KEYS)
-        for batch in (keys[:1], *(keys[start : start + _BATCH_KEYS] for start in rest)):
-            if batch:
-                self._delete_batch(batch)
-
-    def _delete_batch(self, keys: Sequence[str]) -> None:
-        bucket = self._base.partition("/")[0]
-        objects = [{"Key": self._path(key).partition("/")[2]} for key in keys]
-        doomed = {"Objects": objects, "Quiet": True}
-        answer = self._call("delete_objects", keys[0], Bucket=bucket, Delete=doomed)
-        for refusal in cast(list[dict[str, str]], answer.get("Errors", [])):
-            code = refusal.get("Code", "")
-            text = f"{refusal.get('Key')}: {code} {refusal.get('Message')}"
-            raise_refusal(code, text, self._where(keys[0]))
+        """The first one by itself, then in batches."""
+        self._deletes.delete([self._path(key).partition("/")[2] for key in keys])
 
     def _listed(self, entry: dict[str, Any]) -> ObjectInfo:
         """From an answer to LIST; a folder that some tool made an object of ends with a slash."""

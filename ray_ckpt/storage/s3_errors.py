@@ -92,6 +92,8 @@ _BY_STATUS: Mapping[int, Kind] = {
     507: StorageFullError,
     **dict.fromkeys((408, 500, 502, 504), TransientError),
 }
+_NOT_KNOWN = (400, 405, 501)
+"""Statuses of requests that the store does not have, where no code says what else is wrong."""
 _BY_CLASS: Mapping[str, Kind] = {
     "FlexibleChecksumError": IntegrityError,  # what was read is not what was stored once
     **dict.fromkeys(
@@ -179,6 +181,13 @@ def may_have_newer_keys(error: StorageError) -> bool:
 def is_gone(error: StorageError) -> bool:
     """Whether what was asked about is not there, an upload that somebody has ended included."""
     return isinstance(error, ObjectNotFoundError) or _code_of(error) == "NoSuchUpload"
+
+
+def is_unknown(error: StorageError) -> bool:
+    """Whether the store does not know such a request, or not in this form."""
+    answer = _answer(error.__cause__) if error.__cause__ else {}
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return type(error) is StorageError and status in _NOT_KNOWN
 
 
 def has_broken_off(error: StorageError) -> bool:

@@ -15,7 +15,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.cluster.connect import manager_status
-from ray_ckpt.cluster.drain import drain
+from ray_ckpt.cluster.drain import drain, work
 from ray_ckpt.cluster.executors import Threads
 from ray_ckpt.cluster.perform import perform_here
 from ray_ckpt.cluster.reconciler import Reconciler
@@ -32,6 +32,8 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.local import LocalStore
 from tests.roots import make_root
+from tests.servers.lesser_s3 import Lack, LesserS3
+from tests.servers.seaweed import S3Endpoint
 from tests.waiting import wait_for
 
 KEEP_TWO = LifecyclePolicy(keep=KeepConfig(latest=2))
@@ -61,6 +63,20 @@ def test_of_two_managers_one_acts_and_the_other_stands_by(root: str) -> None:
     first.close()
     assert second.round(time.time()).standing_by is None
     second.close()
+
+
+@pytest.mark.s3
+def test_a_manager_says_what_its_store_lacks_and_does_its_work(
+    s3_root: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LesserS3(s3_server) as lesser:
+        lesser.lacks.add(Lack.CREATES)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", lesser.endpoint.url)
+        make_root(s3_root, (10,))
+        catalog = open_catalog(s3_root)
+        verified = {10: CheckpointState.VERIFIED}
+        done = work(reconciler(catalog, "a"), until=lambda _: states(catalog) == verified)
+        assert "If-None-Match is ignored" in done.problems[0]
 
 
 def test_a_manager_that_is_started_again_takes_its_own_lease_over_at_once(root: str) -> None:

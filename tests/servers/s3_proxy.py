@@ -55,7 +55,7 @@ class S3Proxy:
         self._revoked: set[str] = set()
         self._old: OldListing | None = None
         self._pause_s = 0.0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), daemon=True
@@ -146,7 +146,7 @@ class S3Proxy:
     def pause_s(self) -> float:
         return self._pause_s
 
-    def pass_on(self, request: "_Handler", body: bytes) -> Answer:
+    def pass_on(self, request: "Handler", body: bytes) -> Answer:
         """The real server's answer, or an older one to a LIST."""
         answer = self._answer(request, body)
         self.passed_bytes += len(body) + len(answer.body)
@@ -160,13 +160,17 @@ class S3Proxy:
             return _xml(200, self._old.answer(query))
         return self._ask(request, body)
 
-    def _ask(self, request: "_Handler", body: bytes) -> Answer:
+    def headers_of(self, request: "Handler", body: bytes) -> Mapping[str, str]:
+        """What goes on to the real server, signature included."""
+        return dict(request.headers.items())
+
+    def _ask(self, request: "Handler", body: bytes) -> Answer:
         connection = http.client.HTTPConnection(urlsplit(self._behind.url).netloc, timeout=300)
         try:
             connection.putrequest(
                 request.command, request.path, skip_host=True, skip_accept_encoding=True
             )
-            for name, value in request.headers.items():
+            for name, value in self.headers_of(request, body).items():
                 if name.lower() not in _HOP:
                     connection.putheader(name, value)
             if "Content-Length" in request.headers:
@@ -183,7 +187,7 @@ class S3Proxy:
         )
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def __init__(self, proxy: S3Proxy, *arguments: Any) -> None:

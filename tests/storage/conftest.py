@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers.lesser_s3 import Lack, LesserS3
 from tests.servers.s3_proxy import S3Proxy
 from tests.servers.seaweed import S3Endpoint, make_bucket
 
@@ -34,6 +35,24 @@ def proxy(
     with S3Proxy(s3_server) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint.url)
         yield proxy
+
+
+@pytest.fixture
+def lesser(
+    s3_root: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LesserS3]:
+    """A store that does less than AWS, in front of that server; the environment knows it."""
+    with LesserS3(s3_server) as lesser:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", lesser.endpoint.url)
+        yield lesser
+
+
+@pytest.fixture
+def lesser_root(s3_root: str, lesser: LesserS3) -> str:
+    """A root on a store that does nothing of what its users can do without."""
+    lesser.lacks |= {Lack.EXCLUSIVE_CREATES, Lack.CHECKSUMS}
+    lesser.fail(match="POST .*delete", status=501, code="NotImplemented")
+    return s3_root
 
 
 @pytest.fixture

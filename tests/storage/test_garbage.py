@@ -19,6 +19,7 @@ from ray_ckpt.core.retention import CLOCK_SKEW_S
 from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.election import claims_dir
 from ray_ckpt.storage.garbage import find_garbage, remove_garbage
 from ray_ckpt.storage.lease import TRAINER, Lease
 from ray_ckpt.storage.readers import reading
@@ -145,6 +146,15 @@ def test_the_heartbeat_of_a_dead_reader_goes_and_that_of_a_living_one_stays(
         "heartbeat of a reader of step-5",
         "heartbeat of attempt 2 of action 0123456789abcdef",
     ]
+    clean(catalog)
+    assert list(catalog.store.list_objects(names.PRIVATE)) == []
+
+
+def test_claims_and_probes_of_the_dead_go(catalog: Catalog) -> None:
+    catalog.store.write(f"{claims_dir('a')}/0123456789abcdef.json", b"{}")
+    catalog.store.write(f"{names.PROBES}/dead/first", b"plain")
+    assert garbage(catalog, now=time.time()) == {}
+    assert sorted(garbage(catalog)) == ["claim of a dead process", "probe of a dead process"]
     clean(catalog)
     assert list(catalog.store.list_objects(names.PRIVATE)) == []
 

@@ -26,9 +26,9 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture
-def store(root: str) -> Store:
-    return open_catalog(root).store
+@pytest.fixture(params=["root", pytest.param("lesser_root", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest) -> Store:
+    return open_catalog(request.getfixturevalue(request.param)).store
 
 
 @pytest.fixture(autouse=True)

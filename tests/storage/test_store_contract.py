@@ -29,7 +29,12 @@ from tests.servers.seaweed import S3Endpoint
 LARGE_BYTES = 12 << 20
 
 
-@pytest.fixture(params=["root", pytest.param("s3_root", marks=pytest.mark.s3)])
+@pytest.fixture(
+    params=[
+        "root",
+        *(pytest.param(name, marks=pytest.mark.s3) for name in ("s3_root", "lesser_root")),
+    ]
+)
 def store(request: pytest.FixtureRequest) -> Store:
     return open_catalog(request.getfixturevalue(request.param)).store
 
@@ -383,13 +388,14 @@ def test_an_s3_delete_removes_the_first_key_before_the_rest(s3_root: str) -> Non
 
 @pytest.fixture
 def lost_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer to the next PUT never comes, although the server has done it."""
+    """The answer to the next PUT of `claim` never comes, although the server has done it."""
     make, is_lost = AioBaseClient._make_request, False
 
-    async def lose(self: AioBaseClient, model: Any, *args: Any) -> Any:
+    async def lose(self: AioBaseClient, model: Any, request: dict[str, Any], *args: Any) -> Any:
         nonlocal is_lost
-        answer = await make(self, model, *args)
-        if model.name == "PutObject" and not is_lost:
+        answer = await make(self, model, request, *args)
+        is_it = model.name == "PutObject" and request["url_path"].endswith("/claim")
+        if is_it and not is_lost:
             is_lost = True
             raise HTTPClientError(error="the connection was reset")
         return answer

@@ -1,0 +1,162 @@
+"""Finds out what an S3 store does, with requests to objects of its own; nothing of them is left.
+
+    PUT, and once more        If-None-Match is known, and heeded
+    8 at once, three times    of several exactly one succeeds: 24 requests, only if it is heeded
+    PUT with a wrong CRC32    is refused
+    COPY, LIST                the copy is there, the listing complete
+    a multipart upload        is listed
+    DELETE of all, LIST       in one request; the listing is empty
+
+What this token may not do counts as done: that is for its first use to tell.
+"""
+
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from ray_ckpt.core.errors import AuthorizationError, ConflictError, StorageError, TransientError
+from ray_ckpt.core.store_features import Creates, StoreFeatures
+from ray_ckpt.storage.s3_unfinished import Call, uploads_of
+
+_RACERS = 8
+_ROUNDS = 3
+_WRONG_CRC32 = "AAAAAA=="
+_SWIFT = "x-openstack-request-id"
+"""OpenStack Swift compares and writes in two steps; a few races may not show it."""
+
+
+def probe(call: Call, *, bucket: str, folder: str) -> StoreFeatures:
+    """What the store of this bucket does; `folder` is a prefix that is ours alone.
+
+    `call` raises what the store refuses.
+
+    Raises:
+        AuthorizationError, ObjectNotFoundError: nothing can be written there.
+        TransientError: try again later.
+    """
+    return _Probe(call, bucket, f"{folder}/{uuid.uuid4().hex}").run()
+
+
+class _Probe:
+    def __init__(self, call: Call, bucket: str, folder: str) -> None:
+        self._call = call
+        self._bucket = bucket
+        self._folder = folder
+        self._keys: set[str] = set()
+        """Everything that may be there."""
+
+    def run(self) -> StoreFeatures:
+        try:
+            creates = self._creates()
+            checks_checksums = not self._takes("wrong", ChecksumCRC32=_WRONG_CRC32)
+            copies = self._copies()
+            lists_uploads = self._lists_uploads()
+            shows = self._listed() >= {self._key("first")}
+            deletes_in_batches = self._deletes()
+            hides = not self._listed()
+        except BaseException:
+            self._delete_one_by_one()
+            raise
+        return StoreFeatures(
+            creates=creates,
+            checks_checksums=checks_checksums,
+            lists_at_once=shows and hides,
+            lists_uploads=lists_uploads,
+            deletes_in_batches=deletes_in_batches,
+            copies=copies,
+        )
+
+    def _key(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
+    def _at(self, name: str) -> dict[str, str]:
+        self._keys.add(self._key(name))
+        return {"Bucket": self._bucket, "Key": self._key(name)}
+
+    def _creates(self) -> Creates:
+        answer = self._call("put_object", **self._at("first"), Body=b"plain")
+        if not self._takes("known", IfNoneMatch="*"):
+            return Creates.REFUSED
+        if self._takes("first", IfNoneMatch="*"):
+            return Creates.IGNORED
+        if _SWIFT in _headers(answer) or any(self._winners(n) > 1 for n in range(_ROUNDS)):
+            return Creates.RACY
+        return Creates.EXCLUSIVE
+
+    def _winners(self, number: int) -> int:
+        with ThreadPoolExecutor(_RACERS, "ray_ckpt probe") as threads:
+            racing = [
+                threads.submit(self._takes, f"race-{number}", f"{racer}", IfNoneMatch="*")
+                for racer in range(_RACERS)
+            ]
+            return sum(future.result() for future in racing)
+
+    def _takes(self, name: str, body: str = "other", **options: str) -> bool:
+        """Whether an object is stored with these options."""
+        at = self._at(name)
+        try:
+            self._call("put_object", **at, Body=body.encode(), **options)
+        except (ConflictError, TransientError):
+            return False  # botocore takes a wrong checksum for a bad line
+        except AuthorizationError:
+            raise
+        except StorageError:
+            return False
+        return True
+
+    def _copies(self) -> bool:
+        source = {"Bucket": self._bucket, "Key": self._key("first")}
+        try:
+            self._call("copy_object", **self._at("copy"), CopySource=source)
+        except (AuthorizationError, TransientError):
+            return True
+        except StorageError:
+            return False
+        return True
+
+    def _lists_uploads(self) -> bool:
+        at = {"Bucket": self._bucket, "Key": self._key("upload")}
+        try:
+            upload_id = self._call("create_multipart_upload", **at)["UploadId"]
+        except (AuthorizationError, TransientError):
+            return True
+        except StorageError:
+            return False
+        try:
+            found = uploads_of(self._call, bucket=self._bucket, prefix=self._folder)
+            return any(upload["UploadId"] == upload_id for upload in found)
+        except (AuthorizationError, TransientError):
+            return True
+        except StorageError:
+            return False
+        finally:
+            with suppress(StorageError):
+                self._call("abort_multipart_upload", **at, UploadId=upload_id)
+
+    def _listed(self) -> set[str]:
+        prefix = f"{self._folder}/"
+        page = self._call("list_objects_v2", Bucket=self._bucket, Prefix=prefix)
+        return {entry["Key"] for entry in page.get("Contents", [])}
+
+    def _deletes(self) -> bool:
+        """Whether one request deletes all; they are gone in any case."""
+        doomed = {"Objects": [{"Key": key} for key in sorted(self._keys)], "Quiet": True}
+        try:
+            answer = self._call("delete_objects", Bucket=self._bucket, Delete=doomed)
+        except (AuthorizationError, TransientError):
+            return True
+        except StorageError:
+            self._delete_one_by_one()
+            return False
+        return not answer.get("Errors")
+
+    def _delete_one_by_one(self) -> None:
+        for key in sorted(self._keys):
+            with suppress(StorageError):
+                self._call("delete_object", Bucket=self._bucket, Key=key)
+
+
+def _headers(answer: Mapping[str, Any]) -> Mapping[str, str]:
+    return answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
