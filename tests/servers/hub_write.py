@@ -1,9 +1,10 @@
 """The endpoints of the Hub double that change it, in the order in which an upload calls them.
 
-Knows the JSON fields that huggingface_hub 2.4.0 sends without Xet. Refuses to judge who may call
+Knows the JSON fields that huggingface_hub 2.4.0 sends. Refuses to judge who may call
 (the route says that) and what a repository accepts (the repository says that).
 
     preupload -> LFS batch -> PUT of each blob -> verify -> commit
+    preupload -> what hub_xet.py answers                   -> commit
 """
 
 import base64
@@ -110,7 +111,7 @@ def lfs_batch(hub: Hub, request: Request, *, name: str) -> Response:
 def _lfs_object(hub: Hub, asked: Mapping[str, Any], *, name: str) -> dict[str, object]:
     """What to do for one blob; an answer without `actions` says that it is here already."""
     answer = {"oid": asked["oid"], "size": asked["size"]}
-    if not hub.blobs.has(LargeFile(sha256=asked["oid"], size=asked["size"])):
+    if not hub.has(LargeFile(sha256=asked["oid"], size=asked["size"])):
         verify = f"{hub.url}/{name}.git/info/lfs/objects/verify"
         answer["actions"] = {
             "upload": {"href": f"{hub.url}/lfs-blobs/{asked['oid']}", "header": {}},
@@ -132,7 +133,7 @@ def verify_blob(hub: Hub, request: Request, *, name: str) -> Response:
 
 
 def _check_blob(hub: Hub, file: LargeFile) -> None:
-    if not hub.blobs.has(file):
+    if not hub.has(file):
         message = f"LFS object of {file.size} bytes is missing: {file.sha256}"
         raise RefusedError(HTTPStatus.BAD_REQUEST, message)
 
