@@ -152,7 +152,7 @@ def test_of_a_step_that_resembles_the_one_before_only_what_differs_is_sent(
 def test_a_kill_in_the_middle_shows_nothing_and_no_chunk_is_sent_twice(
     root: str, hub: HubDouble, tmp_path: Path
 ) -> None:
-    """Scenario 36: SIGKILL while large files are sent by Xet; the next attempt sends the rest."""
+    """Scenario 40: SIGKILL while large files are sent by Xet; the next attempt sends the rest."""
     files = [os.urandom(FILE_BYTES) for _ in range(3)]
     export = make_export(open_catalog(root), 5, *files)
     hub.meanwhile(match=SHARDS, do=lambda: hub.hang(match=XORBS))
