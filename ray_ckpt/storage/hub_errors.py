@@ -67,6 +67,10 @@ _NO_CONTENT = _Meaning(
     kind=ObjectNotFoundError,
     do="somebody has removed the file's content from the Hub: take another revision",
 )
+_BAD_CARD = _Meaning(
+    kind=StorageError,
+    do="export the step again, under another --name, with a --license that the Hub knows",
+)
 _OFFLINE = _Meaning(kind=StorageError, do="unset HF_HUB_OFFLINE, then the same command again")
 _REFUSED = _Meaning(kind=StorageError, do="")
 
@@ -128,18 +132,28 @@ def _meaning(error: BaseException) -> tuple[_Meaning, str, Mapping[str, str]] | 
         return _OFFLINE, str(error), {}
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return _meaning(error.__cause__)
-    if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors"):
-        return _by_words(0, str(error)), f"the Hub refused: {error}", {}
-    if isinstance(error, ConnectionError):
-        meaning = _by_xet(str(error), missing=_NO_XET)
-        return meaning, f"the Hub cannot be used: {error}", {}
-    if isinstance(error, RuntimeError) and _FROM_XET in str(error):
-        meaning = _by_xet(str(error), missing=_NO_CONTENT)
-        return meaning, f"the Hub's content cannot be fetched: {error}", {}
-    if type(error).__module__.startswith(("httpx", "httpcore")):
-        text = str(error) or type(error).__name__
-        return _UNREACHABLE, f"the Hub cannot be reached: {text}", {}
-    return None
+    found = _without_an_answer(error)
+    return None if found is None else (*found, {})
+
+
+def _without_an_answer(error: BaseException) -> tuple[_Meaning, str] | None:
+    """What the text alone tells, or the client's own class."""
+    text = str(error)
+    match error:
+        case ValueError() if text.startswith("LFS batch API returned errors"):
+            return _by_words(0, text), f"the Hub refused: {text}"
+        case ValueError() if text.startswith("Invalid metadata in README.md"):
+            return _BAD_CARD, f"the Hub refused the model card: {text}"
+        case ConnectionError():
+            return _by_xet(text, missing=_NO_XET), f"the Hub cannot be used: {text}"
+        case RuntimeError() if _FROM_XET in text:
+            told = f"the Hub's content cannot be fetched: {text}"
+            return _by_xet(text, missing=_NO_CONTENT), told
+        case _ if type(error).__module__.startswith(("httpx", "httpcore")):
+            told = f"the Hub cannot be reached: {text or type(error).__name__}"
+            return _UNREACHABLE, told
+        case _:
+            return None
 
 
 def _by_xet(text: str, *, missing: _Meaning) -> _Meaning:
