@@ -37,6 +37,8 @@ class ExportConfig:
     """Where merges are computed."""
     logits_within: float | None = None
     """Compare the logits of the run's prompt with the recorded ones, as in 0.02."""
+    license: str | None = None
+    """For the model card, as in `apache-2.0`; else the base model's, if it is known."""
     allow_non_finite: bool = False
     """Also with NaN or Inf in the weights."""
     allow_zeros: bool = False
@@ -57,6 +59,7 @@ def main() -> None:
         max_shard_bytes=config.max_shard_bytes,
         device=config.device,
         logits_within=config.logits_within,
+        license=config.license,
         allow_non_finite=config.allow_non_finite,
         allow_zeros=config.allow_zeros,
     )

@@ -15,7 +15,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.servers.hub import HubDouble
+from tests.servers.hub import HubDouble, Way
 from tests.servers.seaweed import S3Endpoint, make_bucket, seaweedfs
 
 
@@ -63,9 +63,15 @@ def root(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubDouble]:
+def way() -> Way:
+    """How large files go to the Hub and come from it; a module that cares for both says so."""
+    return "lfs"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, way: Way) -> Iterator[HubDouble]:
     """A Hub on a free port of this machine, without a repository."""
-    with HubDouble(tmp_path / "hub") as hub:
+    with HubDouble(tmp_path / "hub", way=way) as hub:
         yield hub
 
 

@@ -85,6 +85,10 @@ _create_option = click.option(
     "--logits-within", type=click.FloatRange(min=0), metavar="DIFFERENCE",
     help="Compare the logits of the run's prompt with the recorded ones, as in 0.02.",
 )  # fmt: skip
+@click.option(
+    "--license", metavar="NAME",
+    help="For the model card, as in apache-2.0; else the base model's, if it is known.",
+)  # fmt: skip
 @click.option("--allow-non-finite", is_flag=True, help="Also with NaN or Inf in the weights.")
 @click.option("--allow-zeros", is_flag=True, help="Also with a matrix that is nothing but zeros.")
 @click.option("--to", "destination", help="Also publish it there: /path, s3://..., hf://org/repo.")
@@ -101,6 +105,7 @@ def export(
     file_format: ExportFormat,
     device: Device,
     logits_within: float | None,
+    license: str | None,
     allow_non_finite: bool,
     allow_zeros: bool,
     destination: str | None,
@@ -125,6 +130,7 @@ def export(
         max_shard_bytes=max_shard_bytes,
         device=device,
         logits_within=logits_within,
+        license=license,
         allow_non_finite=allow_non_finite,
         allow_zeros=allow_zeros,
     )

@@ -57,6 +57,7 @@ def spec_of(policy: ExportPolicy) -> ExportSpec:
         max_shard_bytes=policy.max_shard_bytes,
         device=policy.device,
         logits_within=policy.logits_within,
+        license=policy.license,
     )
 
 

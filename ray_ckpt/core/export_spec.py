@@ -26,6 +26,8 @@ class ExportSpec:
     logits_within: float | None = None
     """How far the logits of the run's prompt may be from those that training recorded with the
     step: at each position the norm of the difference, relative to theirs. None compares none."""
+    license: str | None = None
+    """As the Hub calls it, for the model card; None for the base model's, if that is known."""
     allow_non_finite: bool = False
     """Also export a step with NaN or Inf in its weights."""
     allow_zeros: bool = False
@@ -47,6 +49,7 @@ class ExportSpec:
                 ("max_shard_bytes", self.max_shard_bytes, MAX_SHARD_BYTES),
                 ("device", self.device, "cpu"),
                 ("logits_within", self.logits_within, None),
+                ("license", self.license, None),
             )
             if value != usual
         }
@@ -67,4 +70,5 @@ class ExportSpec:
             max_shard_bytes=int(recipe.get("max_shard_bytes", MAX_SHARD_BYTES)),
             device=cast(Device, recipe.get("device", "cpu")),
             logits_within=float(recipe["logits_within"]) if "logits_within" in recipe else None,
+            license=recipe.get("license"),
         )

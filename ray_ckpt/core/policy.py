@@ -67,6 +67,8 @@ class ExportPolicy:
     """Where merges are computed; with `cuda` the task asks for one GPU."""
     logits_within: float | None = None
     """Refuse an export whose logits of the run's prompt are further from the recorded ones."""
+    license: str | None = None
+    """For the model card, as the Hub calls it: `apache-2.0`; else the base model's, if known."""
     when_behind: WhenBehind = "all"
     """When steps come faster than exports: make each all the same, or of those that only
     `every_steps` asks for and that wait, `newest`: older ones are superseded, copies included."""

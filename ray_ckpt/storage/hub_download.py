@@ -17,7 +17,16 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.storage.hub_client import hub_api, parse_hub
 from ray_ckpt.storage.hub_errors import translated
 
-_WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_WEIGHTS = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "README.md",
+    "LICENSE",
+)
 _FILES_AT_ONCE = 4
 _BLOCK_BYTES = 8 << 20
 

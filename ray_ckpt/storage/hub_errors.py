@@ -3,7 +3,8 @@
 HfHubHTTPError       an answer: X-Error-Code, then what it says of storage, then its status
 RuntimeError         an upload that failed for good; its reason is its cause
 ValueError           refusals of single files, in an answer that is none
-ConnectionError      of the Xet client, whose text alone names the status
+ConnectionError      of the Xet client while it sends; its text alone names the status
+RuntimeError         of the Xet client while it fetches, without a cause: the same text
 httpx.TransportError no answer
 """
 
@@ -58,6 +59,18 @@ _NO_REVISION = _Meaning(
     kind=ObjectNotFoundError,
     do="hf repos branch create ORG/REPO BRANCH, then the same command again",
 )
+_NO_XET = _Meaning(
+    kind=ObjectNotFoundError,
+    do="export HF_HUB_DISABLE_XET=1, if this Hub knows no Xet, then the same command again",
+)
+_NO_CONTENT = _Meaning(
+    kind=ObjectNotFoundError,
+    do="somebody has removed the file's content from the Hub: take another revision",
+)
+_BAD_CARD = _Meaning(
+    kind=StorageError,
+    do="export the step again, under another --name, with a --license that the Hub knows",
+)
 _OFFLINE = _Meaning(kind=StorageError, do="unset HF_HUB_OFFLINE, then the same command again")
 _REFUSED = _Meaning(kind=StorageError, do="")
 
@@ -80,7 +93,9 @@ _STORAGE = re.compile(
     r"(storage|quota).*(limit|exceed|full|reached)|exceed\w* .*(storage|quota)", re.I
 )
 """How the Hub words that a limit is reached, with a 403 that is no different otherwise."""
-_STATUS_IN_TEXT = re.compile(r"\b(4\d\d|5\d\d)\b")
+_XET_STATUS = re.compile(r"\((4\d\d|5\d\d) [A-Z]")
+"""As in `HTTP status client error (401 Unauthorized), domain: http://...`."""
+_FROM_XET = "CAS Client Error"
 
 
 @contextmanager
@@ -117,16 +132,36 @@ def _meaning(error: BaseException) -> tuple[_Meaning, str, Mapping[str, str]] | 
         return _OFFLINE, str(error), {}
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return _meaning(error.__cause__)
-    if isinstance(error, ValueError) and str(error).startswith("LFS batch API returned errors"):
-        return _by_words(0, str(error)), f"the Hub refused: {error}", {}
-    if isinstance(error, ConnectionError):
-        status = _STATUS_IN_TEXT.search(str(error))
-        meaning = _by_words(int(status[1]), str(error)) if status else _UNREACHABLE
-        return meaning, f"the Hub cannot be used: {error}", {}
-    if type(error).__module__.startswith(("httpx", "httpcore")):
-        text = str(error) or type(error).__name__
-        return _UNREACHABLE, f"the Hub cannot be reached: {text}", {}
-    return None
+    found = _without_an_answer(error)
+    return None if found is None else (*found, {})
+
+
+def _without_an_answer(error: BaseException) -> tuple[_Meaning, str] | None:
+    """What the text alone tells, or the client's own class."""
+    text = str(error)
+    match error:
+        case ValueError() if text.startswith("LFS batch API returned errors"):
+            return _by_words(0, text), f"the Hub refused: {text}"
+        case ValueError() if text.startswith("Invalid metadata in README.md"):
+            return _BAD_CARD, f"the Hub refused the model card: {text}"
+        case ConnectionError():
+            return _by_xet(text, missing=_NO_XET), f"the Hub cannot be used: {text}"
+        case RuntimeError() if _FROM_XET in text:
+            told = f"the Hub's content cannot be fetched: {text}"
+            return _by_xet(text, missing=_NO_CONTENT), told
+        case _ if type(error).__module__.startswith(("httpx", "httpcore")):
+            told = f"the Hub cannot be reached: {text or type(error).__name__}"
+            return _UNREACHABLE, told
+        case _:
+            return None
+
+
+def _by_xet(text: str, *, missing: _Meaning) -> _Meaning:
+    """By the status in the Xet client's text; without one nothing was answered."""
+    status = _XET_STATUS.search(text)
+    if status is None:
+        return _UNREACHABLE
+    return missing if status[1] == "404" else _by_words(int(status[1]), text)
 
 
 def _by_words(status: int, text: str) -> _Meaning:

@@ -11,25 +11,35 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.posix import write_synced
 from ray_ckpt.tensors.export_plan import ExportPlan
-from ray_ckpt.tensors.model_card import model_card
-from ray_ckpt.tensors.run import CONFIG, INDEX, REFERENCE
+from ray_ckpt.tensors.model_card import license_of, model_card
+from ray_ckpt.tensors.run import CARD, CONFIG, INDEX, REFERENCE
 
 
 def write_companions(
-    assets: Mapping[str, bytes], plan: ExportPlan, source: Manifest, folder: Path
+    assets: Mapping[str, bytes],
+    plan: ExportPlan,
+    source: Manifest,
+    folder: Path,
+    *,
+    spec: ExportSpec | None = None,
 ) -> None:
-    """Everything beside the tensors that `from_pretrained` and a reader look for."""
+    """Everything beside the tensors that `from_pretrained` and a reader look for.
+
+    `spec` is what was asked for; None for what no later command can make again.
+    """
     for name, data in assets.items():
-        if name not in (CONFIG, INDEX, REFERENCE):
+        if name not in (CONFIG, INDEX, REFERENCE, CARD):
             write_synced(folder / name, data)
     write_synced(folder / plan.layout.config_file, _json(_config(plan)))
     if plan.index_file is not None:
         write_synced(folder / plan.index_file, _json(_index(plan)))
-    write_synced(folder / "README.md", model_card(source, plan).encode())
+    card = model_card(source, plan, spec=spec, license=license_of(assets, spec))
+    write_synced(folder / CARD, card.encode())
 
 
 def described(folder: Path, *, except_for: Iterable[FileEntry]) -> list[FileEntry]:

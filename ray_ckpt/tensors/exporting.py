@@ -131,7 +131,7 @@ class Export:
             expect_sound_files(self._held(parts), expected)
             self.parts.take(staging, parts)
             assets = assets_of(self.catalog, self.source)
-            write_companions(assets, self.plan, self.source, staging)
+            write_companions(assets, self.plan, self.source, staging, spec=self.spec)
             self._expect_logits(assets, parts, staging)
             written = [part.entry for part in parts.values()]
             files = [*written, *described(staging, except_for=written)]

@@ -14,6 +14,9 @@ from ray_ckpt.tensors.logits import Reference
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 """Of a base model: an export is cut into files as that is."""
+CARD = "README.md"
+"""Of a base model: its front matter names the license; an export has a card of its own."""
+LICENSE = "LICENSE"
 REFERENCE = "reference.safetensors"
 """What the trained model makes of a prompt; stays with the step."""
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -27,7 +30,8 @@ class HfAssets:
     family: str
     """The adapter that knows the model's names, for example `llama`."""
     files: Mapping[str, bytes]
-    """`config.json`, `generation_config.json`, the tokenizer's files, by name."""
+    """`config.json`, `generation_config.json`, the tokenizer's files, by name. What `README.md`
+    says of the license is said by every export."""
 
     @classmethod
     def of_folder(cls, family: str, folder: str | Path) -> "HfAssets":
@@ -42,7 +46,9 @@ class HfAssets:
 
 def is_asset(name: str) -> bool:
     """Whether a file of a Hugging Face folder is taken along with its weights."""
-    return name == INDEX or (name.endswith(_TEXTS) and not name.endswith(".index.json"))
+    if name in (INDEX, CARD, LICENSE):
+        return True
+    return name.endswith(_TEXTS) and not name.endswith(".index.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

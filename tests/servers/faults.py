@@ -51,6 +51,8 @@ class Faults:
         self._meanwhile: list[tuple[re.Pattern[str], Callable[[], object]]] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
+        self.num_silent = 0
+        """Requests so far that nobody answers."""
 
     def add(self, fault: Fault, *, times: int) -> None:
         with self._lock:
@@ -80,6 +82,7 @@ class Faults:
 
     def stay_silent(self) -> None:
         """Until the server is closed."""
+        self.num_silent += 1
         self._closing.wait()
 
     def close(self) -> None:

@@ -1,35 +1,32 @@
 """A Hugging Face Hub for tests: the conversation of the real client, over HTTP on 127.0.0.1.
 
-Knows the endpoints that huggingface_hub 2.4.0 calls for model repositories under
-HF_HUB_DISABLE_XET=1, and how to fail on request. Refuses to know the Hub's policy (quotas, rate
-limits) and every endpoint that is not in ROUTES, which it answers with 501.
+Knows the endpoints that huggingface_hub 2.4.0 calls for model repositories, with and without Xet,
+and how to fail on request. Refuses to know the Hub's policy (quotas, rate limits) and every
+endpoint that is not in ROUTES, which it answers with 501.
 
-    hub.py (sockets, faults, routes) -> hub_read.py, hub_write.py -> hub_wire.py -> hub_repo.py
+    hub.py (faults, routes) -> hub_read.py, hub_write.py, hub_xet.py -> hub_wire.py -> hub_repo.py
+                            -> hub_socket.py                                        -> xet_store.py
 
-Left out: datasets and spaces, pull requests, Xet, multipart LFS uploads.
+Left out: datasets and spaces, pull requests, multipart LFS uploads.
 """
 
 import io
 import re
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BufferedIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Literal, Self
+from urllib.parse import unquote
 
 from huggingface_hub import HfApi
 
-from tests.servers import hub_read, hub_write
+from tests.servers import hub_read, hub_write, hub_xet
 from tests.servers.faults import FOR_EVER, Fault, Faults, Wrong
 from tests.servers.hub_repo import BlobStore, RefusedError
+from tests.servers.hub_socket import Server
 from tests.servers.hub_wire import (
     Access,
     Account,
@@ -39,6 +36,7 @@ from tests.servers.hub_wire import (
     check_access,
     refusal,
 )
+from tests.servers.xet_store import XetStore
 
 WRITE_TOKEN = "hf_test"
 READ_ONLY_TOKEN = "hf_readonly"
@@ -46,10 +44,8 @@ ACCOUNTS = {
     WRITE_TOKEN: Account(user="ray", access=Access.WRITE),
     READ_ONLY_TOKEN: Account(user="ray", access=Access.READ),
 }
-BODY_IN_MEMORY_BYTES = 1024 * 1024
-STOP_POLL_SECONDS = 0.02
 
-Stream = IO[bytes] | BufferedIOBase
+Way = Literal["lfs", "xet"]
 
 # A slash inside a name arrives as %2F, so one part of a path never holds one.
 REPOSITORY = "(?P<name>[^/]+/[^/]+)"
@@ -82,33 +78,36 @@ ROUTES: tuple[tuple[str, str, Access, Callable[..., Response]], ...] = (
     ("PUT", "/lfs-blobs/(?P<sha256>[^/]+)", Access.ANYONE, hub_write.put_blob),
     ("POST", f"{LFS}/verify", Access.WRITE, hub_write.verify_blob),
     ("POST", f"{MODEL}/commit/{REVISION}", Access.WRITE, hub_write.commit),
+    ("GET", f"{MODEL}/xet-read-token/{REVISION}", Access.ANYONE, hub_xet.token),
+    ("GET", f"{MODEL}/xet-write-token/{REVISION}", Access.WRITE, hub_xet.token),
 )
 
 
 class HubDouble:
     """A Hub that answers inside its `with` block, on the port that `url` names.
 
-    LFS files lie in `folder`/lfs, each under its SHA-256.
+    LFS files lie in `folder`/lfs, each under its SHA-256; those that came by Xet in `xet`.
 
-    `requests` holds "METHOD path" of all requests so far, in order, the failed ones too. Paths
-    are as they were sent: percent-encoded, without the query.
+    `requests` holds "METHOD path" of all requests so far, in order, the failed ones too, of the Hub
+    and of its Xet server. Paths are as they were sent: percent-encoded, without the query.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, way: Way = "lfs") -> None:
+        """`way`: how the clients of `environment()` are to send and fetch large files."""
         self.folder = folder
+        self.way = way
         self.requests: list[str] = []
         self._faults = Faults()
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self._answer))
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(STOP_POLL_SECONDS,), daemon=True
-        )
+        self._server = Server(lambda request: self._answer(request, self._respond))
+        self._cas = Server(lambda request: self._answer(request, self._respond_as_cas))
+        self.xet = XetStore(folder / "xet", url=self._cas.url)
         blobs = BlobStore(folder / "lfs")
-        self._hub = Hub(url=self.url, accounts=ACCOUNTS, blobs=blobs, repositories={})
+        self._hub = Hub(url=self.url, accounts=ACCOUNTS, blobs=blobs, xet=self.xet, repositories={})
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return self._server.url
 
     @property
     def token(self) -> str:
@@ -122,8 +121,13 @@ class HubDouble:
 
     def environment(self) -> dict[str, str]:
         """The variables by which huggingface_hub finds this server, and a cache of its own."""
-        cache = str(self.folder / "home")
-        return {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HOME": cache}
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": self.token,
+            "HF_HOME": str(self.folder / "home"),
+            "HF_HUB_DISABLE_XET": "0" if self.way == "xet" else "1",
+            "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
+        }
 
     def api(self) -> HfApi:
         """The real client of user `ray`."""
@@ -159,6 +163,11 @@ class HubDouble:
         """So many requests are never answered."""
         self._faults.add(Fault(match=re.compile(match), wrong=Wrong.SILENCE), times=times)
 
+    @property
+    def num_silent(self) -> int:
+        """Requests so far that nobody answers."""
+        return self._faults.num_silent
+
     def drop(self, *, match: str, after_bytes: int, times: int = 1) -> None:
         """The answers to so many requests break off after so many bytes of their bodies."""
         fault = Fault(match=re.compile(match), wrong=Wrong.BROKEN_BODY, after_bytes=after_bytes)
@@ -173,7 +182,8 @@ class HubDouble:
         self._faults.forget()
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._server.start()
+        self._cas.start()
         return self
 
     def __exit__(
@@ -183,22 +193,31 @@ class HubDouble:
         traceback: TracebackType | None,
     ) -> None:
         self._faults.close()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._server.close()
+        self._cas.close()
 
-    def _answer(self, request: Request) -> Response:
-        """The answer to one request; requests are carried out one at a time."""
+    def _respond(self, request: Request) -> Response:
+        """One request at a time."""
+        with self._lock:
+            return _respond(self._hub, request)
+
+    def _respond_as_cas(self, request: Request) -> Response:
+        """Also while the Hub itself fetches a file that came by Xet."""
+        try:
+            return hub_xet.respond(self.xet, request)
+        except RefusedError as reason:
+            return refusal(reason)
+
+    def _answer(self, request: Request, respond: Callable[[Request], Response]) -> Response:
         line = f"{request.method} {request.path}"
         fault = self._faults.take(line)
-        with self._lock:
-            self.requests.append(line)
-            if fault is None:
-                return _respond(self._hub, request)
-            if fault.wrong is Wrong.BROKEN_BODY:
-                return replace(_respond(self._hub, request), sent_bytes=fault.after_bytes)
-            if fault.wrong is Wrong.LATE_ANSWER:
-                _respond(self._hub, request).body.close()
+        self.requests.append(line)
+        if fault is None:
+            return respond(request)
+        if fault.wrong is Wrong.BROKEN_BODY:
+            return replace(respond(request), sent_bytes=fault.after_bytes)
+        if fault.wrong is Wrong.LATE_ANSWER:
+            respond(request).body.close()
         if fault.wrong is Wrong.SILENCE:
             self._faults.stay_silent()
         return _answer_of(fault, line)
@@ -230,69 +249,3 @@ def _respond(hub: Hub, request: Request) -> Response:
 
 def _arguments(found: re.Match[str]) -> dict[str, str]:
     return {name: unquote(part) for name, part in found.groupdict().items() if part is not None}
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """Bytes on a socket to a Request, a Response to bytes; one request on each connection.
-
-    A connection that stayed open would be served even after the server is closed.
-    """
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, answer: Callable[[Request], Response], *arguments: Any) -> None:
-        self._answer = answer
-        super().__init__(*arguments)
-
-    def _serve(self) -> None:
-        if "Transfer-Encoding" in self.headers:
-            self.send_error(HTTPStatus.LENGTH_REQUIRED)
-            return
-        with self._body() as body:
-            response = self._answer(self._request(body))
-        with response.body, suppress(ConnectionError):  # who has gone hears no answer
-            self._send(response)
-
-    # BaseHTTPRequestHandler fixes these names.
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
-
-    def _request(self, body: IO[bytes]) -> Request:
-        parts = urlsplit(self.path)
-        return Request(
-            method=self.command,
-            path=parts.path,
-            query=dict(parse_qsl(parts.query, keep_blank_values=True)),
-            headers={name.lower(): value for name, value in self.headers.items()},
-            body=body,
-        )
-
-    @contextmanager
-    def _body(self) -> Iterator[IO[bytes]]:
-        """The whole body, read before any answer: a client cut off while sending sees no status."""
-        left_bytes = int(self.headers.get("Content-Length", 0))
-        with tempfile.SpooledTemporaryFile(max_size=BODY_IN_MEMORY_BYTES) as body:
-            _copy(self.rfile, body, length_bytes=left_bytes)
-            body.seek(0)
-            yield body
-
-    def _send(self, response: Response) -> None:
-        self.close_connection = True
-        self.send_response(response.status)
-        for name, value in response.headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(response.length_bytes))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            sent = response.length_bytes if response.sent_bytes is None else response.sent_bytes
-            _copy(response.body, self.wfile, length_bytes=sent)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing is printed: `HubDouble.requests` is the log."""
-
-
-def _copy(source: Stream, target: Stream, *, length_bytes: int) -> None:
-    """`length_bytes` bytes are copied, fewer if the source ends before."""
-    while length_bytes > 0 and (piece := source.read(min(length_bytes, BODY_IN_MEMORY_BYTES))):
-        target.write(piece)
-        length_bytes -= len(piece)

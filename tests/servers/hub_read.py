@@ -9,6 +9,7 @@ import re
 from http import HTTPStatus
 from typing import IO, Any
 
+from tests.servers import hub_xet
 from tests.servers.hub_repo import (
     DEFAULT_BRANCH,
     Commit,
@@ -85,7 +86,7 @@ def tree(hub: Hub, request: Request, *, name: str, revision: str, folder: str = 
         raise entry_not_found(folder)
     folders = {path[:end] for path in below for end in _slashes(path) if end > len(prefix)}
     entries = [_folder_entry(path) for path in folders]
-    entries += [_file_entry(path, file) for path, file in below.items()]
+    entries += [_file_entry(hub, path, file) for path, file in below.items()]
     if request.query.get("recursive", "").lower() not in ("true", "1"):
         entries = [entry for entry in entries if "/" not in entry["path"][len(prefix) :]]
     return json_response(sorted(entries, key=lambda entry: entry["path"]))
@@ -99,11 +100,13 @@ def _folder_entry(path: str) -> dict[str, Any]:
     return {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
 
 
-def _file_entry(path: str, file: HubFile) -> dict[str, Any]:
+def _file_entry(hub: Hub, path: str, file: HubFile) -> dict[str, Any]:
     entry = {"type": "file", "path": path, "size": file.size, "oid": file.git_oid}
     if isinstance(file, LargeFile):
         pointer_size = len(file.pointer)
         entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": pointer_size}
+        if found := hub.xet.find(file):
+            entry["xetHash"] = found.hash
     return entry
 
 
@@ -149,7 +152,7 @@ def download(hub: Hub, request: Request, *, name: str, revision: str, path: str)
     if file is None:
         missing = entry_not_found(path)
         raise RefusedError(missing.status, missing.message, {**missing.headers, **headers})
-    headers |= _file_headers(file)
+    headers |= _file_headers(file) | hub_xet.whereabouts(hub, file, name=name, commit=commit.oid)
     asked = request.headers.get("range")
     wanted = range(file.size) if asked is None else _range(asked, size=file.size)
     status = HTTPStatus.OK if asked is None else HTTPStatus.PARTIAL_CONTENT
@@ -168,7 +171,7 @@ def _file_headers(file: HubFile) -> dict[str, str]:
 
 
 def _open(hub: Hub, file: HubFile) -> IO[bytes]:
-    return io.BytesIO(file.content) if isinstance(file, RegularFile) else hub.blobs.open(file)
+    return io.BytesIO(file.content) if isinstance(file, RegularFile) else hub.open(file)
 
 
 def _range(header: str, *, size: int) -> range:

@@ -12,7 +12,8 @@ from enum import IntEnum
 from http import HTTPStatus
 from typing import IO, Any
 
-from tests.servers.hub_repo import BlobStore, RefusedError, Repository
+from tests.servers.hub_repo import BlobStore, LargeFile, RefusedError, Repository
+from tests.servers.xet_store import XetStore
 
 
 class Access(IntEnum):
@@ -62,7 +63,16 @@ class Hub:
     url: str
     accounts: Mapping[str, Account]
     blobs: BlobStore
+    xet: XetStore
     repositories: dict[str, Repository]
+
+    def has(self, file: LargeFile) -> bool:
+        """Whether the content is here, whichever way it came."""
+        return self.blobs.has(file) or self.xet.find(file) is not None
+
+    def open(self, file: LargeFile) -> IO[bytes]:
+        found = None if self.blobs.has(file) else self.xet.find(file)
+        return self.blobs.open(file) if found is None else self.xet.open(found)
 
     def caller(self, request: Request) -> Account | None:
         """Who sent the request, None without a token; 401 for a token that nobody has."""

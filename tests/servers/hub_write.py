@@ -1,17 +1,21 @@
 """The endpoints of the Hub double that change it, in the order in which an upload calls them.
 
-Knows the JSON fields that huggingface_hub 2.4.0 sends without Xet. Refuses to judge who may call
+Knows the JSON fields that huggingface_hub 2.4.0 sends. Refuses to judge who may call
 (the route says that) and what a repository accepts (the repository says that).
 
     preupload -> LFS batch -> PUT of each blob -> verify -> commit
+    preupload -> what hub_xet.py answers                   -> commit
 """
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
+
+import yaml
 
 from tests.servers.hub_repo import (
     DEFAULT_BRANCH,
@@ -28,6 +32,8 @@ from tests.servers.hub_repo import (
 )
 from tests.servers.hub_wire import Hub, Request, Response, json_response
 
+LICENSES = frozenset({"apache-2.0", "mit", "llama3.1", "openrail", "other"})
+"""Some of those that the Hub knows."""
 LARGE_FILE_SUFFIX = ".safetensors"
 REGULAR_FILE_LIMIT_BYTES = 10 * 1024 * 1024
 
@@ -110,7 +116,7 @@ def lfs_batch(hub: Hub, request: Request, *, name: str) -> Response:
 def _lfs_object(hub: Hub, asked: Mapping[str, Any], *, name: str) -> dict[str, object]:
     """What to do for one blob; an answer without `actions` says that it is here already."""
     answer = {"oid": asked["oid"], "size": asked["size"]}
-    if not hub.blobs.has(LargeFile(sha256=asked["oid"], size=asked["size"])):
+    if not hub.has(LargeFile(sha256=asked["oid"], size=asked["size"])):
         verify = f"{hub.url}/{name}.git/info/lfs/objects/verify"
         answer["actions"] = {
             "upload": {"href": f"{hub.url}/lfs-blobs/{asked['oid']}", "header": {}},
@@ -132,7 +138,7 @@ def verify_blob(hub: Hub, request: Request, *, name: str) -> Response:
 
 
 def _check_blob(hub: Hub, file: LargeFile) -> None:
-    if not hub.blobs.has(file):
+    if not hub.has(file):
         message = f"LFS object of {file.size} bytes is missing: {file.sha256}"
         raise RefusedError(HTTPStatus.BAD_REQUEST, message)
 
@@ -181,5 +187,23 @@ def _change(key: str, value: Mapping[str, Any]) -> Change:
     raise RefusedError(HTTPStatus.BAD_REQUEST, f"unknown operation {key}")
 
 
-def validate_yaml(_hub: Hub, _request: Request) -> Response:
-    return json_response({"errors": [], "warnings": []})
+def validate_yaml(_hub: Hub, request: Request) -> Response:
+    """What is wrong with the front matter of a card, as far as our cards can get it wrong."""
+    found = re.match(r"---\n(.*?)\n---\n", request.json()["content"], re.DOTALL)
+    errors = [] if found is None else _errors_in(found[1])
+    status = HTTPStatus.BAD_REQUEST if errors else HTTPStatus.OK
+    messages = [{"message": message} for message in errors]
+    return json_response({"errors": messages, "warnings": []}, status=status)
+
+
+def _errors_in(front_matter: str) -> list[str]:
+    try:
+        data = yaml.safe_load(front_matter)
+    except yaml.YAMLError as error:
+        return [f"bad YAML: {error}"]
+    errors = []
+    if data.get("license", "mit") not in LICENSES:
+        errors.append(f'"license" must be one of {sorted(LICENSES)}')
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.get("base_model", "gpt2")):
+        errors.append('"base_model" must be a repository')
+    return errors

@@ -152,7 +152,7 @@ class S3Proxy:
         self.passed_bytes += len(body) + len(answer.body)
         return answer
 
-    def _answer(self, request: "_Handler", body: bytes) -> Answer:
+    def _answer(self, request: "Handler", body: bytes) -> Answer:
         asked = urlsplit(request.path)
         query = dict(parse_qsl(asked.query, keep_blank_values=True))
         is_list = request.command == "GET" and query.get("list-type") == "2"

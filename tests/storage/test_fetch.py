@@ -19,7 +19,7 @@ from ray_ckpt.storage.fetch import fetch
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.local import LocalStore
 from tests.processes import run_python
-from tests.servers.hub import HubDouble
+from tests.servers.hub import HubDouble, Way
 from tests.servers.s3_proxy import S3Proxy
 from tests.storage.test_publish import make_export, publish
 
@@ -105,6 +105,11 @@ def test_two_at_once_do_not_mix(root: str, tmp_path: Path) -> None:
 # ---- the Hub ----
 
 
+@pytest.fixture(params=["lfs", "xet"])
+def way(request: pytest.FixtureRequest) -> Way:
+    return request.param
+
+
 @pytest.fixture
 def hub(hub: HubDouble, root: str) -> HubDouble:
     """With an export of step 5 on it, published from `root`."""
@@ -134,19 +139,20 @@ def test_a_repository_at_a_tag_comes_whole(hub: HubDouble, root: str, tmp_path: 
 
 
 def test_what_differs_from_the_hubs_word_is_removed_and_sent_anew(
-    hub: HubDouble, tmp_path: Path
+    hub: HubDouble, root: str, tmp_path: Path
 ) -> None:
-    (blob,) = (hub.folder / "lfs").iterdir()
-    right = blob.read_bytes()
-    blob.write_bytes(bytes(byte ^ 1 for byte in right))
+    (held,) = [*(hub.folder / "lfs").iterdir(), *(hub.folder / "xet" / "xorbs").iterdir()]
+    right = held.read_bytes()
+    held.write_bytes(right[:1000] + bytes([right[1000] ^ 1]) + right[1001:])
     code, said = fetched(hub, "hf://ray/model", tmp_path / "mine")
     assert code == 1
     assert f"what arrived is not what the Hub says: {WEIGHTS}" in said
     assert not (tmp_path / "mine").exists()
-    blob.write_bytes(right)
+    held.write_bytes(right)
     code, said = fetched(hub, "hf://ray/model", tmp_path / "mine")
     assert code == 0, said
-    assert (tmp_path / "mine" / WEIGHTS).read_bytes() == right
+    there = Path(root, "exports/hf/step-5", WEIGHTS)
+    assert (tmp_path / "mine" / WEIGHTS).read_bytes() == there.read_bytes()
 
 
 def test_a_repository_that_is_not_there_is_told_of(hub: HubDouble, tmp_path: Path) -> None:

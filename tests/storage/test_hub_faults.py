@@ -154,14 +154,6 @@ def test_a_file_that_the_hub_has_no_room_for_is_a_full_store(root: str, hub: Hub
     assert kind_of(publish(root, hub, TO)) == "StorageFullError"
 
 
-def test_a_token_that_the_xet_client_is_refused_with_is_no_network_error(
-    root: str, hub: HubDouble
-) -> None:
-    hub.fail(match="xet-write-token", status=401, text="no", times=50)
-    said = publish(root, hub, TO, settings={"HF_HUB_DISABLE_XET": "0"})
-    assert kind_of(said) == "AuthorizationError"
-
-
 def test_offline_mode_is_told_with_the_way_out(root: str, hub: HubDouble) -> None:
     said = publish(root, hub, TO, settings={"HF_HUB_OFFLINE": "1"})
     assert kind_of(said) == "StorageError"

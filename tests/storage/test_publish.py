@@ -19,16 +19,21 @@ from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.hub_client import parse_hub
 from ray_ckpt.storage.publish import publish_export
 from tests.processes import run_python
-from tests.servers.hub import HubDouble
+from tests.servers.hub import HubDouble, Way
 
 WEIGHTS = os.urandom(200_000)
 
 
-def make_export(catalog: Catalog, step: int = 5, weights: bytes = WEIGHTS) -> ExportView:
-    """A small export, committed as the export engine commits one."""
+def make_export(
+    catalog: Catalog, step: int = 5, weights: bytes = WEIGHTS, *more: bytes
+) -> ExportView:
+    """A small export, committed as the export engine commits one; `more` weights, more files."""
     staging = catalog.commit.staging("export-test")
     (staging / "config.json").write_text('{"model_type": "llama"}')
-    (staging / "model-00001-of-00001.safetensors").write_bytes(weights)
+    contents = (weights, *more)
+    for number, content in enumerate(contents, start=1):
+        name = f"model-{number:05}-of-{len(contents):05}.safetensors"
+        (staging / name).write_bytes(content)
     files = sorted(path for path in staging.iterdir())
     manifest = Manifest(
         step=step,
@@ -111,30 +116,39 @@ def test_a_root_on_s3_publishes_to_a_folder(s3_root: str, tmp_path: Path) -> Non
 # ---- the Hub ----
 
 
+@pytest.fixture(params=["lfs", "xet"])
+def way(request: pytest.FixtureRequest) -> Way:
+    return request.param
+
+
+PUBLISH = """
+import sys; from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.failures import classify
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.publish import publish_export
+catalog = open_catalog(sys.argv[1])
+try:
+    done = publish_export(catalog, catalog.export("hf", int(sys.argv[3])), sys.argv[2])
+    print("done", done.location, done.bytes_sent)
+except RayCkptError as error:
+    print("failed", type(error).__name__, error)
+    print("class", classify(error), getattr(error, "retry_after_s", None))
+"""
+
+
 def publish(
     root: str,
     hub: HubDouble,
     to: str,
     *,
+    step: int = 5,
     token: str | None = None,
     settings: Mapping[str, str] = {},
 ) -> str:
-    """Publishes step 5 in a process of its own, whose Hub is the double; its output or error."""
-    code = (
-        "import sys; from ray_ckpt.core.errors import RayCkptError\n"
-        "from ray_ckpt.core.failures import classify\n"
-        "from ray_ckpt.storage.backends import open_catalog\n"
-        "from ray_ckpt.storage.publish import publish_export\n"
-        "catalog = open_catalog(sys.argv[1])\n"
-        "try:\n"
-        "    done = publish_export(catalog, catalog.export('hf', 5), sys.argv[2])\n"
-        "    print('done', done.location, done.bytes_sent)\n"
-        "except RayCkptError as error:\n"
-        "    print('failed', type(error).__name__, error)\n"
-        "    print('class', classify(error), getattr(error, 'retry_after_s', None))\n"
-    )
+    """Publishes a step in a process of its own, whose Hub is the double; its output or error."""
     environment = {**hub.environment(), "HF_TOKEN": token or hub.token, **settings}
-    return run_python("-c", code, root, to, environment=environment).stdout.strip()
+    done = run_python("-c", PUBLISH, root, to, str(step), environment=environment)
+    return done.stdout.strip()
 
 
 def test_an_export_becomes_one_commit_and_a_tag(

@@ -5,12 +5,11 @@ import pytest
 from ray_ckpt.storage.backends import open_catalog
 from tests.processes import run_python
 from tests.roots import make_root
-from tests.servers.hub import HubDouble
+from tests.servers.hub import HubDouble, Way
 
 PLACE = "hf://ray/model"
 EXPORT = """
 import logging, sys, threading
-from pathlib import Path
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.hand_over import handing_over
@@ -18,7 +17,14 @@ from ray_ckpt.tensors.export import export_step
 from tests.waiting import wait_for
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-root, blobs, *places = sys.argv[1:]
+root, *places = sys.argv[1:]
+said = []
+listener = logging.Handler()
+listener.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("ray_ckpt").addHandler(listener)
+
+def is_handed_over(file):
+    return any(text.startswith(f"handed over {file} ") for text in said)
 
 def is_at_work():
     return any(thread.name == "ray_ckpt hand over" for thread in threading.enumerate())
@@ -29,9 +35,7 @@ def slowly(export, shards, progress):
     with handing_over(catalog.store, export.parts, places):
         for shard in shards:
             export.make(shard, progress=progress)
-            digest = export.parts.finished()[shard.file].entry.digest
-            blob = Path(blobs, digest.removeprefix("sha256:"))
-            wait_for(lambda: blob.exists() or not is_at_work())
+            wait_for(lambda: is_handed_over(shard.file) or not is_at_work())
 
 spec = ExportSpec(name="hf", max_shard_bytes=16_000)
 export_step(catalog, catalog.manifest(10), spec, crew=slowly)
@@ -43,6 +47,11 @@ from ray_ckpt.storage.publish import publish_export
 catalog = open_catalog(sys.argv[1])
 print(publish_export(catalog, catalog.export("hf", 10), sys.argv[2]).location)
 """
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def way(request: pytest.FixtureRequest) -> Way:
+    return request.param
 
 
 @pytest.fixture
@@ -60,11 +69,11 @@ def in_process(code: str, hub: HubDouble, *arguments: str) -> str:
 
 def export(root: str, hub: HubDouble, *places: str) -> str:
     """Each shard is made once the one before has been handed over, or nothing is any more."""
-    return in_process(EXPORT, hub, root, str(hub.folder / "lfs"), *places)
+    return in_process(EXPORT, hub, root, *places)
 
 
 def files_sent(hub: HubDouble) -> int:
-    return sum(line.startswith("PUT /lfs-blobs/") for line in hub.requests)
+    return sum(line.startswith(("PUT /lfs-blobs/", "POST /v1/xorbs/")) for line in hub.requests)
 
 
 @pytest.mark.parametrize("kind", ["folder", pytest.param("s3", marks=pytest.mark.s3)])
