@@ -175,6 +175,12 @@ def holder_of(store: Store, role: str) -> Holder | None:
     return None if holder is None or holder.is_released or is_dead(holder) else holder
 
 
+def has_ended(store: Store, role: str) -> bool:
+    """Whether the last one who wrote in this role has ended well; False also before the first."""
+    _, holder = _current(store, role)
+    return holder is not None and holder.is_released
+
+
 def _current(store: Store, role: str) -> tuple[int, Holder | None]:
     """The highest epoch and who holds it."""
     epochs = [0]
