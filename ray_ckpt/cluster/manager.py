@@ -16,7 +16,9 @@ from typing import Any
 import ray
 
 from ray_ckpt.cluster.executors import RayTasks
+from ray_ckpt.cluster.metrics import Meter
 from ray_ckpt.cluster.reconciler import Reconciler, Round
+from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.names import run_name
 from ray_ckpt.storage.backends import open_catalog
@@ -34,7 +36,9 @@ class Manager:
         # an actor's process has no other place where logging is set up
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         self._root = root
-        self._reconciler = Reconciler(open_catalog(root), RayTasks(), owner=_owner())
+        catalog = open_catalog(root)
+        self._reconciler = Reconciler(catalog, RayTasks(), owner=_owner())
+        self._meter = Meter(catalog.store, run_name(root))
         self._interval_s = interval_s
         self._progress: dict[str, Any] = {}
         self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
@@ -43,6 +47,7 @@ class Manager:
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="reconcile", daemon=True)
         self._thread.start()
+        self._meter.start()
 
     def __repr__(self) -> str:
         return f"Manager({run_name(self._root)})"
@@ -52,6 +57,15 @@ class Manager:
     def wake(self) -> None:
         """The next round starts now: something was committed, or asked for."""
         self._wake.set()
+
+    def saved(self, event: SaveEvent) -> None:
+        """A save of the trainer has ended, or was not begun; the next round starts now."""
+        self._meter.saved(event)
+        if event.kind in ("committed", "staged"):
+            self.report({f"last_{event.kind}_step": event.step, "save_s": event.seconds})
+            self.wake()
+        else:
+            self.report({f"last_{event.kind}_save": f"step-{event.step}: {event.reason}"})
 
     def report(self, progress: Mapping[str, Any]) -> None:
         """Keeps what the trainer says about itself, for people to look at."""
@@ -73,7 +87,9 @@ class Manager:
     def _loop(self) -> None:
         while True:
             try:
-                self._status = describe(self._root, self._reconciler.round(time.time()))
+                done = self._reconciler.round(time.time())
+                self._meter.saw(done, epoch=self._reconciler.epoch)
+                self._status = describe(self._root, done)
                 self._rounds += 1
             except Exception as error:
                 # the loop must outlive every failure; storage is asked again in the next round

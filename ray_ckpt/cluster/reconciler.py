@@ -97,6 +97,11 @@ class Reconciler:
         except LeaseHeldError as error:
             return self._stand_by(error, now)
 
+    @property
+    def epoch(self) -> int:
+        """Of the lease; 0 while it is not held."""
+        return 0 if self._lease is None else self._lease.epoch
+
     def close(self) -> None:
         """No action is in flight, and the next one need not wait for the lease."""
         self._executor.close()

@@ -33,13 +33,8 @@ class Reporter:
             log.warning("the manager of %s cannot be reached", root, exc_info=True)
 
     def saved(self, event: SaveEvent) -> None:
-        """The manager looks at storage now instead of in a moment: something is there."""
-        if event.kind in ("committed", "staged"):
-            self._tell("wake")
-            report = {f"last_{event.kind}_step": event.step, "save_s": event.seconds}
-            self._tell("report", report)
-        else:
-            self._tell("report", {f"last_{event.kind}_save": f"step-{event.step}: {event.reason}"})
+        """The manager looks at storage now instead of in a moment, and counts."""
+        self._tell("saved", event)
 
     def progress(self, **values: Any) -> None:
         """The manager shows these to people: `step`, `loss`, and what else is told."""

@@ -64,7 +64,11 @@ class SaveEvent:
     reason: str
     """Why it was due; for a failure what failed, for a skip what was in the way."""
     seconds: float = 0.0
-    """From the beginning of the save to its end."""
+    """From the copy, or in `sync` mode from the beginning, to the end of the save."""
+    blocked_s: float = 0.0
+    """Seconds of these and before for which training stood still on rank 0."""
+    phases: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Seconds on rank 0 by phase: `wait` for the save before, `stage`, `write`, `commit`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,9 +81,12 @@ class SaveStats:
     num_skipped: int = 0
     last_save_s: float | None = None
     """Seconds the last save took that was committed or staged; None before the first."""
+    blocked_s: float = 0.0
+    """Seconds in all for which training stood still, whatever became of the saves."""
 
     def count(self, event: SaveEvent) -> None:
         """One more of its kind."""
+        self.blocked_s += event.blocked_s
         if event.kind == "committed":
             self.num_committed += 1
             self.last_save_s = event.seconds

@@ -174,14 +174,14 @@ def _candidates(observed: Observation, held: Mapping[int, tuple[str, ...]]) -> l
             metrics=manifest_of(checkpoint).metrics if checkpoint.is_healthy else {},
             pins=tuple(pin.title for pin in checkpoint.pins),
             holds=held.get(checkpoint.step, ()),
-            created_at=_seconds(manifest_of(checkpoint).created_at),
+            created_at=seconds_of(manifest_of(checkpoint).created_at),
             size_bytes=manifest_of(checkpoint).total_bytes,
         )
         for checkpoint in observed.readable()
     ]
 
 
-def _seconds(created_at: str) -> float | None:
+def seconds_of(created_at: str) -> float | None:
     """Seconds since the epoch of an ISO 8601 moment, UTC unless it says; None if it is none."""
     try:
         moment = datetime.fromisoformat(created_at)

@@ -182,6 +182,12 @@ def last_heard_of(store: Store, role: str) -> tuple[Holder, float] | None:
     return (holder, info.modified_at) if holder is not None and info is not None else None
 
 
+def has_ended(store: Store, role: str) -> bool:
+    """Whether the last one who wrote in this role has ended well; False also before the first."""
+    _, holder = _current(store, role)
+    return holder is not None and holder.is_released
+
+
 def _current(store: Store, role: str) -> tuple[int, Holder | None]:
     """The highest epoch and who holds it."""
     epochs = [0]

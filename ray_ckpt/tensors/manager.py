@@ -46,6 +46,7 @@ from ray_ckpt.tensors.root_writer import RootWriter
 from ray_ckpt.tensors.run import REFERENCE, HfAssets, Run
 from ray_ckpt.tensors.saver import Saver
 from ray_ckpt.tensors.states import TrainingState
+from ray_ckpt.tensors.stopwatch import Stopwatch
 from ray_ckpt.tensors.triggers import ASKED_FOR, TIME_HAS_COME, Heard, Listener
 from ray_ckpt.tensors.writer import SaveJob
 
@@ -148,26 +149,36 @@ class CheckpointManager:
         self, step: int, reason: str, *, last_step: bool, metrics: Mapping[str, float]
     ) -> PendingSave:
         """The save of `step` has begun, whatever the schedule says; none is in flight."""
+        stopwatch = Stopwatch()
         self._settle()
+        stopwatch.end_of("wait")
         self._saver.mend(self._ranks)
         if self._ranks.is_coordinator:
             log.info("saving step-%d: %s", step, reason)
         self._saved_at = time.monotonic()
         what = self.config.last if last_step else Everything()
         if isinstance(what, HuggingFace):
-            exported = self._save_hf(what, step, reason, metrics=metrics)
+            exported = self._save_hf(what, step, reason, metrics)
             if exported is not None:
                 return exported
             what = Everything()
         contents = self._contents(what)
         job = self._job(step, contents, last_step=last_step, metrics=metrics)
-        self._pending = self._saver.begin(
-            job, contents.state_dict, ended=lambda pending: self._ended(pending, reason)
-        )
+        self._pending = self._begin(job, contents, reason, stopwatch)
         return self._pending
 
+    def _begin(
+        self, job: SaveJob, contents: Contents, reason: str, stopwatch: Stopwatch
+    ) -> PendingSave:
+        return self._saver.begin(
+            job,
+            contents.state_dict,
+            ended=lambda pending: self._ended(pending, reason, stopwatch),
+            stopwatch=stopwatch,
+        )
+
     def _save_hf(
-        self, what: HuggingFace, step: int, reason: str, *, metrics: Mapping[str, float]
+        self, what: HuggingFace, step: int, reason: str, metrics: Mapping[str, float]
     ) -> PendingSave | None:
         """The step is a Hugging Face folder; None if that failed, and it is to be a checkpoint."""
         contents = Contents(state_dict={}, model=ModelEntry(family=None, keys=()), holds="model")
@@ -177,8 +188,12 @@ class CheckpointManager:
             what=what,
             assets=hf_assets(self._assets),
         )
+        stopwatch = Stopwatch()
         pending = pending_hf(
-            save, self._state.model, self._ranks, ended=lambda pending: self._ended(pending, reason)
+            save,
+            self._state.model,
+            self._ranks,
+            ended=lambda pending: self._ended(pending, reason, stopwatch),
         )
         try:
             pending.run()
@@ -195,9 +210,7 @@ class CheckpointManager:
         """
         contents = model_as_it_trains(self._state.model)
         job = self._job(0, contents, last_step=False, metrics={})
-        self._saver.begin(
-            job, contents.state_dict, ended=lambda pending: self._ended(pending, "seed")
-        ).wait()
+        self._begin(job, contents, "seed", Stopwatch()).wait()
 
     def request_save(self) -> None:
         """The next step is saved; any rank may call it, from any thread.
@@ -285,9 +298,10 @@ class CheckpointManager:
             self._pending.error()
             self._pending = None
 
-    def _ended(self, pending: PendingSave, reason: str) -> None:
+    def _ended(self, pending: PendingSave, reason: str, stopwatch: Stopwatch) -> None:
         """In the thread that wrote."""
-        self._outcomes.ended(pending, reason)
+        stopwatch.end()
+        self._outcomes.ended(pending, reason, stopwatch)
         if pending.error() is None:
             self._writer.has_saved()
         elif pending.is_in_background and self.config.on_failure == "stop":

@@ -17,6 +17,7 @@ from ray_ckpt.storage.history import BackgroundTeller
 from ray_ckpt.storage.listing import sizes_in
 from ray_ckpt.tensors.choosing import Choice
 from ray_ckpt.tensors.pending import PendingSave
+from ray_ckpt.tensors.stopwatch import Stopwatch
 
 log = logging.getLogger("ray_ckpt")
 
@@ -47,7 +48,7 @@ class Outcomes:
         self._on_event = on_event
         self._is_coordinator = is_coordinator
 
-    def ended(self, pending: PendingSave, reason: str) -> None:
+    def ended(self, pending: PendingSave, reason: str, stopwatch: Stopwatch) -> None:
         """The save has ended, well or not; `reason` is why it was made."""
         error = pending.error()
         if error is not None:
@@ -58,7 +59,14 @@ class Outcomes:
         elif self._is_coordinator:
             log.info(_WELL[pending.becomes], pending.step, self._store.uri)
         kind = pending.becomes if error is None else "failed"
-        event = SaveEvent(kind=kind, step=pending.step, reason=reason, seconds=pending.seconds)
+        event = SaveEvent(
+            kind=kind,
+            step=pending.step,
+            reason=reason,
+            seconds=pending.seconds,
+            blocked_s=stopwatch.blocked_s(until_end=not pending.is_in_background),
+            phases=stopwatch.seconds,
+        )
         self._tell(event, error_kind=type(error).__name__ if error else None)
 
     def skipped(self, step: int, reason: str) -> None:
@@ -89,6 +97,7 @@ class Outcomes:
         details: dict[str, Any] = {"reason": event.reason, "error_kind": error_kind}
         if event.seconds:
             details["seconds"] = round(event.seconds, 3)
+            details["blocked_s"] = round(event.blocked_s, 3)
         self._write(f"save.{event.kind}", event.step, text, details)
         if self._on_event is None or not self._is_coordinator:
             return

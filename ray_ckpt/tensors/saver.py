@@ -22,6 +22,7 @@ from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Phase, Ranks
 from ray_ckpt.tensors.save_process import SaveProcess
 from ray_ckpt.tensors.staging import HostMemory, Stager
+from ray_ckpt.tensors.stopwatch import Stopwatch
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
 
 log = logging.getLogger("ray_ckpt")
@@ -51,14 +52,26 @@ class Saver:
             self._is_broken = False
 
     def begin(
-        self, job: SaveJob, state_dict: dict[str, Any], *, ended: Callable[[PendingSave], None]
+        self,
+        job: SaveJob,
+        state_dict: dict[str, Any],
+        *,
+        ended: Callable[[PendingSave], None],
+        stopwatch: Stopwatch,
     ) -> PendingSave:
         """The save has begun; `state_dict` may change. In `sync` mode it has ended too.
 
         `ended` is called with it in the end, well or not, in the thread that wrote.
         """
-        noted = replace(job, note=self._ranks.note)
+
+        def note(save: str, phase: Phase) -> None:
+            if phase is Phase.WRITTEN:
+                stopwatch.end_of("write")
+            self._ranks.note(save, phase)
+
+        noted = replace(job, note=note)
         staged = state_dict if self._mode == "sync" else self._stager.stage(state_dict)
+        stopwatch.end_of("stage")
         pending = PendingSave(
             job.draft.step,
             lambda: self._write(noted, staged),
