@@ -22,6 +22,7 @@ from typing import Any
 from jobs.bench.beside import measure_beside
 from jobs.bench.crew import measure_crews
 from jobs.bench.export import measure_exports
+from jobs.bench.hub import measure_hub
 from jobs.bench.integrity import measure_integrity
 from jobs.bench.last import measure_last_saves
 from jobs.bench.manager import measure_looks
@@ -122,11 +123,13 @@ def last(parsed: argparse.Namespace) -> Sequence[Any]:
 
 
 def upload(parsed: argparse.Namespace) -> Sequence[Any]:
-    """Rows of what goes to the S3 store that `--root` names, and stays there."""
-    if not (parsed.root or "").startswith("s3://"):
-        raise SystemExit("upload: say where to: --root s3://bucket/prefix")
+    """Rows of what goes to the store or repository that `--root` names, and stays there."""
+    measures = {"s3": measure_uploads, "hf": measure_hub}
+    measure = measures.get((parsed.root or "").partition("://")[0])
+    if measure is None:
+        raise SystemExit("upload: say where to: --root s3://bucket/prefix, or hf://org/repo")
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
-        return measure_uploads(
+        return measure(
             Path(folder),
             parsed.root,
             size_mb=parsed.size_mb,

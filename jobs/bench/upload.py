@@ -9,43 +9,27 @@ import importlib.util
 import os
 import shutil
 import socket
-import statistics
-from collections.abc import Callable, Iterator, Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from jobs.bench.timing import Timing, interleaved
+from jobs.bench.rows import LIMIT, OURS, Sent, rows_of
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.marker import MarkerCommit
+from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.storage.s3 import S3Store
 
 SMALL_BYTES = 16_384
-LIMIT = "a socket to nobody"
 _THREADS = 10
 _BLOCK_BYTES = 8 << 20
 
 Way = Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
-    """One way to send or fetch one thing."""
-
-    what: str
-    way: str
-    min_s: float
-    median_s: float
-    max_s: float
-    cpu_s: float
-    """The median, of the client alone."""
-    mb_per_s: float
-    ratio: float
-    """Of the best peer's median to this one's: above 1 is faster than all of them."""
 
 
 def measure_uploads(
@@ -56,43 +40,17 @@ def measure_uploads(
     small = _small_files(folder / "small", num_small)
     size_bytes = large.stat().st_size
     with _sink() as port:
-        rows = _rows("large up", _uploads(root, large, port), repeats, size_bytes)
-    rows += _rows("large down", _downloads(root, folder / "back"), repeats, size_bytes)
+        rows = rows_of("large up", _uploads(root, large, port), repeats, size_bytes)
+    rows += rows_of("large down", _downloads(root, folder / "back"), repeats, size_bytes)
     scratch = folder / "scratch"
     prepare = partial(_linked, small, scratch)
     many = _many(root, small, scratch)
-    rows += _rows("many up", many, repeats, num_small * SMALL_BYTES, prepare=prepare)
+    rows += rows_of("many up", many, repeats, num_small * SMALL_BYTES, prepare=prepare)
+    back = folder / "many"
+    prepare = partial(_emptied, back)
+    many = _many_back(root, small, back)
+    rows += rows_of("many down", many, repeats, num_small * SMALL_BYTES, prepare=prepare)
     return rows
-
-
-def _rows(
-    what: str,
-    ways: Mapping[str, Way],
-    repeats: int,
-    size_bytes: int,
-    *,
-    prepare: Callable[[], object] = lambda: None,
-) -> list[Sent]:
-    timings = interleaved(ways, repeats, prepare=prepare)
-    peers = [t.median_s for t in timings if t.what not in (LIMIT, OURS)]
-    best_s = min(peers, default=statistics.median(t.median_s for t in timings))
-    return [_row(what, timing, size_bytes, best_s) for timing in timings]
-
-
-def _row(what: str, timing: Timing, size_bytes: int, best_s: float) -> Sent:
-    return Sent(
-        what=what,
-        way=timing.what,
-        min_s=timing.min_s,
-        median_s=timing.median_s,
-        max_s=timing.max_s,
-        cpu_s=timing.cpu_s,
-        mb_per_s=size_bytes / 1e6 / timing.median_s,
-        ratio=best_s / timing.median_s,
-    )
-
-
-OURS = "ray_ckpt"
 
 
 def _uploads(root: str, path: Path, port: int) -> dict[str, Way]:
@@ -102,6 +60,8 @@ def _uploads(root: str, path: Path, port: int) -> dict[str, Way]:
         OURS: lambda: S3Store(root).upload(path, "large"),
         "s3fs.put_file": lambda: _s3fs().put_file(str(path), f"{bucket}/{key}"),
     }
+    if aws := shutil.which("aws"):
+        ways["aws s3 cp"] = lambda: _aws(aws, str(path), f"s3://{bucket}/{key}")
     if _has("boto3"):
         ways["boto3.upload_file"] = lambda: _boto3().upload_file(str(path), bucket, key)
     if _has("obstore"):
@@ -115,6 +75,8 @@ def _downloads(root: str, target: Path) -> dict[str, Way]:
         OURS: lambda: S3Store(root).download("large", target),
         "s3fs.get_file": lambda: _s3fs().get_file(f"{bucket}/{key}", str(target)),
     }
+    if aws := shutil.which("aws"):
+        ways["aws s3 cp"] = lambda: _aws(aws, f"s3://{bucket}/{key}", str(target))
     if _has("boto3"):
         ways["boto3.download_file"] = lambda: _boto3().download_file(bucket, key, str(target))
     if _has("obstore"):
@@ -136,6 +98,25 @@ def _many(root: str, small: Path, scratch: Path) -> dict[str, Way]:
     return ways
 
 
+def _many_back(root: str, small: Path, back: Path) -> dict[str, Way]:
+    bucket, key = _split(root, "many")
+    names = [path.name for path in sorted(small.iterdir())]
+    entries = [describe_file(small / name, name, "crc64nvme") for name in names]
+    ways: dict[str, Way] = {
+        OURS: lambda: bring_all(_origin(root), entries, back),
+        "s3fs.get": lambda: _s3fs().get(f"{bucket}/{key}", str(back / "all"), recursive=True),
+    }
+    if _has("boto3"):
+        ways["boto3.download_file, threads"] = lambda: _boto3_back(bucket, key, names, back)
+    if _has("obstore"):
+        ways["obstore.get, threads"] = lambda: _obstore_back(bucket, key, names, back)
+    return ways
+
+
+def _origin(root: str) -> Origin:
+    return Origin(store=S3Store(root), folder="many", safe="", do="")
+
+
 def _split(root: str, name: str) -> tuple[str, str]:
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
     return bucket, f"{prefix}/{name}"
@@ -151,10 +132,36 @@ def _boto3() -> Any:
     return importlib.import_module("boto3").client("s3")
 
 
+def _aws(command: str, source: str, target: str) -> None:
+    subprocess.run([command, "s3", "cp", "--only-show-errors", source, target], check=True)
+
+
 def _boto3_many(bucket: str, files: Mapping[str, Path]) -> None:
     client = _boto3()
     with ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(lambda key: client.upload_file(str(files[key]), bucket, key), files):
+            pass
+
+
+def _boto3_back(bucket: str, key: str, names: Sequence[str], back: Path) -> None:
+    client = _boto3()
+
+    def bring(name: str) -> None:
+        client.download_file(bucket, f"{key}/{name}", str(back / name))
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in threads.map(bring, names):
+            pass
+
+
+def _obstore_back(bucket: str, key: str, names: Sequence[str], back: Path) -> None:
+    obstore, store = _obstore(bucket)
+
+    def bring(name: str) -> None:
+        (back / name).write_bytes(obstore.get(store, f"{key}/{name}").bytes())
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in threads.map(bring, names):
             pass
 
 
@@ -226,9 +233,13 @@ def _small_files(folder: Path, count: int) -> Path:
     return folder
 
 
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
 def _linked(source: Path, target: Path) -> None:
     """Ours takes files away once they are sent: it gets links to them."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
+    _emptied(target)
     for path in source.iterdir():
         (target / path.name).hardlink_to(path)

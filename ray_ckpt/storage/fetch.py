@@ -23,7 +23,7 @@ from ray_ckpt.storage.hub_download import download, pinned
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.posix import make_folder, sync_file, sync_folder, write_synced
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.proven import Origin, algorithm_of, bring
+from ray_ckpt.storage.proven import Origin, algorithm_of, bring_all
 from ray_ckpt.storage.room import expect_room
 
 
@@ -87,17 +87,14 @@ def _fill(source: str, attempt: Path, progress: Progress) -> None:
             "of a folder that others wrote: ray-ckpt adopt",
         )
     missing = [e for e in manifest.files if not _is_there(attempt, e, progress)]
-    missing_bytes = sum(entry.size_bytes for entry in missing)
-    expect_room(attempt, missing_bytes, what=source)
-    progress.begin(f"fetches {source}", 2 * missing_bytes)
+    expect_room(attempt, sum(entry.size_bytes for entry in missing), what=source)
     origin = Origin(
         store=store,
         folder=folder,
         safe="nothing is at the target; what is there was not changed",
         do="run the same command again; if it says the same, the copy there is damaged",
     )
-    for entry in missing:
-        bring(origin, entry, attempt, progress=progress)
+    bring_all(origin, missing, attempt, progress=progress)
     write_synced(attempt / names.MANIFEST, manifest.to_json())
 
 

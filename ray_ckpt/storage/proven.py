@@ -1,6 +1,7 @@
 """A file arrives from a store and is the one that its manifest describes, or it is not there."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +37,23 @@ def bring_all(
 ) -> None:
     """Below `target` lie the files of these entries, synced, each equal to its own.
 
+    As many come at once as the store is good for.
+
     Raises:
         IntegrityError: what came differs.
     """
     progress.begin(f"reads {origin.folder}", 2 * sum(entry.size_bytes for entry in entries))
-    for entry in entries:
-        bring(origin, entry, target, progress=progress)
-        sync_file(target / entry.path)
+    with ThreadPoolExecutor(origin.store.reads_at_once, "ray_ckpt files") as threads:
+        brought = [threads.submit(_bring, origin, entry, target, progress) for entry in entries]
+        try:
+            for future in brought:
+                future.result()
+        finally:
+            threads.shutdown(cancel_futures=True)  # what has begun ends, the rest never begins
 
 
-def bring(origin: Origin, entry: FileEntry, target: Path, *, progress: Progress = UNTOLD) -> None:
-    """Below `target` lies the file of this entry, equal to it.
+def _bring(origin: Origin, entry: FileEntry, target: Path, progress: Progress = UNTOLD) -> None:
+    """Below `target` lies the file of this entry, synced and equal to it.
 
     Its bytes are told of twice: once they were read, and once they were proven.
 
@@ -60,6 +67,7 @@ def bring(origin: Origin, entry: FileEntry, target: Path, *, progress: Progress 
     if found != entry:
         path.unlink()
         raise origin.damaged(entry, found.digest)
+    sync_file(path)
 
 
 def algorithm_of(entry: FileEntry) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from threading import BoundedSemaphore
 
 from ray_ckpt.storage.posix import translated
 from ray_ckpt.storage.progress import Progress
@@ -13,6 +14,9 @@ from ray_ckpt.storage.s3_wire import Got
 
 _RANGE_BYTES = 8 << 20
 _RANGES_AT_ONCE = 4
+"""Of one object."""
+_IN_HAND = BoundedSemaphore(16)
+"""Ranges that come at once, of all objects: 16 connections."""
 
 
 def download_in_ranges(
@@ -39,7 +43,8 @@ def download_in_ranges(
         def bring(buffer: memoryview) -> None:
             while (offset := _next(offsets)) is not None:
                 view = buffer[: got.total_bytes - offset]
-                read_into(offset, view)
+                with _IN_HAND:
+                    read_into(offset, view)
                 _put(file.fileno(), offset, view)
                 progress.advance(view.nbytes)
 

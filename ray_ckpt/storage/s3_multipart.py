@@ -47,7 +47,9 @@ class Multipart:
         wire = target.wire()
         if wire is not None and wire.sends_checksums:
             try:
-                upload_id = begin(ChecksumAlgorithm=_ALGORITHM)["UploadId"]
+                upload_id = begin(ChecksumAlgorithm=_ALGORITHM, ChecksumType="FULL_OBJECT")[
+                    "UploadId"
+                ]
                 return cls(target, upload_id, algorithm=_ALGORITHM)
             except (AuthorizationError, ThrottledError, TransientError):
                 raise

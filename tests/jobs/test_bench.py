@@ -18,6 +18,7 @@ from jobs.bench.plan import LLAMA_3_405B, llama_shapes
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export_plan import plan_export
+from tests.servers.hub import HubDouble
 from tests.waiting import PATIENCE_S
 
 
@@ -165,6 +166,23 @@ def test_last_saves_are_measured_beside_torchtitans_and_a_raw_write(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_goes_to_the_hub_is_measured_beside_its_own_client(
+    hub: HubDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.api().create_repo("ray/model")
+    sizes = ("--size-mb", "2", "--files", "3", "--repeats", "1")
+    for name, value in hub.environment().items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "bench").mkdir()
+    at = ("--root", "hf://ray/model", "--folder", str(tmp_path / "bench"))
+    _, rows = measure("upload", *at, *sizes)
+    assert [row["way"] for row in rows] == ["ray_ckpt", "HfApi.upload_folder"]
+    assert all(row["median_s"] > 0 and row["ratio"] > 0 for row in rows)
+    tags = [tag.name for tag in hub.api().list_repo_refs("ray/model").tags]
+    assert len(tags) == 2  # ours, in the round that is not counted and in the one that is
+    assert list((tmp_path / "bench").iterdir()) == []
+
+
 @pytest.mark.s3
 def test_uploads_are_measured_beside_other_clients_and_a_socket(
     s3_root: str, tmp_path: Path
@@ -175,6 +193,7 @@ def test_uploads_are_measured_beside_other_clients_and_a_socket(
     ways = {(row["what"], row["way"]) for row in rows}
     assert {("large up", way) for way in ("a socket to nobody", "ray_ckpt", "s3fs.put_file")} < ways
     assert {("large down", "ray_ckpt"), ("many up", "ray_ckpt"), ("many up", "s3fs.put")} < ways
+    assert {("many down", "ray_ckpt"), ("many down", "s3fs.get")} < ways
     assert all(row["median_s"] > 0 and row["ratio"] > 0 and row["mb_per_s"] > 0 for row in rows)
     store = open_catalog(s3_root).store
     large = store.stat("large")
