@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import RenameCommit
+from ray_ckpt.storage.fsspec_store import FsspecStore
 from ray_ckpt.storage.local import LocalStore
 from ray_ckpt.storage.marker import MarkerCommit
 from ray_ckpt.storage.s3 import S3Store
@@ -13,6 +14,11 @@ from ray_ckpt.storage.s3 import S3Store
 def _open_local(uri: str) -> Catalog:
     store = LocalStore(uri.removeprefix("file://"))
     return Catalog(store, RenameCommit(store))
+
+
+def _open_other(uri: str) -> Catalog:
+    store = FsspecStore(uri)
+    return Catalog(store, MarkerCommit(store))
 
 
 def _open_s3(uri: str) -> Catalog:
@@ -25,10 +31,12 @@ _BACKENDS: dict[str, Callable[[str], Catalog]] = {
     "file": _open_local,
     "s3": _open_s3,
 }
+_NO_ROOTS = ("hf", "http", "https", "github", "data")
+"""fsspec knows them; the Hub is a place for exports, the others are read alone."""
 
 
 def open_catalog(uri: str) -> Catalog:
-    """The catalog of the root at `uri`: a path, `file://`, or `s3://bucket/prefix`.
+    """The catalog of the root at `uri`: a path, `file://`, `s3://bucket/prefix`, or fsspec's.
 
     Touches nothing yet: a root that is not there has no checkpoints.
 
@@ -36,10 +44,17 @@ def open_catalog(uri: str) -> Catalog:
         UsageError: no backend is known for the scheme.
     """
     scheme = uri.partition("://")[0] if "://" in uri else ""
-    if scheme not in _BACKENDS or not uri:
-        known = ", ".join(f"{name}://" for name in _BACKENDS if name)
-        raise UsageError(f"no backend for {uri!r}", do=f"use a path or one of: {known}")
-    return _BACKENDS[scheme](uri)
+    if not uri or scheme in _NO_ROOTS or (scheme not in _BACKENDS and not _is_known(scheme)):
+        raise UsageError(
+            f"no backend for {uri!r}", do="use a path, s3://, or another that fsspec writes to"
+        )
+    return _BACKENDS.get(scheme, _open_other)(uri)
+
+
+def _is_known(scheme: str) -> bool:
+    from fsspec.registry import known_implementations, registry  # pyright: ignore
+
+    return scheme in known_implementations or scheme in registry
 
 
 def open_folder(path: str) -> tuple[Catalog, str]:

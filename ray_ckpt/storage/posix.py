@@ -31,6 +31,11 @@ _CURES: dict[type[StorageError], str] = {
 }
 
 
+def kind_of(error: OSError, *, other: type[StorageError] = TransientError) -> type[StorageError]:
+    """Which of ours an error of an operating system is, here or at a server."""
+    return _KINDS.get(error.errno or 0, other)
+
+
 def sync_file(path: Path) -> None:
     """The file's bytes are on the device."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -76,7 +81,7 @@ def translated(where: Path) -> Generator[None]:
             "name a folder, or one that can be made",
         ) from error
     except OSError as error:
-        kind = _KINDS.get(error.errno or 0, StorageError)
+        kind = kind_of(error, other=StorageError)
         text = error.strerror or str(error)
         raise kind(text, str(where), do=_CURES.get(kind, "")) from error
 

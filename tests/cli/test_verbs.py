@@ -250,7 +250,7 @@ def test_adopt_takes_over_a_plain_dcp_folder(cli: Cli, root: str) -> None:
         (("pin", "{root}", 99, "--reason", "x"), 2, "step-99 is not there"),
         (("undo", "{root}", 10), 2, "the trash holds no step-10"),
         (("ls", "{root}-misspelt"), 2, "no such folder"),
-        (("ls", "ftp://host/x"), 2, "no backend"),
+        (("ls", "tape://host/x"), 2, "no backend"),
         (("export", "{root}", "--step", 10, "--name", "step-1"), 2, "cannot be a folder name"),
         (("export", "{root}", "--step", 10, "--dtype", "float8"), 2, "Invalid value"),
         (("frobnicate",), 2, "No such command"),

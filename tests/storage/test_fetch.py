@@ -26,11 +26,11 @@ from tests.storage.test_publish import make_export, publish
 WEIGHTS = "model-00001-of-00001.safetensors"
 
 
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(params=["folder", "fsspec", pytest.param("s3", marks=pytest.mark.s3)])
 def catalog(request: pytest.FixtureRequest, root: str) -> Catalog:
     """A root with an export of step 5."""
     uri = str(request.getfixturevalue("s3_root")) if request.param == "s3" else root
-    catalog = open_catalog(uri)
+    catalog = open_catalog(f"local://{uri}" if request.param == "fsspec" else uri)
     make_export(catalog)
     return catalog
 

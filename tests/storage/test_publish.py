@@ -51,10 +51,12 @@ def catalog(root: str) -> Catalog:
     return open_catalog(root)
 
 
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(params=["folder", "fsspec", pytest.param("s3", marks=pytest.mark.s3)])
 def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return str(request.getfixturevalue("s3_root"))
+    if request.param == "fsspec":
+        return f"local://{tmp_path}/copies"
     return str(tmp_path / "copies")
 
 

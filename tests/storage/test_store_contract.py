@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_object
+from ray_ckpt.storage.fsspec_store import FsspecStore
 from ray_ckpt.storage.local import LocalStore
 from ray_ckpt.storage.ordered_write import OrderedWrite
 from ray_ckpt.storage.s3 import S3Store
@@ -29,9 +31,23 @@ from tests.servers.seaweed import S3Endpoint
 LARGE_BYTES = 12 << 20
 
 
+@pytest.fixture
+def memory_root() -> str:
+    """A place that shows objects once they are whole."""
+    return f"memory://{uuid.uuid4().hex}/run"
+
+
+@pytest.fixture
+def file_system_root(tmp_path: Path) -> str:
+    """A place that fsspec reaches and that shows what is half written."""
+    return f"local://{tmp_path}/run"
+
+
 @pytest.fixture(
     params=[
         "root",
+        "memory_root",
+        "file_system_root",
         *(pytest.param(name, marks=pytest.mark.s3) for name in ("s3_root", "lesser_root")),
     ]
 )
@@ -96,7 +112,8 @@ def test_an_object_may_be_written_block_by_block(store: Store, size_bytes: int) 
 def test_of_an_object_that_is_given_up_nothing_is_left(store: Store) -> None:
     write = OrderedWrite(store.begin("a/b", 40 << 20), name="b", algorithm="sha256")
     write.write(memoryview(bytes(40 << 20)))
-    assert len(store.list_unfinished("a")) == 1
+    is_sent_at_the_end = isinstance(store, FsspecStore)  # until then it is on this host alone
+    assert len(store.list_unfinished("a")) == (0 if is_sent_at_the_end else 1)
     write.discard()
     write.discard()
     assert store.stat("a/b") is None
