@@ -2,7 +2,6 @@
 
 import socket
 import ssl
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -169,17 +168,6 @@ def test_what_is_no_whole_answer_is_an_error(answer: bytes) -> None:
 def test_a_server_that_says_nothing_is_an_error() -> None:
     with serving([b"HTTP/1.1 200 OK\r\n"]) as server, pytest.raises(TimeoutError):
         lines_to(server).ask(HEAD)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Of 127.0.0.1, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    made, key = folder / "certificate.pem", folder / "key.pem"
-    options = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=here"
-    extra = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)]
-    subprocess.run(["openssl", *options.split(), *extra], check=True, capture_output=True)
-    return made, key
 
 
 def test_the_same_over_tls(certificate: tuple[Path, Path]) -> None:

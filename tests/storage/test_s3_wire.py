@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec.config
 import pytest
@@ -17,6 +18,7 @@ from ray_ckpt.storage.s3_upload import PART_BYTES
 from ray_ckpt.storage.s3_wire import Got, S3Wire, open_wire
 from tests.servers.s3_proxy import S3Proxy
 from tests.servers.seaweed import S3Endpoint
+from tests.servers.tls import tls_before
 
 pytestmark = pytest.mark.s3
 DATA = os.urandom(100_000)
@@ -141,6 +143,25 @@ def test_a_reader_may_not_put(
     assert wire_to(s3_root).put(key_at(s3_root, "a"), DATA) is None
     with pytest.raises(AuthorizationError):
         S3Store(s3_root).upload(tmp_path / "a", "a")
+
+
+def test_the_same_over_tls(
+    s3_root: str,
+    s3_server: S3Endpoint,
+    certificate: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = os.urandom(1000) * 3000
+    with tls_before(urlsplit(s3_server.url).port or 0, *certificate) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate[0]))
+        wire, key = wire_to(s3_root), key_at(s3_root, "a")
+        assert wire.put(key, data) is not None
+        room = memoryview(bytearray(len(data)))
+        assert wire.get(key, 0, room) == Got(num_bytes=len(data), total_bytes=len(data))
+        assert room == data
+        monkeypatch.delenv("AWS_CA_BUNDLE")
+        assert wire_to(s3_root).put(key, data) is None  # nobody vouches for the server
 
 
 @pytest.mark.parametrize(
