@@ -132,19 +132,29 @@ class S3Store:
             self._wired = (of, wire)
         return wire
 
+    def _not_there(self, key: str) -> ObjectNotFoundError:
+        return ObjectNotFoundError("not there", self._where(key), do="check bucket and prefix")
+
     def _got(self, key: str, offset: int, into: memoryview) -> Got | None:
         wire = self._wire(key)
         return wire and wire.get(self._path(key).partition("/")[2], offset, into)
 
     def read(self, key: str) -> bytes:
         """One GET."""
+        wire = self._wire(key)
+        try:
+            data = wire and wire.read(self._path(key).partition("/")[2])
+        except FileNotFoundError as error:
+            raise self._not_there(key) from error
+        if data is not None:
+            return data
         return self._ask(key, lambda files: body_of(files, self._path(key)))
 
     def open_read(self, key: str) -> BinaryIO:
         """A HEAD, then ranged GETs, read ahead in blocks."""
         info = self.stat(key)
         if info is None:
-            raise ObjectNotFoundError("not there", self._where(key), do="check bucket and prefix")
+            raise self._not_there(key)
         stream = S3Stream(partial(self.read_into, key), info.size_bytes)
         return cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
 
@@ -175,7 +185,9 @@ class S3Store:
 
     def write(self, key: str, data: bytes) -> None:
         """One PUT."""
-        self._ask(key, lambda files: files.pipe_file(self._path(key), data))
+        wire = self._wire(key)
+        if not (wire and wire.put(self._path(key).partition("/")[2], data)):
+            self._ask(key, lambda files: files.pipe_file(self._path(key), data))
 
     def create(self, key: str, data: bytes) -> None:
         """One PUT with If-None-Match, or an election; the very same bytes count as put by it."""
@@ -213,10 +225,7 @@ class S3Store:
         if data is None:
             upload_in_parts(source, self._object(key), progress=progress)
             return
-        target = self._object(key)
-        wire = target.wire()
-        if not (wire and wire.put(target.name, data)):
-            self.write(key, data)
+        self.write(key, data)
         progress.advance(len(data))
 
     def begin(self, key: str, size_bytes: int) -> S3Blocks:
@@ -261,7 +270,7 @@ class S3Store:
             return got
         info = self.stat(key)
         if info is None:
-            raise ObjectNotFoundError("not there", self._where(key), do="check bucket and prefix")
+            raise self._not_there(key)
         num_bytes = min(info.size_bytes, buffer.nbytes)
         self.read_into(key, 0, buffer[:num_bytes])
         return Got(num_bytes=num_bytes, total_bytes=info.size_bytes)

@@ -10,8 +10,8 @@ What a person has set the ecosystem's way has its say: fsspec's configuration fo
     ATTEMPTS  3     in all, by botocore alone, which waits between them. s3fs would try five times
                     around that, and where it reads five times around these: half an hour
 
-So a server that accepts and never answers is known as one after 80 seconds; where bulk bytes were
-tried on sockets of our own first (`s3_wire`), 25 later.
+So a server that accepts and never answers is known as one after 80 seconds; 25 later, where a
+socket of our own was tried first (`s3_wire`).
 """
 
 import socket

@@ -197,7 +197,7 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         source = self.headers.get("x-amz-copy-source")
         line = f"{self.command} {self.path}" + (f" from {source}" if source else "")
-        fault = self._proxy.wrong_with(line, dict(self.headers.items()))
+        fault = self._proxy.wrong_with(line, {n.title(): v for n, v in self.headers.items()})
         self.close_connection = True
         if fault is not None and fault.wrong is Wrong.SILENCE:
             self._proxy.stay_silent()

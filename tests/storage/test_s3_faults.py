@@ -87,16 +87,14 @@ def test_a_server_that_never_answers_is_worth_another_try(
     assert caught.value.do
 
 
-def test_a_silent_server_is_known_as_one_within_eighty_seconds(
-    store: S3Store, proxy: S3Proxy
-) -> None:
+def test_a_silent_server_is_known_as_one_within_two_minutes(store: S3Store, proxy: S3Proxy) -> None:
     """By what each request may take at most, and how many there are: nobody here waits for it."""
     proxy.fail(match="GET .*/a", status=500, code="InternalError")
     with pytest.raises(TransientError):
         store.read("a")
-    assert len(proxy.requests) == s3_client.ATTEMPTS
+    assert len(proxy.requests) == 1 + s3_client.ATTEMPTS  # first on a socket of our own
     longest_waits_s = sum(2**number for number in range(s3_client.ATTEMPTS - 1))
-    assert s3_client.ATTEMPTS * s3_client.SILENCE_S + longest_waits_s < 80
+    assert (1 + s3_client.ATTEMPTS) * s3_client.SILENCE_S + longest_waits_s < 105
 
 
 def test_who_asks_for_more_attempts_gets_them(
@@ -106,7 +104,7 @@ def test_who_asks_for_more_attempts_gets_them(
     proxy.fail(match="GET .*/a", status=500, code="InternalError")
     with pytest.raises(TransientError):
         S3Store(s3_root).read("a")
-    assert len(proxy.requests) == 4
+    assert len(proxy.requests) == 1 + 4
 
 
 @pytest.mark.usefixtures("impatient")
