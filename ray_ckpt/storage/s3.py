@@ -23,12 +23,12 @@ from ray_ckpt.core.errors import (
     UsageError,
 )
 from ray_ckpt.core.findings import Finding
-from ray_ckpt.core.store_features import Creates, weaknesses
+from ray_ckpt.core.store_features import weaknesses
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
-from ray_ckpt.storage.election import create_by_election
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
 from ray_ckpt.storage.s3_client import make_file_system
+from ray_ckpt.storage.s3_creates import create_object
 from ray_ckpt.storage.s3_deletes import S3Deletes
 from ray_ckpt.storage.s3_errors import (
     has_broken_off,
@@ -157,20 +157,7 @@ class S3Store:
     def create(self, key: str, data: bytes) -> None:
         """One PUT with If-None-Match, or an election; the very same bytes count as put by it."""
         features = self.features.get()
-        if features.creates is Creates.EXCLUSIVE:
-            self._put_new(key, data)
-        else:
-            # If-None-Match goes along where the store knows it: it may have learnt more since
-            is_known = features.creates is not Creates.REFUSED
-            put = partial(self._put_new if is_known else self.write, key, data)
-            create_by_election(self, key, data, put)
-        if not features.checks_checksums and self.read(key) != data:
-            raise IntegrityError(
-                "what is there differs from what was sent",
-                self._where(key),
-                "whatever was sent before is untouched",
-                f"look at it, remove it, and try again: aws s3 rm {self._where(key)}",
-            )
+        create_object(self, key, data, features=features, put_new=self._put_new)
 
     def _put_new(self, key: str, data: bytes) -> None:
         try:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from enum import Enum, auto
 from typing import Any
 
 from ray_ckpt.core.errors import AuthorizationError, ConflictError, StorageError, TransientError
@@ -39,6 +40,14 @@ def probe(call: Call, *, bucket: str, folder: str) -> StoreFeatures:
     return _Probe(call, bucket, f"{folder}/{uuid.uuid4().hex}").run()
 
 
+class _Put(Enum):
+    """What became of a PUT with a condition."""
+
+    STORED = auto()
+    CONFLICT = auto()
+    REFUSED = auto()
+
+
 class _Probe:
     def __init__(self, call: Call, bucket: str, folder: str) -> None:
         self._call = call
@@ -50,10 +59,11 @@ class _Probe:
     def run(self) -> StoreFeatures:
         try:
             creates = self._creates()
-            checks_checksums = not self._takes("wrong", ChecksumCRC32=_WRONG_CRC32)
+            checks_checksums = self._checks_checksums()
             copies = self._copies()
             lists_uploads = self._lists_uploads()
-            shows = self._listed() >= {self._key("first")}
+            listed = self._listed()
+            shows = listed is None or self._key("first") in listed
             deletes_in_batches = self._deletes()
             hides = not self._listed()
         except BaseException:
@@ -77,9 +87,9 @@ class _Probe:
 
     def _creates(self) -> Creates:
         answer = self._call("put_object", **self._at("first"), Body=b"plain")
-        if not self._takes("known", IfNoneMatch="*"):
+        if self._put("known", IfNoneMatch="*") is _Put.REFUSED:
             return Creates.REFUSED
-        if self._takes("first", IfNoneMatch="*"):
+        if self._put("first", IfNoneMatch="*") is _Put.STORED:
             return Creates.IGNORED
         if _SWIFT in _headers(answer) or any(self._winners(n) > 1 for n in range(_ROUNDS)):
             return Creates.RACY
@@ -87,24 +97,31 @@ class _Probe:
 
     def _winners(self, number: int) -> int:
         with ThreadPoolExecutor(_RACERS, "ray_ckpt probe") as threads:
-            racing = [
-                threads.submit(self._takes, f"race-{number}", f"{racer}", IfNoneMatch="*")
-                for racer in range(_RACERS)
-            ]
-            return sum(future.result() for future in racing)
+            racing = [threads.submit(self._race, f"race-{number}", str(n)) for n in range(_RACERS)]
+            return sum(future.result() is _Put.STORED for future in racing)
 
-    def _takes(self, name: str, body: str = "other", **options: str) -> bool:
-        """Whether an object is stored with these options."""
-        at = self._at(name)
+    def _race(self, name: str, body: str) -> _Put:
         try:
-            self._call("put_object", **at, Body=body.encode(), **options)
-        except (ConflictError, TransientError):
-            return False  # botocore takes a wrong checksum for a bad line
-        except AuthorizationError:
+            return self._put(name, body, IfNoneMatch="*")
+        except TransientError:
+            return _Put.CONFLICT
+
+    def _checks_checksums(self) -> bool:
+        try:
+            return self._put("wrong", ChecksumCRC32=_WRONG_CRC32) is not _Put.STORED
+        except TransientError:  # what a wrong checksum is taken for: a bad line
+            return True
+
+    def _put(self, name: str, body: str = "other", **options: str) -> _Put:
+        try:
+            self._call("put_object", **self._at(name), Body=body.encode(), **options)
+        except ConflictError:
+            return _Put.CONFLICT
+        except (AuthorizationError, TransientError):
             raise
         except StorageError:
-            return False
-        return True
+            return _Put.REFUSED
+        return _Put.STORED
 
     def _copies(self) -> bool:
         source = {"Bucket": self._bucket, "Key": self._key("first")}
@@ -135,9 +152,13 @@ class _Probe:
             with suppress(StorageError):
                 self._call("abort_multipart_upload", **at, UploadId=upload_id)
 
-    def _listed(self) -> set[str]:
+    def _listed(self) -> set[str] | None:
+        """None where this token may not look."""
         prefix = f"{self._folder}/"
-        page = self._call("list_objects_v2", Bucket=self._bucket, Prefix=prefix)
+        try:
+            page = self._call("list_objects_v2", Bucket=self._bucket, Prefix=prefix)
+        except AuthorizationError:
+            return None
         return {entry["Key"] for entry in page.get("Contents", [])}
 
     def _deletes(self) -> bool:
