@@ -59,7 +59,7 @@ class S3Store:
             raise UsageError("no bucket is named", uri, do="write s3://bucket/prefix")
         self._file_system = self._made()
         self._deletes = S3Deletes(self._at_name, self.bucket)
-        self.features = S3Features(self, partial(self.ask, names.PROBES), self._endpoint)
+        self.features = S3Features(self, partial(self.request, names.PROBES), self._endpoint)
         """What this store does."""
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
@@ -284,7 +284,7 @@ class S3Store:
     def _call(self, verb: str, key: str, **options: Any) -> dict[str, Any]:
         """S3's own answer; empty where what is asked about is not there, or nobody can say."""
         try:
-            return self.ask(key, verb, **options)
+            return self.request(key, verb, **options)
         except StorageError as error:
             is_untold = verb == "list_multipart_uploads" and is_unknown(error)
             if not is_untold and not is_gone(error):
@@ -294,7 +294,7 @@ class S3Store:
     def _at_name(self, verb: str, name: str, **options: Any) -> dict[str, Any]:
         return self._call(verb, self._key(f"{self.bucket}/{name}"), **options)
 
-    def ask(self, key: str, verb: str, **options: Any) -> dict[str, Any]:
+    def request(self, key: str, verb: str, **options: Any) -> dict[str, Any]:
         """S3's own answer to one of its own requests; errors are said to be about `key`."""
         return self._ask(key, lambda files: files.call_s3(verb, **options))
 

@@ -64,8 +64,10 @@ class _Probe:
             lists_uploads = self._lists_uploads()
             listed = self._listed()
             shows = listed is None or self._key("first") in listed
-            deletes_in_batches = self._deletes()
-            hides = not self._listed()
+            has_batches = self._deletes()
+            hides = has_batches is None or not self._listed()
+        except TransientError:
+            raise  # must not wait for the store once more: gc finds what is left
         except BaseException:
             self._delete_one_by_one()
             raise
@@ -74,7 +76,7 @@ class _Probe:
             checks_checksums=checks_checksums,
             lists_at_once=shows and hides,
             lists_uploads=lists_uploads,
-            deletes_in_batches=deletes_in_batches,
+            deletes_in_batches=has_batches is not False,
             copies=copies,
         )
 
@@ -161,22 +163,25 @@ class _Probe:
             return None
         return {entry["Key"] for entry in page.get("Contents", [])}
 
-    def _deletes(self) -> bool:
-        """Whether one request deletes all; they are gone in any case."""
+    def _deletes(self) -> bool | None:
+        """Whether one request deletes all; None where some may be left, as nobody may delete."""
         doomed = {"Objects": [{"Key": key} for key in sorted(self._keys)], "Quiet": True}
         try:
             answer = self._call("delete_objects", Bucket=self._bucket, Delete=doomed)
         except (AuthorizationError, TransientError):
-            return True
+            return None
         except StorageError:
             self._delete_one_by_one()
             return False
-        return not answer.get("Errors")
+        return None if answer.get("Errors") else True
 
     def _delete_one_by_one(self) -> None:
+        """As many as can be; `gc` finds the rest."""
         for key in sorted(self._keys):
-            with suppress(StorageError):
+            try:
                 self._call("delete_object", Bucket=self._bucket, Key=key)
+            except StorageError:
+                return
 
 
 def _headers(answer: Mapping[str, Any]) -> Mapping[str, str]:

@@ -157,11 +157,9 @@ class S3Proxy:
         with self._queue if self._take_s and size_bytes else nullcontext():
             threading.Event().wait(self._take_s if size_bytes else 0.0)
             body = bytearray()
-            while len(body) < size_bytes:
-                piece = stream.read(min(PIECE_BYTES, size_bytes - len(body)))
-                if not piece:
-                    break
-                body += piece
+            with suppress(ConnectionError):
+                while piece := stream.read(min(PIECE_BYTES, size_bytes - len(body))):
+                    body += piece
         with self._counting:
             self.taken_bytes += len(body)
         return bytes(body)

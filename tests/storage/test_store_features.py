@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.errors import IntegrityError, TransientError
 from ray_ckpt.core.findings import Level
 from ray_ckpt.core.store_features import Creates, StoreFeatures, weaknesses
 from ray_ckpt.storage.local import LocalStore
@@ -72,6 +72,26 @@ def test_requests_that_the_store_does_not_have_are_found_out(
     lesser.fail(match=match, status=501, code="NotImplemented")
     assert store.features.find_out() == expected
     assert keys(store) == records(store)
+
+
+def test_what_these_keys_may_not_do_is_not_held_against_the_store(
+    store: S3Store, lesser: LesserS3
+) -> None:
+    for match in (r"POST .*\?delete", r"DELETE ", r"GET .*\?uploads", r"PUT .*/copy"):
+        lesser.fail(match=match, status=403, code="AccessDenied")
+    assert store.features.find_out() == AS_AWS
+
+
+def test_a_store_that_fails_meanwhile_is_asked_for_nothing_more(
+    store: S3Store, lesser: LesserS3
+) -> None:
+    lesser.fail(match="PUT .*/known", status=400, code="RequestTimeout")
+    with pytest.raises(TransientError):
+        store.create("a", b"")
+    assert "/known" in lesser.requests[-1]
+    lesser.recover()
+    store.create("a", b"")
+    assert store.weaknesses() == ()
 
 
 def test_late_listings_are_found_out(store: S3Store, lesser: LesserS3, s3_bucket: str) -> None:
