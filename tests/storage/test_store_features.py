@@ -6,8 +6,7 @@ import pytest
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, TransientError
-from ray_ckpt.core.findings import Level
-from ray_ckpt.core.store_features import Creates, StoreFeatures, weaknesses
+from ray_ckpt.core.store_features import Creates, StoreFeatures
 from ray_ckpt.storage.local import LocalStore
 from ray_ckpt.storage.s3 import S3Store
 from tests.servers.lesser_s3 import Lack, LesserS3
@@ -134,11 +133,6 @@ def test_what_cannot_be_read_is_found_out_anew(
     assert StoreFeatures.from_json(store.read(record)) == AS_AWS
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'{"creates": "exclusive", "newer": 1}'])
-def test_what_another_version_remembers_says_nothing(text: bytes) -> None:
-    assert StoreFeatures.from_json(text) is None
-
-
 def test_bytes_that_changed_on_their_way_are_noticed_where_the_store_does_not(
     store: S3Store, lesser: LesserS3
 ) -> None:
@@ -165,27 +159,3 @@ def test_uploads_that_cannot_be_listed_are_none(store: S3Store, lesser: LesserS3
 
 def test_a_disk_lacks_nothing(tmp_path) -> None:
     assert LocalStore(str(tmp_path)).weaknesses() == ()
-
-
-_OTHER_CREATES = (Creates.RACY, Creates.IGNORED, Creates.REFUSED)
-
-
-@pytest.mark.parametrize(
-    "features",
-    [
-        *(StoreFeatures(creates=creates) for creates in _OTHER_CREATES),
-        *(StoreFeatures(creates=creates, lists_at_once=False) for creates in _OTHER_CREATES),
-        StoreFeatures(checks_checksums=False),
-        StoreFeatures(lists_at_once=False),
-        StoreFeatures(lists_uploads=False),
-        StoreFeatures(deletes_in_batches=False),
-        StoreFeatures(copies=False),
-    ],
-)
-def test_every_lack_says_what_it_means_and_what_to_do(features: StoreFeatures) -> None:
-    found = weaknesses(features, "s3://bucket/run")
-    assert found
-    assert all(f.what and f.do and f.where == "s3://bucket/run" for f in found)
-    is_unsafe = features.creates is not Creates.EXCLUSIVE and not features.lists_at_once
-    has_problem = any(f.level is Level.PROBLEM for f in found)
-    assert has_problem is (is_unsafe or not features.copies)
