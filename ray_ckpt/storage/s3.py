@@ -24,14 +24,14 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.core.findings import Finding
 from ray_ckpt.core.manifest import FileEntry
-from ray_ckpt.core.store_features import Creates, weaknesses
+from ray_ckpt.core.store_features import weaknesses
 from ray_ckpt.storage import posix
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
-from ray_ckpt.storage.election import create_by_election
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
 from ray_ckpt.storage.s3_client import make_file_system
 from ray_ckpt.storage.s3_copy import copy_object, is_equal
+from ray_ckpt.storage.s3_creates import create_object
 from ray_ckpt.storage.s3_deletes import S3Deletes
 from ray_ckpt.storage.s3_download import download_in_ranges
 from ray_ckpt.storage.s3_errors import (
@@ -66,7 +66,7 @@ class S3Store:
         self._file_system = self._made()
         self._wired: tuple[Any, S3Wire | None] = (None, None)
         self._deletes = S3Deletes(self._at_name, self.bucket)
-        self.features = S3Features(self, partial(self.ask, names.PROBES), self._endpoint)
+        self.features = S3Features(self, partial(self.request, names.PROBES), self._endpoint)
         """What this store does."""
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
@@ -192,20 +192,7 @@ class S3Store:
     def create(self, key: str, data: bytes) -> None:
         """One PUT with If-None-Match, or an election; the very same bytes count as put by it."""
         features = self.features.get()
-        if features.creates is Creates.EXCLUSIVE:
-            self._put_new(key, data)
-        else:
-            # If-None-Match goes along where the store knows it: it may have learnt more since
-            is_known = features.creates is not Creates.REFUSED
-            put = partial(self._put_new if is_known else self.write, key, data)
-            create_by_election(self, key, data, put)
-        if not features.checks_checksums and self.read(key) != data:
-            raise IntegrityError(
-                "what is there differs from what was sent",
-                self._where(key),
-                "whatever was sent before is untouched",
-                f"look at it, remove it, and try again: aws s3 rm {self._where(key)}",
-            )
+        create_object(self, key, data, features=features, put_new=self._put_new)
 
     def _put_new(self, key: str, data: bytes) -> None:
         try:
@@ -362,7 +349,7 @@ class S3Store:
     def _call(self, verb: str, key: str, **options: Any) -> dict[str, Any]:
         """S3's own answer; empty where what is asked about is not there, or nobody can say."""
         try:
-            return self.ask(key, verb, **options)
+            return self.request(key, verb, **options)
         except StorageError as error:
             is_untold = verb == "list_multipart_uploads" and is_unknown(error)
             if not is_untold and not is_gone(error):
@@ -372,7 +359,7 @@ class S3Store:
     def _at_name(self, verb: str, name: str, **options: Any) -> dict[str, Any]:
         return self._call(verb, self._key(f"{self.bucket}/{name}"), **options)
 
-    def ask(self, key: str, verb: str, **options: Any) -> dict[str, Any]:
+    def request(self, key: str, verb: str, **options: Any) -> dict[str, Any]:
         """S3's own answer to one of its own requests; errors are said to be about `key`."""
         return self._ask(key, lambda files: files.call_s3(verb, **options))
 

@@ -42,7 +42,7 @@ def _prefix(store: S3Store) -> str:
 def _rules(store: S3Store) -> list[Rule] | None:
     """Every rule that is switched on; None where nobody may look."""
     try:
-        answer = store.ask("", "get_bucket_lifecycle_configuration", Bucket=store.bucket)
+        answer = store.request("", "get_bucket_lifecycle_configuration", Bucket=store.bucket)
     except ObjectNotFoundError:
         return []
     except AuthorizationError:
@@ -110,7 +110,7 @@ def _when(rule: Mapping[str, Any]) -> str:
 
 def _is_versioned(store: S3Store) -> bool:
     try:
-        answer = store.ask("", "get_bucket_versioning", Bucket=store.bucket)
+        answer = store.request("", "get_bucket_versioning", Bucket=store.bucket)
     except StorageError:
         return False
     return answer.get("Status") == "Enabled"

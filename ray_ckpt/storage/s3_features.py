@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import ObjectNotFoundError, StorageError, TransientError
+from ray_ckpt.core.errors import ObjectNotFoundError, StorageError
 from ray_ckpt.core.store_features import StoreFeatures, weaknesses
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.s3_probe import probe
@@ -42,27 +42,25 @@ class S3Features:
         """
         at = (self._endpoint(), self._bucket)
         if at not in _known:
-            _known[at] = self._remembered(at[0]) or self.find_out()
+            _known[at] = self._remembered(at[0]) or self._found_out_and_told()
         return _known[at]
 
     def find_out(self) -> StoreFeatures:
-        """What the store does now; remembered, and told of where it lacks something."""
-        found = self._probed()
-        for finding in weaknesses(found, self._store.uri):
-            log.warning("%s", finding)
+        """What the store does now; remembered from then on."""
+        folder = f"{self._prefix}/{names.PROBES}".lstrip("/")
+        found = probe(self._call, bucket=self._bucket, folder=folder)
         endpoint = self._endpoint()
         with suppress(StorageError):  # the next process finds out for itself
             self._store.write(names.store_key(endpoint), found.to_json())
         _known[endpoint, self._bucket] = found
         return found
 
-    def _probed(self) -> StoreFeatures:
-        """A second try costs less than whatever waits for it."""
-        folder = f"{self._prefix}/{names.PROBES}".lstrip("/")
-        try:
-            return probe(self._call, bucket=self._bucket, folder=folder)
-        except TransientError:
-            return probe(self._call, bucket=self._bucket, folder=folder)
+    def _found_out_and_told(self) -> StoreFeatures:
+        """With a line in the log for everything that it lacks."""
+        found = self.find_out()
+        for finding in weaknesses(found, self._store.uri):
+            log.warning("%s", finding)
+        return found
 
     def _remembered(self, endpoint: str) -> StoreFeatures | None:
         try:

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from enum import Enum, auto
 from typing import Any
 
 from ray_ckpt.core.errors import AuthorizationError, ConflictError, StorageError, TransientError
@@ -39,6 +40,14 @@ def probe(call: Call, *, bucket: str, folder: str) -> StoreFeatures:
     return _Probe(call, bucket, f"{folder}/{uuid.uuid4().hex}").run()
 
 
+class _Put(Enum):
+    """What became of a PUT with a condition."""
+
+    STORED = auto()
+    CONFLICT = auto()
+    REFUSED = auto()
+
+
 class _Probe:
     def __init__(self, call: Call, bucket: str, folder: str) -> None:
         self._call = call
@@ -50,12 +59,15 @@ class _Probe:
     def run(self) -> StoreFeatures:
         try:
             creates = self._creates()
-            checks_checksums = not self._takes("wrong", ChecksumCRC32=_WRONG_CRC32)
+            checks_checksums = self._checks_checksums()
             copies = self._copies()
             lists_uploads = self._lists_uploads()
-            shows = self._listed() >= {self._key("first")}
-            deletes_in_batches = self._deletes()
-            hides = not self._listed()
+            listed = self._listed()
+            shows = listed is None or self._key("first") in listed
+            has_batches = self._deletes()
+            hides = has_batches is None or not self._listed()
+        except TransientError:
+            raise  # must not wait for the store once more: gc finds what is left
         except BaseException:
             self._delete_one_by_one()
             raise
@@ -64,7 +76,7 @@ class _Probe:
             checks_checksums=checks_checksums,
             lists_at_once=shows and hides,
             lists_uploads=lists_uploads,
-            deletes_in_batches=deletes_in_batches,
+            deletes_in_batches=has_batches is not False,
             copies=copies,
         )
 
@@ -77,9 +89,9 @@ class _Probe:
 
     def _creates(self) -> Creates:
         answer = self._call("put_object", **self._at("first"), Body=b"plain")
-        if not self._takes("known", IfNoneMatch="*"):
+        if self._put("known", IfNoneMatch="*") is _Put.REFUSED:
             return Creates.REFUSED
-        if self._takes("first", IfNoneMatch="*"):
+        if self._put("first", IfNoneMatch="*") is _Put.STORED:
             return Creates.IGNORED
         if _SWIFT in _headers(answer) or any(self._winners(n) > 1 for n in range(_ROUNDS)):
             return Creates.RACY
@@ -87,24 +99,31 @@ class _Probe:
 
     def _winners(self, number: int) -> int:
         with ThreadPoolExecutor(_RACERS, "ray_ckpt probe") as threads:
-            racing = [
-                threads.submit(self._takes, f"race-{number}", f"{racer}", IfNoneMatch="*")
-                for racer in range(_RACERS)
-            ]
-            return sum(future.result() for future in racing)
+            racing = [threads.submit(self._race, f"race-{number}", str(n)) for n in range(_RACERS)]
+            return sum(future.result() is _Put.STORED for future in racing)
 
-    def _takes(self, name: str, body: str = "other", **options: str) -> bool:
-        """Whether an object is stored with these options."""
-        at = self._at(name)
+    def _race(self, name: str, body: str) -> _Put:
         try:
-            self._call("put_object", **at, Body=body.encode(), **options)
-        except (ConflictError, TransientError):
-            return False  # botocore takes a wrong checksum for a bad line
-        except AuthorizationError:
+            return self._put(name, body, IfNoneMatch="*")
+        except TransientError:
+            return _Put.CONFLICT
+
+    def _checks_checksums(self) -> bool:
+        try:
+            return self._put("wrong", ChecksumCRC32=_WRONG_CRC32) is not _Put.STORED
+        except TransientError:  # what a wrong checksum is taken for: a bad line
+            return True
+
+    def _put(self, name: str, body: str = "other", **options: str) -> _Put:
+        try:
+            self._call("put_object", **self._at(name), Body=body.encode(), **options)
+        except ConflictError:
+            return _Put.CONFLICT
+        except (AuthorizationError, TransientError):
             raise
         except StorageError:
-            return False
-        return True
+            return _Put.REFUSED
+        return _Put.STORED
 
     def _copies(self) -> bool:
         source = {"Bucket": self._bucket, "Key": self._key("first")}
@@ -135,27 +154,34 @@ class _Probe:
             with suppress(StorageError):
                 self._call("abort_multipart_upload", **at, UploadId=upload_id)
 
-    def _listed(self) -> set[str]:
+    def _listed(self) -> set[str] | None:
+        """None where this token may not look."""
         prefix = f"{self._folder}/"
-        page = self._call("list_objects_v2", Bucket=self._bucket, Prefix=prefix)
+        try:
+            page = self._call("list_objects_v2", Bucket=self._bucket, Prefix=prefix)
+        except AuthorizationError:
+            return None
         return {entry["Key"] for entry in page.get("Contents", [])}
 
-    def _deletes(self) -> bool:
-        """Whether one request deletes all; they are gone in any case."""
+    def _deletes(self) -> bool | None:
+        """Whether one request deletes all; None where some may be left, as nobody may delete."""
         doomed = {"Objects": [{"Key": key} for key in sorted(self._keys)], "Quiet": True}
         try:
             answer = self._call("delete_objects", Bucket=self._bucket, Delete=doomed)
         except (AuthorizationError, TransientError):
-            return True
+            return None
         except StorageError:
             self._delete_one_by_one()
             return False
-        return not answer.get("Errors")
+        return None if answer.get("Errors") else True
 
     def _delete_one_by_one(self) -> None:
+        """As many as can be; `gc` finds the rest."""
         for key in sorted(self._keys):
-            with suppress(StorageError):
+            try:
                 self._call("delete_object", Bucket=self._bucket, Key=key)
+            except StorageError:
+                return
 
 
 def _headers(answer: Mapping[str, Any]) -> Mapping[str, str]:

@@ -107,6 +107,6 @@ def _section(path: Path) -> Mapping[str, Any]:
 def _kept_by_titan(section: Mapping[str, Any], folder: str) -> int:
     """So many; 0 for all, or where it saves elsewhere or not at all."""
     is_on = section.get("enable") or section.get("enable_checkpoint")
-    is_here = str(section.get("folder", "checkpoint")).rstrip("/").endswith(folder)
+    is_here = Path(str(section.get("folder", "checkpoint"))).name == folder
     kept = section.get("keep_latest_k", _TITAN_KEEPS if is_on else 0)
     return kept if is_here and isinstance(kept, int) else 0

@@ -12,10 +12,11 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
@@ -55,6 +56,10 @@ class S3Proxy:
         self._revoked: set[str] = set()
         self._old: OldListing | None = None
         self._pause_s = 0.0
+        self._take_s = 0.0
+        self._queue, self._counting = threading.Lock(), threading.Lock()
+        self.taken_bytes = 0
+        """Of bodies, of whatever came of them."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(
@@ -124,11 +129,15 @@ class S3Proxy:
         """Bodies come a piece at a time, with such a pause before each."""
         self._pause_s = pause_s
 
+    def take_slowly(self, take_s: float) -> None:
+        """Bodies are taken one after the other, and each keeps the others waiting for so long."""
+        self._take_s = take_s
+
     def recover(self) -> None:
         """All is well again."""
         self._faults.forget()
         self._revoked.clear()
-        self._old, self._pause_s = None, 0.0
+        self._old, self._pause_s, self._take_s = None, 0.0, 0.0
 
     def wrong_with(self, line: str, headers: Mapping[str, str]) -> Fault | None:
         """What is to go wrong with this request."""
@@ -145,6 +154,18 @@ class S3Proxy:
     @property
     def pause_s(self) -> float:
         return self._pause_s
+
+    def take(self, stream: BufferedIOBase, size_bytes: int) -> bytes:
+        """The body of a request; shorter if its sender has gone."""
+        with self._queue if self._take_s and size_bytes else nullcontext():
+            threading.Event().wait(self._take_s if size_bytes else 0.0)
+            body = bytearray()
+            with suppress(ConnectionError):
+                while piece := stream.read(min(PIECE_BYTES, size_bytes - len(body))):
+                    body += piece
+        with self._counting:
+            self.taken_bytes += len(body)
+        return bytes(body)
 
     def pass_on(self, request: "Handler", body: bytes) -> Answer:
         """The real server's answer, or an older one to a LIST."""
@@ -202,7 +223,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.wrong is Wrong.SILENCE:
             self._proxy.stay_silent()
             return
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        size_bytes = int(self.headers.get("Content-Length", 0))
+        body = self._proxy.take(self.rfile, size_bytes)
+        if len(body) < size_bytes:
+            return  # nobody is left to be answered
         if fault is None:
             self._send(self._proxy.pass_on(self, body))
         elif fault.wrong is Wrong.BROKEN_BODY:

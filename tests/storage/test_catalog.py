@@ -35,7 +35,13 @@ from tests.storage.steps import (
 SHARD = "step-5/__0_0.distcp"
 
 
-@pytest.fixture(params=["root", pytest.param("s3_root", marks=pytest.mark.s3)])
+@pytest.fixture(
+    params=[
+        "root",
+        pytest.param("s3_root", marks=pytest.mark.s3),
+        pytest.param("lesser_root", marks=pytest.mark.s3),
+    ]
+)
 def catalog(request: pytest.FixtureRequest) -> Catalog:
     return open_catalog(request.getfixturevalue(request.param))
 

@@ -5,9 +5,8 @@ import logging
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import IntegrityError
-from ray_ckpt.core.findings import Level
-from ray_ckpt.core.store_features import Creates, StoreFeatures, weaknesses
+from ray_ckpt.core.errors import IntegrityError, TransientError
+from ray_ckpt.core.store_features import Creates, StoreFeatures
 from ray_ckpt.storage.local import LocalStore
 from ray_ckpt.storage.s3 import S3Store
 from tests.servers.lesser_s3 import Lack, LesserS3
@@ -74,6 +73,26 @@ def test_requests_that_the_store_does_not_have_are_found_out(
     assert keys(store) == records(store)
 
 
+def test_what_these_keys_may_not_do_is_not_held_against_the_store(
+    store: S3Store, lesser: LesserS3
+) -> None:
+    for match in (r"POST .*\?delete", r"DELETE ", r"GET .*\?uploads", r"PUT .*/copy"):
+        lesser.fail(match=match, status=403, code="AccessDenied")
+    assert store.features.find_out() == AS_AWS
+
+
+def test_a_store_that_fails_meanwhile_is_asked_for_nothing_more(
+    store: S3Store, lesser: LesserS3
+) -> None:
+    lesser.fail(match="PUT .*/known", status=400, code="RequestTimeout")
+    with pytest.raises(TransientError):
+        store.create("a", b"")
+    assert "/known" in lesser.requests[-1]
+    lesser.recover()
+    store.create("a", b"")
+    assert store.weaknesses() == ()
+
+
 def test_late_listings_are_found_out(store: S3Store, lesser: LesserS3, s3_bucket: str) -> None:
     lesser.lists_lag(s3_bucket)
     assert store.features.find_out() == StoreFeatures(lists_at_once=False)
@@ -114,11 +133,6 @@ def test_what_cannot_be_read_is_found_out_anew(
     assert StoreFeatures.from_json(store.read(record)) == AS_AWS
 
 
-@pytest.mark.parametrize("text", [b"{", b"[]", b"{}", b'{"creates": "exclusive", "newer": 1}'])
-def test_what_another_version_remembers_says_nothing(text: bytes) -> None:
-    assert StoreFeatures.from_json(text) is None
-
-
 def test_bytes_that_changed_on_their_way_are_noticed_where_the_store_does_not(
     store: S3Store, lesser: LesserS3
 ) -> None:
@@ -145,27 +159,3 @@ def test_uploads_that_cannot_be_listed_are_none(store: S3Store, lesser: LesserS3
 
 def test_a_disk_lacks_nothing(tmp_path) -> None:
     assert LocalStore(str(tmp_path)).weaknesses() == ()
-
-
-_OTHER_CREATES = (Creates.RACY, Creates.IGNORED, Creates.REFUSED)
-
-
-@pytest.mark.parametrize(
-    "features",
-    [
-        *(StoreFeatures(creates=creates) for creates in _OTHER_CREATES),
-        *(StoreFeatures(creates=creates, lists_at_once=False) for creates in _OTHER_CREATES),
-        StoreFeatures(checks_checksums=False),
-        StoreFeatures(lists_at_once=False),
-        StoreFeatures(lists_uploads=False),
-        StoreFeatures(deletes_in_batches=False),
-        StoreFeatures(copies=False),
-    ],
-)
-def test_every_lack_says_what_it_means_and_what_to_do(features: StoreFeatures) -> None:
-    found = weaknesses(features, "s3://bucket/run")
-    assert found
-    assert all(f.what and f.do and f.where == "s3://bucket/run" for f in found)
-    is_unsafe = features.creates is not Creates.EXCLUSIVE and not features.lists_at_once
-    has_problem = any(f.level is Level.PROBLEM for f in found)
-    assert has_problem is (is_unsafe or not features.copies)
