@@ -4,6 +4,7 @@ RayTasks    one Ray task an action: on any node with room, or on the only one th
 Threads     this process, for a root that no cluster is at hand for
 """
 
+import logging
 import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,6 +126,8 @@ class RayTasks:
 
 def run_on_ray(root: str, attempt: Attempt) -> Result:
     """The action's effect is there; the task gives way to training while it works."""
+    # a task's process has no other place where logging is set up
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     node = ray.get_runtime_context().get_node_id()
     crew = None
     if attempt.action.kind is ActionKind.EXPORT:

@@ -34,11 +34,12 @@ class Manager:
 
     def __init__(self, root: str, interval_s: float = 2.0) -> None:
         # an actor's process has no other place where logging is set up
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        name = run_name(root)
+        logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {name}: %(message)s")
         self._root = root
         catalog = open_catalog(root)
         self._reconciler = Reconciler(catalog, RayTasks(), owner=_owner())
-        self._meter = Meter(catalog.store, run_name(root))
+        self._meter = Meter(catalog.store, name)
         self._interval_s = interval_s
         self._progress: dict[str, Any] = {}
         self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)
