@@ -139,16 +139,16 @@ def _module(job: str, working_dir: Path | None) -> str:
 
 
 def _root(config: Path, overrides: Sequence[str]) -> str:
-    """What the file and the words after it say; the last one counts."""
+    """What the file and the words after it say; the last one counts. As its manager names it."""
     document = parse_toml(config.read_text(encoding="utf-8"), where=str(config))
     said = [word.removeprefix("root=") for word in overrides if word.startswith("root=")]
-    root = said[-1] if said else document.get("root")
+    root = said[-1].strip("'\"") if said else document.get("root")
     if not isinstance(root, str) or not root:
         raise ConfigError("'root' is missing", str(config), do="add root = ..., or write root=...")
     wrong = [word for word in overrides if "=" not in word]
     if wrong:
         raise ConfigError(f"{wrong[0]!r} is no override", do="write section.field=value")
-    return root
+    return root if "://" in root else str(Path(root).absolute())
 
 
 def _newest(root: str) -> str | None:

@@ -13,9 +13,22 @@ from collections.abc import Generator
 from ray_ckpt.cluster.attempts import Attempt
 from ray_ckpt.core.beats import Beat, Watch
 from ray_ckpt.core.names import run_name
+from ray_ckpt.storage.secrets import without_secrets
 
 log = logging.getLogger("ray_ckpt")
 SAY_EVERY_S = 10.0
+
+
+def speak(prefix: str = "") -> None:
+    """What ray_ckpt says is in this process's log from now on, each line after `prefix`.
+
+    Not what other libraries say: they print addresses, which may be signed.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s"))
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO)
 
 
 class TaskLog:
@@ -34,7 +47,7 @@ class TaskLog:
         try:
             yield
         except BaseException as error:
-            log.warning("%s failed: %s", self._title, error)
+            log.warning("%s failed: %s", self._title, without_secrets(str(error)))
             raise
         log.info("%s is done", self._title)
 

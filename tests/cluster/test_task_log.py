@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -96,3 +98,18 @@ def finished_log(get_log: Callable[..., Any], task_id: str, run: str) -> str | N
     """The task's own log, once it holds its last line."""
     text = "".join(get_log(task_id=task_id, suffix="err", tail=1000))
     return text if f"{run}: export step-20 hf is done" in text else None
+
+
+SPEAK = """
+import logging
+from ray_ckpt.cluster.task_log import speak
+speak("run-a: ")
+logging.getLogger("ray_ckpt").info("step-10 is verified")
+logging.getLogger("httpx").info("HTTP Request: PUT https://cdn/x?X-Amz-Signature=abc")
+"""
+
+
+def test_the_log_of_a_task_holds_nothing_that_other_libraries_say() -> None:
+    done = subprocess.run([sys.executable, "-c", SPEAK], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(" run-a: step-10 is verified")
