@@ -119,6 +119,7 @@ def train_worker(values: dict[str, Any]) -> None:
     windows = Windows(text, seq_len=config.data.seq_len, seed=config.seed)
     progress = TrainState()
 
+    run = run_name(open_catalog(config.root).uri)
     reporter = Reporter(config.root)
     checkpoints = CheckpointManager(
         config.root,
@@ -155,7 +156,7 @@ def train_worker(values: dict[str, Any]) -> None:
         time.sleep(max(0.0, config.min_step_s - (time.perf_counter() - started)))
         if rank == 0:
             reporter.progress(step=step, loss=loss, step_s=time.perf_counter() - started)
-            log.info("step %d/%d loss %.6f", step, config.steps, loss)
+            log.info("%s: step %d/%d loss %.6f", run, step, config.steps, loss)
         if is_last or step % config.report_every_steps == 0:
             ray.train.report({"step": step, "loss": loss})
             if config.save.listen and nodes.are_leaving():

@@ -19,6 +19,8 @@ from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.importing import import_
 from ray_ckpt.cli.plan import plan
+from ray_ckpt.cli.submit import submit
+from ray_ckpt.cli.watch import watch
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.version import __version__
 
@@ -39,7 +41,9 @@ def cli() -> None:
 VERBS = (
     demo,
     doctor,
+    submit,
     inspect.ls,
+    watch,
     inspect.show,
     inspect.verify,
     copies,

@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
 
 from ray_ckpt.cluster.manager import Manager
-from ray_ckpt.cluster.submit import submit_job
+from ray_ckpt.cluster.submit import JobFacts, submit_job
 from ray_ckpt.core.errors import TransientError
 from ray_ckpt.core.names import manager_name, run_name
 from ray_ckpt.storage.backends import open_catalog
@@ -81,7 +81,7 @@ def start_manager_job(root: str) -> Any:
         job = submit_job(
             client,
             shlex.join([sys.executable, "-m", "ray_ckpt.cluster.connect", uri]),
-            name=f"manager of {run_name(uri)}",
+            about=JobFacts(name=f"manager of {run_name(uri)}", root=uri),
             runtime_env=_runtime_env(),
         )
     except (ConnectionError, RuntimeError) as error:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_ckpt.cluster import nodes, priority
 from ray_ckpt.cluster.attempts import Attempt
+from ray_ckpt.cluster.task_log import speak
 from ray_ckpt.cluster.tasks import Result, run_action
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import LiveNode, Placement
@@ -125,6 +126,7 @@ class RayTasks:
 
 def run_on_ray(root: str, attempt: Attempt) -> Result:
     """The action's effect is there; the task gives way to training while it works."""
+    speak()  # a task's process has no other place where logging is set up
     node = ray.get_runtime_context().get_node_id()
     crew = None
     if attempt.action.kind is ActionKind.EXPORT:

@@ -16,7 +16,7 @@ from ray.job_config import JobConfig
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ray_ckpt.cluster.nodes import IO_RESOURCE
-from ray_ckpt.cluster.submit import submit_job
+from ray_ckpt.cluster.submit import JobFacts, submit_job
 from ray_ckpt.core.errors import RayCkptError
 
 _LOG_LINES = 25
@@ -42,7 +42,7 @@ class LocalJobs:
         return submit_job(
             self._client,
             f"python -m {command}",
-            name=name,
+            about=JobFacts(name=name),
             runtime_env={"env_vars": self._environment},
         )
 

@@ -18,6 +18,7 @@ import ray
 from ray_ckpt.cluster.executors import RayTasks
 from ray_ckpt.cluster.metrics import Meter
 from ray_ckpt.cluster.reconciler import Reconciler, Round
+from ray_ckpt.cluster.task_log import speak
 from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.names import run_name
@@ -34,11 +35,12 @@ class Manager:
 
     def __init__(self, root: str, interval_s: float = 2.0) -> None:
         # an actor's process has no other place where logging is set up
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+        name = run_name(root)
+        speak(f"{name}: ")
         self._root = root
         catalog = open_catalog(root)
         self._reconciler = Reconciler(catalog, RayTasks(), owner=_owner())
-        self._meter = Meter(catalog.store, run_name(root))
+        self._meter = Meter(catalog.store, name)
         self._interval_s = interval_s
         self._progress: dict[str, Any] = {}
         self._losses: deque[tuple[int, float]] = deque(maxlen=LOSSES_KEPT)

@@ -129,10 +129,10 @@ class Meter:
 
 
 def _moving(flight: Flight) -> Moving:
-    beat = flight.watch.last
+    watch = flight.watch
     return Moving(
         action=flight.action,
-        done_bytes=beat.done_bytes if beat else 0,
-        total_bytes=beat.total_bytes if beat else None,
-        bytes_per_s=flight.watch.bytes_per_s,
+        done_bytes=watch.last.done_bytes if watch.last else 0,
+        bytes_per_s=watch.bytes_per_s,
+        eta_s=watch.eta_s,
     )

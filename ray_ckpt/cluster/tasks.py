@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_ckpt.cluster.attempts import Attempt, AttemptGuard
+from ray_ckpt.cluster.task_log import TaskLog
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import NODE
@@ -70,7 +71,17 @@ def run_action(
     catalog = open_catalog(root)
     guard = AttemptGuard(catalog=catalog, attempt=attempt)
     first = first_beat(attempt_started_at=attempt.started_at, node=node)
-    with beating(catalog.store, attempt.beat_key, first=first, every_s=attempt.beat_s) as progress:
+    told = TaskLog(catalog.uri, attempt)
+    with (
+        told.lines(),
+        beating(
+            catalog.store,
+            attempt.beat_key,
+            first=first,
+            every_s=attempt.beat_s,
+            heard=told.heard,
+        ) as progress,
+    ):
         try:
             run = _RUNNERS[attempt.action.kind]
             if attempt.action.kind is ActionKind.EXPORT:

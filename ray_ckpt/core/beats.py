@@ -113,3 +113,10 @@ class Watch:
         if self.last is None or self.heard_at <= self.begun_at:
             return None
         return self.last.done_bytes / (self.heard_at - self.begun_at)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until what it does now is done, at this speed; None where nobody knows."""
+        if self.last is None or not self.last.total_bytes or not self.bytes_per_s:
+            return None
+        return max(0, self.last.total_bytes - self.last.done_bytes) / self.bytes_per_s

@@ -89,15 +89,8 @@ class Moving:
 
     action: Action
     done_bytes: int
-    total_bytes: int | None
     bytes_per_s: float | None
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until it is done at its mean speed; None where nobody knows."""
-        if not self.bytes_per_s or not self.total_bytes:
-            return None
-        return max(0, self.total_bytes - self.done_bytes) / self.bytes_per_s
+    eta_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,18 +29,35 @@ _START_FIELD = 19
 """Of /proc/<pid>/stat, counted after the program's name: clock ticks from boot to its start."""
 
 
+def nobody(beat: Beat) -> None:
+    """Nobody else hears it."""
+
+
 @contextlib.contextmanager
-def beating(store: Store, key: str, *, first: Beat, every_s: float) -> Generator[Progress]:
-    """What the block counts there is told under `key`, every `every_s` seconds, while it runs."""
+def beating(
+    store: Store,
+    key: str,
+    *,
+    first: Beat,
+    every_s: float,
+    heard: Callable[[Beat], None] = nobody,
+) -> Generator[Progress]:
+    """What the block counts there is told under `key`, every `every_s` seconds, while it runs.
+
+    `heard` is called with each beat, in the thread that tells.
+    """
     progress, ended = Progress(), threading.Event()
 
-    def beat() -> None:
+    def tell() -> None:
         for count in itertools.count():
-            _tell(store, key, replace(first, count=count), progress)
+            beat = _beat(replace(first, count=count), progress)
+            with contextlib.suppress(RayCkptError):  # the next beat may pass
+                store.write(key, beat.to_json())
+            heard(beat)
             if ended.wait(every_s):
                 return
 
-    thread = threading.Thread(target=beat, name="ray_ckpt beat", daemon=True)
+    thread = threading.Thread(target=tell, name="ray_ckpt beat", daemon=True)
     thread.start()
     try:
         yield progress
@@ -106,14 +123,12 @@ def sweep_beats(store: Store, *, except_for: Iterable[str]) -> list[str]:
     return left
 
 
-def _tell(store: Store, key: str, beat: Beat, progress: Progress) -> None:
+def _beat(beat: Beat, progress: Progress) -> Beat:
     doing, done_bytes, total_bytes = progress.seen()
-    told = replace(
+    return replace(
         beat,
         doing=doing,
         done_bytes=done_bytes,
         total_bytes=total_bytes,
         peak_rss_bytes=peak_rss_bytes(),
     )
-    with contextlib.suppress(RayCkptError):  # the next beat may pass
-        store.write(key, told.to_json())

@@ -35,6 +35,15 @@ def manifest_in(store: Store, folder: str) -> Manifest | None:
         return None
 
 
+def newest_step(store: Store) -> int | None:
+    """The newest step that is committed; a listing, and a look at the newest folders."""
+    steps = filter(None, map(names.parse_step, store.list_folders("")))
+    for step in sorted(steps, reverse=True):
+        if store.stat(names.manifest_key(names.step_dir(step))) is not None:
+            return step
+    return None
+
+
 def told_in(store: Store, folder: str) -> Told:
     """What the folder's manifest says; one read."""
     try:

@@ -143,7 +143,7 @@ def test_the_backlog_of_a_destination_is_what_was_not_copied_yet() -> None:
     observed = exported(observe(view(10), view(20), policy=COPY_EACH), 10)
     publish = publish_action(view(10), HF, "/copies")
     observed = with_record(observed, publish, ActionState.RUNNING)
-    moving = Moving(action=publish, done_bytes=4, total_bytes=10, bytes_per_s=2.0)
+    moving = Moving(action=publish, done_bytes=4, bytes_per_s=2.0, eta_s=3.0)
     values = told(observed, moving)
     assert values[("ckpt_backlog", "/copies")] == 2
     assert values[("ckpt_backlog_bytes", "/copies")] == (10 - 4) + 10  # the second as the first

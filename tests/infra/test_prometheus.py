@@ -115,26 +115,31 @@ def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
         assert program.stdin is not None and program.stdout is not None
         targets = Path(program.stdout.readline().strip())
         with prometheus(tmp_path, targets=targets, rules=ALERTS) as server:
-            drawn = draw_all(server)
+            draw_all(server)
             wait_for(lambda: ("RayCkptQuarantine", run_name(local_root)) in server.firing())
             wait_for(lambda: ("RayCkptDeadAction", run_name(local_root)) in server.firing())
             assert set(server.rules().values()) == {"ok"}
             fired = {run for alert, run in server.firing() if alert == "RayCkptQuarantine"}
+            newest = by_run(server, "Newest committed step A")
+            damaged = by_run(server, "Damaged A")
         program.stdin.close()
     assert fired == {run_name(local_root)}
-    assert drawn["Newest committed step A"][run_name(local_root)] == 6
-    assert drawn["Damaged A"] == {run_name(local_root): 1, run_name(s3_root): 0}
+    assert newest == {run_name(local_root): 6, run_name(s3_root): 1}
+    assert damaged == {run_name(local_root): 1, run_name(s3_root): 0}
 
 
-def draw_all(server: Prometheus) -> dict[str, dict[str, float]]:
-    """Under each query, values by run at the first moment at which there are any for its run."""
-    left, drawn = queries(), dict[str, dict[str, float]]()
+def by_run(server: Prometheus, title: str) -> dict[str, float]:
+    found = server.query(queries()[title])
+    return {series["metric"]["run"]: float(series["value"][1]) for series in found}
+
+
+def draw_all(server: Prometheus) -> None:
+    """Every query has had values at some moment."""
+    left = queries()
 
     def look() -> bool:
         for title, expression in list(left.items()):
-            found = server.query(expression)
-            if found:
-                drawn[title] = {s["metric"]["run"]: float(s["value"][1]) for s in found}
+            if server.query(expression):
                 del left[title]
         return not left
 
@@ -142,4 +147,3 @@ def draw_all(server: Prometheus) -> dict[str, dict[str, float]]:
         wait_for(look, timeout_s=150.0)
     except AssertionError:
         raise AssertionError(f"nothing to draw for {sorted(left)}") from None
-    return drawn
