@@ -18,6 +18,7 @@ from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.importing import import_
 from ray_ckpt.cli.plan import plan
+from ray_ckpt.cli.purge_hub import purge_hub
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.version import __version__
 
@@ -52,6 +53,7 @@ VERBS = (
     act.pin,
     act.unpin,
     act.purge,
+    purge_hub,
     act.undo,
     gc,
     act.save_now,

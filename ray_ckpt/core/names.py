@@ -28,6 +28,7 @@
                                        in step-500/
         events/<time>-<who>-<id>.jsonl what happened, in batches that are never rewritten
         snapshot.json                  what the manager has told of last
+        hub/<org>/<repository>.json    content of copies that went from there and is not free yet
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
 Keys are relative to the root and separated by "/", on every backend.
@@ -58,6 +59,7 @@ PARTS = f"{PRIVATE}/parts"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"
+HUB = f"{PRIVATE}/hub"
 
 STEP_PREFIX = "step-"
 """How the name of every checkpoint's folder begins, and maybe somebody else's."""
@@ -110,6 +112,11 @@ def pointer_key(name: str, pointer: str) -> str:
 def is_word(name: str) -> bool:
     """Whether `name` may be part of a key: letters, digits, `.`, `_`, `-`; no step, not hidden."""
     return _WORD.fullmatch(name) is not None and parse_step(name) is None
+
+
+def hub_key(repository: str) -> str:
+    """What is still to be removed from a repository on the Hub, `org/name`."""
+    return f"{HUB}/{repository}.json"
 
 
 def manifest_key(folder: str) -> str:

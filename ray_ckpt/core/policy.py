@@ -151,7 +151,7 @@ class PublishPolicy:
             raise ConfigError(
                 f"copies at {self.to} are never removed: a tag on the Hub is history",
                 "publish.keep",
-                do="leave out keep for this destination",
+                do=f"leave out keep; when it is time: ray-ckpt purge-hub ROOT {self.to}",
             )
 
     def _check_promote(self) -> None:

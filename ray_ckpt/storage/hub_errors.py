@@ -138,8 +138,12 @@ def _meaning(error: BaseException) -> tuple[_Meaning, str, Mapping[str, str]] | 
 
 def _without_an_answer(error: BaseException) -> tuple[_Meaning, str] | None:
     """What the text alone tells, or the client's own class."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     text = str(error)
     match error:
+        case LocalEntryNotFoundError():  # neither on the Hub's side nor in the cache of this host
+            return _UNREACHABLE, f"the Hub cannot be reached: {text}"
         case ValueError() if text.startswith("LFS batch API returned errors"):
             return _by_words(0, text), f"the Hub refused: {text}"
         case ValueError() if text.startswith("Invalid metadata in README.md"):

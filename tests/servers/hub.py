@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from huggingface_hub import HfApi
 
-from tests.servers import hub_read, hub_write, hub_xet
+from tests.servers import hub_lfs, hub_read, hub_write, hub_xet
 from tests.servers.faults import FOR_EVER, Fault, Faults, Wrong
 from tests.servers.hub_repo import BlobStore, RefusedError
 from tests.servers.hub_socket import Server
@@ -78,6 +78,9 @@ ROUTES: tuple[tuple[str, str, Access, Callable[..., Response]], ...] = (
     ("PUT", "/lfs-blobs/(?P<sha256>[^/]+)", Access.ANYONE, hub_write.put_blob),
     ("POST", f"{LFS}/verify", Access.WRITE, hub_write.verify_blob),
     ("POST", f"{MODEL}/commit/{REVISION}", Access.WRITE, hub_write.commit),
+    ("POST", f"{MODEL}/super-squash/{REFERENCE}", Access.WRITE, hub_write.super_squash),
+    ("GET", f"{MODEL}/lfs-files", Access.WRITE, hub_lfs.list_files),
+    ("POST", f"{MODEL}/lfs-files/batch", Access.WRITE, hub_lfs.delete_files),
     ("GET", f"{MODEL}/xet-read-token/{REVISION}", Access.ANYONE, hub_xet.token),
     ("GET", f"{MODEL}/xet-write-token/{REVISION}", Access.WRITE, hub_xet.token),
 )

@@ -152,6 +152,8 @@ def download(hub: Hub, request: Request, *, name: str, revision: str, path: str)
     if file is None:
         missing = entry_not_found(path)
         raise RefusedError(missing.status, missing.message, {**missing.headers, **headers})
+    if isinstance(file, LargeFile) and not hub.has(file):
+        raise entry_not_found(path)
     headers |= _file_headers(file) | hub_xet.whereabouts(hub, file, name=name, commit=commit.oid)
     asked = request.headers.get("range")
     wanted = range(file.size) if asked is None else _range(asked, size=file.size)

@@ -23,6 +23,7 @@ from ray_ckpt.core.failures import BLOCKS, RETRIES, ErrorClass, classify
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.retry_after import retry_after_s
 from tests.servers.hub import HubDouble
+from tests.storage.test_fetch import fetched
 from tests.storage.test_publish import WEIGHTS, make_export, publish
 from tests.waiting import PATIENCE_S
 
@@ -246,3 +247,16 @@ def test_a_branch_that_somebody_has_rewritten_leads_to_a_copy_again(
 
 def first_commit(client: HfApi) -> str:
     return client.list_repo_commits("ray/model")[-1].commit_id
+
+
+def test_a_hub_that_goes_away_in_the_middle_is_worth_another_try(
+    root: str, hub: HubDouble, tmp_path: Path
+) -> None:
+    publish(root, hub, TO)
+    hub.fail(match="HEAD .*/resolve/", status=503, times=1000)
+    code, said = fetched(hub, TO, tmp_path / "mine")
+    assert code == 3
+    assert "error: the Hub cannot be reached" in said
+    hub.recover()
+    code, said = fetched(hub, TO, tmp_path / "mine")
+    assert code == 0, said
