@@ -15,6 +15,7 @@ from ray_ckpt.cli.output import (
     root_argument,
 )
 from ray_ckpt.core import copies as recorded
+from ray_ckpt.core import names
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.hub_purge import HubPurge, HubWish, Objects
@@ -57,7 +58,7 @@ def purge_hub(
 
     Example: ray-ckpt purge-hub /runs/a hf://org/model --keep-latest 3 --squash
     """
-    if not destination.startswith("hf://"):
+    if not names.is_repository(destination):
         raise ConfigError(f"{destination} is not on the Hub", "DESTINATION", do="write hf://...")
     if keep_latest is None and keep_every is None:
         raise ConfigError("nothing says what is to stay", "--keep-latest", do="add --keep-latest 3")

@@ -61,6 +61,8 @@ TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"
 HUB = f"{PRIVATE}/hub"
 
+BUCKETS = "hf://buckets/"
+"""How buckets on the Hub begin: stores of files, where `hf://org/repo` has commits."""
 STEP_PREFIX = "step-"
 """How the name of every checkpoint's folder begins, and maybe somebody else's."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -75,6 +77,15 @@ _ATTEMPT = re.compile(r"([0-9a-f]+)-a([1-9][0-9]*)\.json")
 _LOG = re.compile(r"([0-9a-f]+)-a[0-9]+\.log")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PIN = re.compile(rf"ray_ckpt\.pin\.({_WORD.pattern})\.json")
+
+
+def is_repository(uri: str) -> bool:
+    """Whether it is a repository on the Hub.
+
+    >>> is_repository("hf://org/repo"), is_repository("hf://buckets/org/name/run")
+    (True, False)
+    """
+    return uri.startswith("hf://") and not uri.startswith(BUCKETS)
 
 
 def step_dir(step: int) -> str:

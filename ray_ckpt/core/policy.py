@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from ray_ckpt.core import names
 from ray_ckpt.core.config import (
     MAX_SHARD_BYTES,
     Device,
@@ -147,7 +148,7 @@ class PublishPolicy:
 
     def __post_init__(self) -> None:
         self._check_promote()
-        if self.keep is not None and self.to.startswith("hf://"):
+        if self.keep is not None and names.is_repository(self.to):
             raise ConfigError(
                 f"copies at {self.to} are never removed: a tag on the Hub is history",
                 "publish.keep",
@@ -179,7 +180,7 @@ class PublishPolicy:
     @property
     def repository(self) -> str | None:
         """Where its tags lie, on the Hub; None for any other destination."""
-        return self.to.partition("@")[0] if self.to.startswith("hf://") else None
+        return self.to.partition("@")[0] if names.is_repository(self.to) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

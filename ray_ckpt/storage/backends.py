@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import UsageError
+from ray_ckpt.storage.bucket import BucketStore
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import RenameCommit
 from ray_ckpt.storage.local import LocalStore
@@ -20,15 +22,27 @@ def _open_s3(uri: str) -> Catalog:
     return Catalog(store, MarkerCommit(store))
 
 
+def _open_bucket(uri: str) -> Catalog:
+    if names.is_repository(uri):
+        raise UsageError(
+            "a repository on the Hub is no root and no folder",
+            uri,
+            do="name a path, s3://bucket/prefix or hf://buckets/ORG/NAME/PREFIX",
+        )
+    store = BucketStore(uri)
+    return Catalog(store, MarkerCommit(store))
+
+
 _BACKENDS: dict[str, Callable[[str], Catalog]] = {
     "": _open_local,
     "file": _open_local,
     "s3": _open_s3,
+    "hf": _open_bucket,
 }
 
 
 def open_catalog(uri: str) -> Catalog:
-    """The catalog of the root at `uri`: a path, `file://`, or `s3://bucket/prefix`.
+    """The catalog of the root at `uri`: a path, `file://`, `s3://bucket/prefix`, `hf://buckets/...`.
 
     Touches nothing yet: a root that is not there has no checkpoints.
 

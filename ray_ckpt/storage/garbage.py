@@ -203,7 +203,7 @@ def _copies(catalog: Catalog, observed: Observation, now: float) -> Iterator[Gar
             folder = names.export_dir(action.export.name, action.step)
             folders.setdefault(action.destination or "", set()).add(folder)
     for destination, begun in sorted(folders.items()):
-        if not destination.startswith("hf://"):
+        if not names.is_repository(destination):
             yield from _at(open_catalog(destination), begun, now)
 
 

@@ -79,7 +79,9 @@ def _refuse_another_tag(api: Any, repository: str, commit: str | None, manifest:
 
 
 def create_on_hub(destination: str) -> None:
-    """The repository and the branch are there; a new repository is private. Twice is harmless.
+    """The repository and the branch, or the bucket, are there; a new one is private.
+
+    Twice is harmless.
 
     For a person who asks by name: nothing that repeats itself may make one that somebody removed.
 
@@ -87,9 +89,14 @@ def create_on_hub(destination: str) -> None:
         UsageError: the destination is not on the Hub.
         AuthorizationError, TransientError
     """
-    if not destination.startswith("hf://"):
+    if destination.startswith(names.BUCKETS):
+        with translated(destination):
+            bucket = "/".join(destination.removeprefix(names.BUCKETS).split("/")[:2])
+            hub_api().create_bucket(bucket, private=True, exist_ok=True)
+        return
+    if not names.is_repository(destination):
         raise UsageError(
-            "only repositories on the Hub are made beforehand",
+            "only repositories and buckets on the Hub are made beforehand",
             destination,
             "nothing was changed",
             "leave out --create: folders and prefixes come into being with the copy",

@@ -1,6 +1,7 @@
 """A finished export reaches a place outside its root: all of it or none of it, and only once.
 
-    /path, s3://bucket/prefix     <destination>/exports/<name>/step-<n>/, a root like any other
+    /path, s3://bucket/prefix, hf://buckets/org/name/prefix
+                                  <destination>/exports/<name>/step-<n>/, a root like any other
     hf://org/repo[@branch]        one commit, and the tag step-<n>
 
 To add a kind of destination: a module of its own, and a line in `_PUBLISHERS`.
@@ -51,7 +52,8 @@ def publish_export(
             the copy that is there was altered since it was made, and is untouched.
         AuthorizationError, TransientError, StorageFullError: from the destination.
     """
-    scheme = destination.partition("://")[0] if "://" in destination else ""
+    is_root = "://" not in destination or destination.startswith(names.BUCKETS)
+    scheme = "" if is_root else destination.partition("://")[0]
     publisher = _PUBLISHERS.get(scheme, _publish_to_root)
     return publisher(catalog, export, destination, progress)
 

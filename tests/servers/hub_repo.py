@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -141,6 +141,24 @@ class HeldFile:
     path: str
     file: LargeFile
     moment: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketEntry:
+    """A file of a bucket: what the Xet server has under this name."""
+
+    xet_hash: str
+    size: int
+    moment: datetime
+
+
+@dataclass(slots=True, kw_only=True)
+class Bucket:
+    """Files without a history."""
+
+    private: bool
+    moment: datetime
+    files: dict[str, BucketEntry] = field(default_factory=dict[str, BucketEntry])
 
 
 class Repository:
