@@ -195,13 +195,24 @@ def _what_is_done(tensors: Sequence[dict[str, Any]]) -> str:
 @click.command()
 @root_argument
 @step_option
-@click.option("--name", required=True, help="Which export.")
-@click.option("--to", "destination", required=True, help="/path, s3://bucket/prefix, hf://org/repo")
+@click.option("--name", help="Which export; without it the checkpoint itself.")
+@click.option(
+    "--to", "destination", required=True,
+    help="/path, s3://bucket/prefix, hf://org/repo (exports alone), hf://buckets/org/name/prefix",
+)  # fmt: skip
 @_create_option
 @json_option
-def publish(root: str, step: int, name: str, destination: str, create: bool, as_json: bool) -> None:
-    """Copy one export to another place: all of it or none of it, and only once."""
+def publish(
+    root: str, step: int, name: str | None, destination: str, create: bool, as_json: bool
+) -> None:
+    """Copy one export, or a checkpoint, to another place: all of it or none, and only once.
+
+    A checkpoint is copied by this process; whoever opens the place as a root can resume from it.
+    """
     catalog = open_root(root)
+    if name is None:
+        _copy_step(catalog, step, destination, create=create, as_json=as_json)
+        return
     found = catalog.export(name, step)
     view = catalog.checkpoint(step)
     spec = ExportSpec.of_recipe(found.manifest.lineage.recipe)
@@ -211,6 +222,18 @@ def publish(root: str, step: int, name: str, destination: str, create: bool, as_
     record = _perform(catalog, action)
     document = {"step": step, "name": name, "destination": destination, **record.result}
     emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
+
+
+def _copy_step(
+    catalog: Catalog, step: int, destination: str, *, create: bool, as_json: bool
+) -> None:
+    from ray_ckpt.storage.copy_step import copy_step
+
+    if create:
+        _create(destination)
+    done = copy_step(catalog, step, destination)
+    document = {"step": step, "location": done.location, "bytes_sent": done.bytes_sent}
+    emit(document, as_json=as_json, render=lambda: click.echo(done.location))
 
 
 def _create(destination: str | None) -> None:

@@ -30,10 +30,7 @@ def s3_root(s3_server: S3Endpoint, s3_bucket: str, monkeypatch: pytest.MonkeyPat
 @pytest.fixture(scope="package")
 def bucket_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubDouble]:
     """A Hub for all tests that use a bucket in this process, where hf_xet keeps what it knows."""
-    folder = tmp_path_factory.mktemp("bucket-hub")
-    with HubDouble(folder, way="xet") as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_XET_CACHE", str(folder / "xet-cache"))
-        patch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    with HubDouble(tmp_path_factory.mktemp("bucket-hub"), way="xet") as hub:
         yield hub
 
 
@@ -41,6 +38,8 @@ def bucket_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubDouble]:
 def bucket_root(bucket_hub: HubDouble, monkeypatch: pytest.MonkeyPatch) -> str:
     """An empty prefix of an empty bucket."""
     monkeypatch.setenv("HF_TOKEN", bucket_hub.token)
+    monkeypatch.setenv("HF_XET_CACHE", str(bucket_hub.folder / "xet-cache"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", bucket_hub.url)
     bucket = f"ray/bucket-{uuid.uuid4().hex[:12]}"
     bucket_hub.api().create_bucket(bucket)
     return f"hf://buckets/{bucket}/run"
