@@ -82,6 +82,7 @@ ROUTES: tuple[tuple[str, str, Access, Callable[..., Response]], ...] = (
     ("POST", f"{MODEL}/super-squash/{REFERENCE}", Access.WRITE, hub_write.super_squash),
     ("GET", f"{MODEL}/lfs-files", Access.WRITE, hub_lfs.list_files),
     ("POST", f"{MODEL}/lfs-files/batch", Access.WRITE, hub_lfs.delete_files),
+    ("GET", "/api/buckets/(?P<owner>[^/]+)", Access.ANYONE, hub_buckets.of_owner),
     ("POST", BUCKET, Access.WRITE, hub_buckets.create),
     ("GET", BUCKET, Access.ANYONE, hub_buckets.info),
     ("DELETE", BUCKET, Access.WRITE, hub_buckets.delete),

@@ -31,17 +31,26 @@ def create(hub: Hub, request: Request, *, name: str) -> Response:
     return json_response(answer)
 
 
+def of_owner(hub: Hub, request: Request, *, owner: str) -> Response:
+    caller = hub.caller(request)
+    seen = (n for n, b in hub.buckets.items() if caller is not None or not b.private)
+    return json_response([_info(hub, name) for name in seen if name.startswith(f"{owner}/")])
+
+
 def info(hub: Hub, request: Request, *, name: str) -> Response:
-    bucket = _bucket(hub, request, name)
-    return json_response(
-        {
-            "id": name,
-            "private": bucket.private,
-            "createdAt": timestamp(bucket.moment),
-            "size": sum(entry.size for entry in bucket.files.values()),
-            "totalFiles": len(bucket.files),
-        }
-    )
+    _bucket(hub, request, name)
+    return json_response(_info(hub, name))
+
+
+def _info(hub: Hub, name: str) -> dict[str, object]:
+    bucket = hub.buckets[name]
+    return {
+        "id": name,
+        "private": bucket.private,
+        "createdAt": timestamp(bucket.moment),
+        "size": sum(entry.size for entry in bucket.files.values()),
+        "totalFiles": len(bucket.files),
+    }
 
 
 def delete(hub: Hub, request: Request, *, name: str) -> Response:
