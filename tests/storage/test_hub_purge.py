@@ -225,6 +225,7 @@ CHANGES = (
 def test_an_attempt_that_ends_at_any_change_is_ended_by_the_next(
     place: Place, tmp_path: Path, change: str, is_carried_out: bool
 ) -> None:
+    """Scenario 49, on the Hub."""
     place.hub.fail(match=change, status=500, after=is_carried_out)
     with pytest.raises(TransientError):
         place.purge()
