@@ -119,24 +119,27 @@ class HubPurge:
 
     @cached_property
     def squashed_tags(self) -> dict[str, str]:
-        """Names of ours that stay and have something behind them that goes."""
+        """Names of ours that stay, lead to a copy and have something behind it that goes."""
         ours = {names.step_dir(v.step) for v in self.verdicts if v.keep} | self.wish.pointers
-        found = {tag: head for tag, head in self.history.tags.items() if tag in ours}
-        return {t: head for t, head in found.items() if self.wish.squash and self._has_old(head)}
+        return {
+            tag: head
+            for tag, head in self.history.tags.items()
+            if self.wish.squash
+            and tag in ours
+            and self.history.commits[head].copy is not None
+            and self._has_old(head)
+        }
 
     @cached_property
     def freed(self) -> Objects:
         """Large files of copies that go, and that nothing names afterwards."""
         kept = {name for objects in self._remaining().values() for name in objects}
-        return {name: size for name, size in self._old_objects.items() if name not in kept}
+        return {name: size for name, size in self.old_objects.items() if name not in kept}
 
     def holding(self) -> dict[str, int]:
         """Reference to the bytes that are on the Hub for nothing but its history."""
-        staying = {head for title, head in self.history.references().items() if self._stays(title)}
-        shown = {name for head in staying for name in self.history.commits[head].objects}
-        idle = {name: size for name, size in self._old_objects.items() if name not in shown}
         kept = {
-            reference: sum(size for name, size in idle.items() if name in objects)
+            reference: sum(size for name, size in self.old_objects.items() if name in objects)
             for reference, objects in self._remaining().items()
         }
         return {reference: size for reference, size in kept.items() if size}
@@ -145,7 +148,7 @@ class HubPurge:
     def _old(self) -> frozenset[str]:
         """Commits of ours whose step goes, also those whose tag has gone before."""
         staying = {verdict.step for verdict in self.verdicts if verdict.keep}
-        shown = {oid for title, oid in self.history.references().items() if self._stays(title)}
+        shown = self._shown()
         return frozenset(
             oid
             for oid, commit in self.history.commits.items()
@@ -156,9 +159,12 @@ class HubPurge:
         )
 
     @cached_property
-    def _old_objects(self) -> Objects:
-        commits = (self.history.commits[oid] for oid in self._old)
-        return {name: size for commit in commits for name, size in commit.objects.items()}
+    def old_objects(self) -> Objects:
+        """Large files of copies that go, but for those that something that stays shows as well."""
+        commits = self.history.commits
+        shown = {name for oid in self._shown() for name in commits[oid].objects}
+        old = {name: size for oid in self._old for name, size in commits[oid].objects.items()}
+        return {name: size for name, size in old.items() if name not in shown}
 
     def _has_old(self, head: str) -> bool:
         return any(oid in self._old for oid in self.history.lines[head])
@@ -176,6 +182,10 @@ class HubPurge:
             for title, head in self.history.references().items()
             if self._stays(title)
         }
+
+    def _shown(self) -> set[str]:
+        """Commits that something leads to that stays."""
+        return {oid for title, oid in self.history.references().items() if self._stays(title)}
 
     def _stays(self, title: str) -> bool:
         return title not in {tag_title(tag) for tag in self.tags}

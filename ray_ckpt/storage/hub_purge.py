@@ -4,7 +4,7 @@
     2  if that was asked for: the branch and names of ours that stay are left with one commit each
     3  the tags of old steps are removed
     4  of the files in the note those go that nothing in the repository names, by a look made then
-    5  the note is removed
+    5  the note is removed, but for what somebody still names: a later purge looks at it again
 
 Killed anywhere, it goes on when it is asked again: what is left to do is seen on the Hub, and what
 can no longer be seen there is in the note.
@@ -64,27 +64,33 @@ def purge_on_hub(
         work = _Work(api=api, repository=repository, destination=destination, guard=guard)
         work.end_moves()
         planned = plan_hub_purge(read_history(api, repository), wish)
-        doomed = {**_noted(store, repository), **planned.freed}
-        if doomed:
-            guard()
-            store.write(names.hub_key(repository), json.dumps(doomed).encode())
+        doomed = {**_noted(store, repository), **planned.old_objects}
+        guard()
+        _note(store, repository, doomed)
         if planned.squashed_branch:
             work.squash(branch, planned.history.branches[branch], planned.history.commits)
         for tag, oid in planned.squashed_tags.items():
             work.move(tag, oid, planned.history.commits)
         for tag, oid in planned.tags.items():
             work.remove_tag(tag, oid)
-        freed = work.remove_objects(doomed)
-        store.delete([names.hub_key(repository)])
+        freed, left = work.remove_objects(doomed)
+        _note(store, repository, left)
     return planned, freed
 
 
 def _noted(store: Store, repository: str) -> Objects:
-    """What an attempt that died has left to be removed."""
+    """What earlier attempts have left to be removed."""
     try:
         return json.loads(store.read(names.hub_key(repository)))
     except ObjectNotFoundError:
         return {}
+
+
+def _note(store: Store, repository: str, objects: Objects) -> None:
+    if objects:
+        store.write(names.hub_key(repository), json.dumps(objects).encode())
+    else:
+        store.delete([names.hub_key(repository)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +113,7 @@ class _Work:
     def move(self, tag: str, oid: str, commits: Mapping[str, HubCommit]) -> None:
         """The tag leads to a commit with the same files and nothing behind it."""
         self._expect(tag, oid, self._tags())
+        self.guard()
         beside = f"{_MOVING}{tag}"
         self.api.create_branch(self.repository, branch=beside, revision=oid)
         self._squash(beside, _message(commits[oid]))
@@ -124,16 +131,17 @@ class _Work:
             self.guard()
             self.api.delete_tag(self.repository, tag=tag)
 
-    def remove_objects(self, doomed: Objects) -> Objects:
-        """Those of them that nothing names are gone; their sizes."""
+    def remove_objects(self, doomed: Objects) -> tuple[Objects, Objects]:
+        """What is gone, since nothing names it, and what has to stay."""
         if not doomed:
-            return {}
+            return {}, {}
         needed = read_history(self.api, self.repository).objects()
         going = doomed.keys() - needed
+        left = {name: size for name, size in doomed.items() if name in needed}
         listed = [f for f in self.api.list_lfs_files(self.repository) if f.file_oid in going]
         self.guard()
         self.api.permanently_delete_lfs_files(self.repository, listed, rewrite_history=False)
-        return {file.file_oid: file.size for file in listed}
+        return {file.file_oid: file.size for file in listed}, left
 
     def _end_move(self, tag: str, oid: str) -> None:
         is_squashed = len(self.api.list_repo_commits(self.repository, revision=oid)) == 1

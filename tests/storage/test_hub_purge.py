@@ -205,6 +205,30 @@ def test_tags_of_other_runs_and_of_people_stay(place: Place) -> None:
     assert place.large(5) <= place.held(), "it is behind step-3"
 
 
+def test_what_a_branch_had_in_its_history_goes_once_the_branch_is_gone(
+    place: Place, tmp_path: Path
+) -> None:
+    oid = place.tags()["step-7"]
+    place.api.create_branch(REPOSITORY, branch="old", revision=oid)
+    _, freed = place.purge()
+    assert freed == {}
+    place.expect_whole(oid, 7, tmp_path)
+    place.api.delete_branch(REPOSITORY, branch="old")
+    _, freed = place.purge()
+    assert set(freed) == place.large(5, 7) - place.large(8)
+    place.expect_purged(tmp_path)
+
+
+def test_a_name_of_ours_that_leads_to_something_else_stays_where_it_is(place: Place) -> None:
+    place.api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=REPOSITORY)
+    place.api.delete_tag(REPOSITORY, tag="latest")
+    place.api.create_tag(REPOSITORY, tag="latest", revision="main")
+    before = place.tags()["latest"]
+    planned, freed = place.purge()
+    assert "tag latest" in planned.holding()
+    assert (place.tags()["latest"], freed) == (before, {})
+
+
 CHANGES = (
     "POST .*/super-squash/main",
     "POST .*/branch/ray_ckpt-moving-step-8",
