@@ -19,6 +19,7 @@ from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.importing import import_
 from ray_ckpt.cli.plan import plan
+from ray_ckpt.cli.purge_hub import purge_hub
 from ray_ckpt.cli.submit import submit
 from ray_ckpt.cli.watch import watch
 from ray_ckpt.core.errors import RayCkptError
@@ -58,6 +59,7 @@ VERBS = (
     act.pin,
     act.unpin,
     act.purge,
+    purge_hub,
     act.undo,
     gc,
     act.save_now,

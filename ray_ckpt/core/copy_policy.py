@@ -9,6 +9,7 @@ Knows what each field means and which do not go together; decides nothing about 
 from dataclasses import dataclass
 from typing import Literal
 
+from ray_ckpt.core import names
 from ray_ckpt.core.config import a_word, at_least
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.retention import KeepBest, KeepEvery, KeepLatest, Order, Policy
@@ -17,7 +18,9 @@ DEFAULT_METRIC = "loss"
 WhenBehind = Literal["all", "newest"]
 """What to do of several steps that wait for the same: each of them, or the newest alone."""
 NOT_ON_HUB = "a checkpoint goes to no repository on the Hub: what is committed there stays for ever"
-INSTEAD_OF_HUB = "copy it to s3://bucket/prefix or a mounted path; on the Hub publish an export"
+INSTEAD_OF_HUB = (
+    "copy it to s3://bucket/prefix, a path, hf://buckets/org/name; or publish an export"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +98,11 @@ class PublishPolicy:
     def __post_init__(self) -> None:
         self._check_what()
         self._check_promote()
-        if self.keep is not None and self.to.startswith("hf://"):
+        if self.keep is not None and names.is_repository(self.to):
             raise ConfigError(
                 f"copies at {self.to} are never removed: a tag on the Hub is history",
                 "publish.keep",
-                do="leave out keep for this destination",
+                do=f"leave out keep; when it is time: ray-ckpt purge-hub ROOT {self.to}",
             )
 
     def _check_what(self) -> None:
@@ -109,7 +112,7 @@ class PublishPolicy:
                 "publish.export",
                 do='set export = "hf-bf16", or else checkpoint.every_steps = 1000',
             )
-        if self.checkpoint is not None and self.to.startswith("hf://"):
+        if self.checkpoint is not None and names.is_repository(self.to):
             raise ConfigError(NOT_ON_HUB, "publish.to", do=INSTEAD_OF_HUB)
         if self.checkpoint is not None and self.promote is not None:
             raise ConfigError(
@@ -143,7 +146,7 @@ class PublishPolicy:
     @property
     def repository(self) -> str | None:
         """Where its tags lie, on the Hub; None for any other destination."""
-        return self.to.partition("@")[0] if self.to.startswith("hf://") else None
+        return self.to.partition("@")[0] if names.is_repository(self.to) else None
 
 
 def named_policies(*, latest: int | None, every_steps: int | None) -> list[Policy]:

@@ -7,6 +7,7 @@ or one converter), and a source supplies exactly the keys of the owners it is na
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError
 
 Format = Literal["dcp", "hf", "peft"]
@@ -31,12 +32,12 @@ class Source:
     @property
     def name(self) -> str:
         """What manifests call it: the folder's own name, or `org/repo`."""
-        if self.path.startswith("hf://"):
+        if names.is_repository(self.path):
             return self.path.removeprefix("hf://").partition("@")[0]
         return self.path.rstrip("/").rpartition("/")[2]
 
     def __post_init__(self) -> None:
-        if self.path.startswith("hf://") and self.format == "dcp":
+        if names.is_repository(self.path) and self.format == "dcp":
             raise ConfigError(
                 f"{self.path} is a Hugging Face repository, and format dcp a checkpoint's",
                 "source.format",

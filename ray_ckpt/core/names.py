@@ -31,6 +31,7 @@
         store-<endpoint>.json          object stores: what the store there does and does not
         elections/<key>/<token>.json   object stores: somebody is about to create an object
         probes/                        object stores: what that is found out with; empty
+        hub/<org>/<repository>.json    content of copies that went from there and is not free yet
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
 Keys are relative to the root and separated by "/", on every backend.
@@ -63,7 +64,10 @@ PROBES = f"{PRIVATE}/probes"
 STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"
+HUB = f"{PRIVATE}/hub"
 
+BUCKETS = "hf://buckets/"
+"""How buckets on the Hub begin: stores of files, where `hf://org/repo` has commits."""
 STEP_PREFIX = "step-"
 """How the name of every checkpoint's folder begins, and maybe somebody else's."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -78,6 +82,15 @@ _ATTEMPT = re.compile(r"([0-9a-f]+)-a([1-9][0-9]*)\.json")
 _LOG = re.compile(r"([0-9a-f]+)-a[0-9]+\.log")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PIN = re.compile(rf"ray_ckpt\.pin\.({_WORD.pattern})\.json")
+
+
+def is_repository(uri: str) -> bool:
+    """Whether it is a repository on the Hub.
+
+    >>> is_repository("hf://org/repo"), is_repository("hf://buckets/org/name/run")
+    (True, False)
+    """
+    return uri.startswith("hf://") and not uri.startswith(BUCKETS)
 
 
 def step_dir(step: int) -> str:
@@ -115,6 +128,11 @@ def pointer_key(name: str, pointer: str) -> str:
 def is_word(name: str) -> bool:
     """Whether `name` may be part of a key: letters, digits, `.`, `_`, `-`; no step, not hidden."""
     return _WORD.fullmatch(name) is not None and parse_step(name) is None
+
+
+def hub_key(repository: str) -> str:
+    """What is still to be removed from a repository on the Hub, `org/name`."""
+    return f"{HUB}/{repository}.json"
 
 
 def manifest_key(folder: str) -> str:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import UsageError
+from ray_ckpt.storage.bucket import BucketStore
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import RenameCommit
 from ray_ckpt.storage.fsspec_store import FsspecStore
@@ -26,17 +28,29 @@ def _open_s3(uri: str) -> Catalog:
     return Catalog(store, MarkerCommit(store))
 
 
+def _open_bucket(uri: str) -> Catalog:
+    if names.is_repository(uri):
+        raise UsageError(
+            "a repository on the Hub is no root and no folder",
+            uri,
+            do="name a path, s3://bucket/prefix or hf://buckets/ORG/NAME/PREFIX",
+        )
+    store = BucketStore(uri)
+    return Catalog(store, MarkerCommit(store))
+
+
 _BACKENDS: dict[str, Callable[[str], Catalog]] = {
     "": _open_local,
     "file": _open_local,
     "s3": _open_s3,
+    "hf": _open_bucket,
 }
-_NO_ROOTS = ("hf", "http", "https", "github", "data")
-"""fsspec knows them; the Hub is a place for exports, the others are read alone."""
+_NO_ROOTS = ("http", "https", "github", "data")
+"""fsspec knows them; they are read alone."""
 
 
 def open_catalog(uri: str) -> Catalog:
-    """The catalog of the root at `uri`: a path, `file://`, `s3://bucket/prefix`, or fsspec's.
+    """The catalog of the root at `uri`: a path, `s3://bucket/prefix`, `hf://buckets/...`, fsspec's.
 
     Touches nothing yet: a root that is not there has no checkpoints.
 

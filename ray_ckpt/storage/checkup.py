@@ -45,7 +45,7 @@ def look_at_root(catalog: Catalog) -> list[Finding]:
 
 def look_at_destination(destination: str, *, copy_bytes: int) -> list[Finding]:
     """Everything about a place that copies of so many bytes go to."""
-    if destination.startswith("hf://"):
+    if names.is_repository(destination):
         return _told(destination, lambda: look_at_repository(destination))
     try:
         store = open_catalog(destination).store

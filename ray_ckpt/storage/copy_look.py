@@ -42,7 +42,7 @@ def look_at_copy(publish: Action, *, content_id: str) -> CopyLook:
     """
     assert publish.destination is not None, "a publish action names where it went"
     try:
-        if publish.destination.startswith("hf://"):
+        if names.is_repository(publish.destination):
             return _look_on_hub(publish, content_id)
         return _look_at_root(publish, content_id)
     except ObjectNotFoundError as error:

@@ -42,7 +42,7 @@ def fetch(source: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         )
     make_folder(target.absolute().parent)
     with _attempt(target.absolute()) as attempt:
-        if source.startswith("hf://"):
+        if names.is_repository(source):
             progress.begin(f"fetches {source}")
             download(pinned(source), attempt)
         else:

@@ -215,7 +215,7 @@ def _copies(catalog: Catalog, observed: Observation, now: float) -> Iterator[Gar
         if is_begun and record.state is not ActionState.SUCCEEDED:
             folders.setdefault(action.destination or "", set()).add(folder_of(action))
     for destination, begun in sorted(folders.items()):
-        if not destination.startswith("hf://"):
+        if not names.is_repository(destination):
             yield from _at(open_catalog(destination), begun, now)
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.hub_upload import send_to_hub
@@ -28,7 +29,11 @@ SENDERS: Mapping[str, Send] = {"hf": send_to_hub}
 @contextmanager
 def handing_over(store: Store, parts: ExportParts, destinations: Sequence[str]) -> Generator[None]:
     """Inside, whatever is finished is sent to those destinations that take it early."""
-    early = [place for place in destinations if place.partition("://")[0] in SENDERS]
+    early = [
+        place
+        for place in destinations
+        if place.partition("://")[0] in SENDERS and not place.startswith(names.BUCKETS)
+    ]
     if not early:
         yield
         return

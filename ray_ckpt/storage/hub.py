@@ -5,6 +5,7 @@ message carries the content's id, which is looked for before anything is sent: a
 answer was lost is found, not made again.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -78,7 +79,9 @@ def _refuse_another_tag(api: Any, repository: str, commit: str | None, manifest:
 
 
 def create_on_hub(destination: str) -> None:
-    """The repository and the branch are there; a new repository is private. Twice is harmless.
+    """The repository and the branch, or the bucket, are there; a new one is private.
+
+    Twice is harmless.
 
     For a person who asks by name: nothing that repeats itself may make one that somebody removed.
 
@@ -86,9 +89,14 @@ def create_on_hub(destination: str) -> None:
         UsageError: the destination is not on the Hub.
         AuthorizationError, TransientError
     """
-    if not destination.startswith("hf://"):
+    if destination.startswith(names.BUCKETS):
+        with translated(destination):
+            bucket = "/".join(destination.removeprefix(names.BUCKETS).split("/")[:2])
+            hub_api().create_bucket(bucket, private=True, exist_ok=True)
+        return
+    if not names.is_repository(destination):
         raise UsageError(
-            "only repositories on the Hub are made beforehand",
+            "only repositories and buckets on the Hub are made beforehand",
             destination,
             "nothing was changed",
             "leave out --create: folders and prefixes come into being with the copy",
@@ -145,12 +153,28 @@ def content_at_tag(publish: Action) -> str | None:
         commit = tags.get(names.step_dir(publish.step))
         if commit is None:
             return None
-        return str(next(iter(api.list_repo_commits(repository, revision=commit))).message)
+        return message_of(next(iter(api.list_repo_commits(repository, revision=commit))))
+
+
+def message_of(commit: Any) -> str:
+    """All that a commit, as the Hub lists it, says of itself."""
+    return f"{commit.title}\n\n{commit.message}"
+
+
+def message_for(step: int, name: str, content_id: str) -> tuple[str, str]:
+    """Title and text of the commit that holds a copy of this content."""
+    return f"{names.step_dir(step)} {name}".rstrip(), f"{_TRAILER}{content_id}"
+
+
+def content_of(message: str) -> str | None:
+    """The content that a commit of ours says it holds."""
+    found = re.search(rf"^{_TRAILER}(\S+)$", message, re.MULTILINE)
+    return None if found is None else found[1]
 
 
 def _holds(api: Any, repository: str, commit: str, content_id: str) -> bool:
     newest = next(iter(api.list_repo_commits(repository, revision=commit)))
-    return f"{_TRAILER}{content_id}" in newest.message
+    return content_of(message_of(newest)) == content_id
 
 
 def _not_promoted(why: str, publish: Action) -> UsageError:
@@ -165,7 +189,7 @@ def _not_promoted(why: str, publish: Action) -> UsageError:
 def _find_commit(api: Any, repository: str, branch: str, content_id: str) -> str | None:
     """The commit on the branch that holds this very content."""
     for commit in api.list_repo_commits(repository, revision=branch):
-        if f"{_TRAILER}{content_id}" in commit.message:
+        if content_of(message_of(commit)) == content_id:
             return str(commit.commit_id)
     return None
 
@@ -181,12 +205,15 @@ def _commit(upload: Upload, export: ExportView, progress: Progress) -> str:
     additions = sent(upload, export, progress=progress)
     added = {addition.path_in_repo for addition in additions}
     stale = _stale(before, added)
+    title, text = message_for(
+        manifest.step, manifest.lineage.recipe.get("name", ""), manifest.content_id
+    )
     create = partial(
         api.create_commit,
         repository,
         operations=[*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
-        commit_message=f"{names.step_dir(manifest.step)} {manifest.lineage.recipe.get('name', '')}",
-        commit_description=f"{_TRAILER}{manifest.content_id}",
+        commit_message=title,
+        commit_description=text,
         revision=branch,
     )
     for left in reversed(range(_LOOKS)):

@@ -55,6 +55,10 @@ _NO_REPOSITORY = _Meaning(
     kind=ObjectNotFoundError,
     do="add --create to have it made, a private one; or hf repos create ORG/REPO --private",
 )
+_NO_BUCKET = _Meaning(
+    kind=ObjectNotFoundError,
+    do="add --create to have it made, a private one; or hf buckets create ORG/NAME --private",
+)
 _NO_REVISION = _Meaning(
     kind=ObjectNotFoundError,
     do="hf repos branch create ORG/REPO BRANCH, then the same command again",
@@ -127,6 +131,8 @@ def _meaning(error: BaseException) -> tuple[_Meaning, str, Mapping[str, str]] | 
         headers: Mapping[str, str] = error.response.headers
         status, code = error.response.status_code, headers.get("X-Error-Code", "")
         meaning = _BY_CODE.get(code) or _by_words(status, str(error))
+        if meaning is _NO_REPOSITORY and "/buckets/" in str(error.response.url):
+            meaning = _NO_BUCKET
         return meaning, f"the Hub answered {status}: {error}", headers
     if isinstance(error, OfflineModeIsEnabled):
         return _OFFLINE, str(error), {}
@@ -138,8 +144,12 @@ def _meaning(error: BaseException) -> tuple[_Meaning, str, Mapping[str, str]] | 
 
 def _without_an_answer(error: BaseException) -> tuple[_Meaning, str] | None:
     """What the text alone tells, or the client's own class."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     text = str(error)
     match error:
+        case LocalEntryNotFoundError():  # neither on the Hub's side nor in the cache of this host
+            return _UNREACHABLE, f"the Hub cannot be reached: {text}"
         case ValueError() if text.startswith("LFS batch API returned errors"):
             return _by_words(0, text), f"the Hub refused: {text}"
         case ValueError() if text.startswith("Invalid metadata in README.md"):
@@ -166,6 +176,6 @@ def _by_xet(text: str, *, missing: _Meaning) -> _Meaning:
 
 def _by_words(status: int, text: str) -> _Meaning:
     """By the status, unless the words say that it is about room."""
-    if status in (0, 403) and _STORAGE.search(text):
+    if status in (0, 200, 403, 422) and _STORAGE.search(text):
         return _FULL
     return _BY_STATUS.get(status, _REFUSED)

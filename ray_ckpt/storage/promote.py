@@ -29,7 +29,7 @@ def promote_copy(publish: Action, pointer: str, *, content_id: str, guard: Guard
         StorageError: from the destination.
     """
     assert publish.destination is not None, "a publish action names where it went"
-    if publish.destination.startswith("hf://"):
+    if names.is_repository(publish.destination):
         return promote_on_hub(publish, pointer, content_id=content_id, guard=guard)
     store = open_catalog(publish.destination).store
     return _promote_at_root(store, publish, pointer, content_id=content_id, guard=guard)

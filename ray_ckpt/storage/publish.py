@@ -1,15 +1,14 @@
 """An export or a checkpoint reaches a place outside its root: all of it or none of it, and once.
 
                                   an export                                a checkpoint
-    /path, s3://bucket/prefix     <destination>/exports/<name>/step-<n>/   <destination>/step-<n>/
+    /path, s3://bucket/prefix,
+    hf://buckets/org/name         <destination>/exports/<name>/step-<n>/   <destination>/step-<n>/
     hf://org/repo[@branch]        one commit, and the tag step-<n>         refused
 
-A path or a prefix is a root like any other then. To add a kind of destination: a module of its own,
-and a line in `_PUBLISHERS`.
+A path or a prefix is a root like any other then.
 """
 
-from collections.abc import Callable
-
+from ray_ckpt.core import names
 from ray_ckpt.core.copy_policy import INSTEAD_OF_HUB, NOT_ON_HUB
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.manifest import Manifest
@@ -36,9 +35,8 @@ def publish_export(
             the copy that is there was altered since it was made, and is untouched.
         AuthorizationError, TransientError, StorageFullError: from the destination.
     """
-    scheme = destination.partition("://")[0] if "://" in destination else ""
-    publisher = _PUBLISHERS.get(scheme, _publish_to_root)
-    return publisher(catalog, export, destination, progress)
+    publish = _publish_to_hub if names.is_repository(destination) else _publish_to_root
+    return publish(catalog, export, destination, progress)
 
 
 def publish_checkpoint(
@@ -64,7 +62,7 @@ def refuse_hub(destination: str) -> None:
     Raises:
         UsageError: it is on the Hub.
     """
-    if destination.startswith("hf://"):
+    if names.is_repository(destination):
         raise UsageError(NOT_ON_HUB, destination, "nothing was sent", INSTEAD_OF_HUB)
 
 
@@ -80,8 +78,3 @@ def _publish_to_hub(
     progress.begin(f"sends {export.name} to {destination}")  # its client counts for itself
     location, bytes_sent = publish_to_hub(catalog.store, export, destination, progress=progress)
     return Published(location=location, bytes_sent=bytes_sent)
-
-
-_PUBLISHERS: dict[str, Callable[[Catalog, ExportView, str, Progress], Published]] = {
-    "hf": _publish_to_hub,
-}

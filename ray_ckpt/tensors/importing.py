@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import Source
 from ray_ckpt.core.manifest import Manifest, ModelEntry
@@ -51,7 +52,7 @@ def import_folder(catalog: Catalog, path: str, *, family: str | None = None) -> 
         IntegrityError: a file is damaged.
     """
     catalog.refuse_existing(STEP)
-    path = pinned(path) if path.startswith("hf://") else path
+    path = pinned(path) if names.is_repository(path) else path
     assets = _assets(path, family)
     naming = Naming.of(assets, converters=())
     source = open_source(Source(path=path, format="hf"), naming)

@@ -286,7 +286,7 @@ def _hf_folder(source: Source, *, stem: str = "model") -> HfFolder:
 
 def split(path: str) -> tuple[Catalog, str]:
     """The folder's parent as a root, and its own name; of the Hub's its copy on this host."""
-    return open_folder(str(in_cache(path)) if path.startswith("hf://") else path)
+    return open_folder(str(in_cache(path)) if names.is_repository(path) else path)
 
 
 def _shapes(reader: StorageReader) -> dict[str, tuple[int, ...] | None]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import BASE, FromSources, LoadConfig, Source, Start
 from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
@@ -56,10 +57,10 @@ def pinned_start(catalog: Catalog, choice: Choice, start: Start) -> Start:
     Where a step goes on by itself nobody asks the Hub.
     """
     is_needed = choice.step is None or bool(catalog.manifest(choice.step).needs)
-    if not is_needed or not any(source.path.startswith("hf://") for source in start.sources):
+    if not is_needed or not any(names.is_repository(source.path) for source in start.sources):
         return start
     pins = (
-        replace(source, path=pinned(source.path)) if source.path.startswith("hf://") else source
+        replace(source, path=pinned(source.path)) if names.is_repository(source.path) else source
         for source in start.sources
     )
     return FromSources(sources=tuple(pins))

@@ -42,7 +42,7 @@ def test_create_without_the_hub_is_refused(root: str, hub: HubDouble, tmp_path: 
         hub, "export", root, "--step", "10", "--to", str(tmp_path / "copies"), "--create"
     )
     assert code == 2
-    assert "only repositories on the Hub are made beforehand" in said
+    assert "only repositories and buckets on the Hub are made beforehand" in said
     code, said = ray_ckpt(hub, "export", root, "--step", "10", "--create")
     assert code == 2
     assert "--create says nothing without --to" in said

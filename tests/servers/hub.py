@@ -1,8 +1,8 @@
 """A Hugging Face Hub for tests: the conversation of the real client, over HTTP on 127.0.0.1.
 
-Knows the endpoints that huggingface_hub 2.4.0 calls for model repositories, with and without Xet,
-and how to fail on request. Refuses to know the Hub's policy (quotas, rate limits) and every
-endpoint that is not in ROUTES, which it answers with 501.
+Knows the endpoints that huggingface_hub 2.4.0 calls for buckets and model repositories, with and
+without Xet, and how to fail on request. Refuses to know the Hub's policy (quotas, rate limits) and
+every endpoint that is not in ROUTES, which it answers with 501.
 
     hub.py (faults, routes) -> hub_read.py, hub_write.py, hub_xet.py -> hub_wire.py -> hub_repo.py
                             -> hub_socket.py                                        -> xet_store.py
@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from huggingface_hub import HfApi
 
-from tests.servers import hub_read, hub_write, hub_xet
+from tests.servers import hub_buckets, hub_lfs, hub_read, hub_write, hub_xet
 from tests.servers.faults import FOR_EVER, Fault, Faults, Wrong
 from tests.servers.hub_repo import BlobStore, RefusedError
 from tests.servers.hub_socket import Server
@@ -52,6 +52,7 @@ REPOSITORY = "(?P<name>[^/]+/[^/]+)"
 REVISION = "(?P<revision>[^/]+)"
 REFERENCE = "(?P<reference>[^/]+)"
 MODEL = f"/api/models/{REPOSITORY}"
+BUCKET = f"/api/buckets/{REPOSITORY}"
 LFS = f"/{REPOSITORY}[.]git/info/lfs/objects"
 
 # (method, pattern of the path, least access, endpoint); named groups become its arguments.
@@ -78,6 +79,19 @@ ROUTES: tuple[tuple[str, str, Access, Callable[..., Response]], ...] = (
     ("PUT", "/lfs-blobs/(?P<sha256>[^/]+)", Access.ANYONE, hub_write.put_blob),
     ("POST", f"{LFS}/verify", Access.WRITE, hub_write.verify_blob),
     ("POST", f"{MODEL}/commit/{REVISION}", Access.WRITE, hub_write.commit),
+    ("POST", f"{MODEL}/super-squash/{REFERENCE}", Access.WRITE, hub_write.super_squash),
+    ("GET", f"{MODEL}/lfs-files", Access.WRITE, hub_lfs.list_files),
+    ("POST", f"{MODEL}/lfs-files/batch", Access.WRITE, hub_lfs.delete_files),
+    ("GET", "/api/buckets/(?P<owner>[^/]+)", Access.ANYONE, hub_buckets.of_owner),
+    ("POST", BUCKET, Access.WRITE, hub_buckets.create),
+    ("GET", BUCKET, Access.ANYONE, hub_buckets.info),
+    ("DELETE", BUCKET, Access.WRITE, hub_buckets.delete),
+    ("GET", f"{BUCKET}/tree(?:/(?P<prefix>[^/]+))?", Access.ANYONE, hub_buckets.tree),
+    ("POST", f"{BUCKET}/paths-info", Access.ANYONE, hub_buckets.paths_info),
+    ("POST", f"{BUCKET}/batch", Access.WRITE, hub_buckets.batch),
+    ("GET", f"{BUCKET}/xet-read-token", Access.ANYONE, hub_buckets.token),
+    ("GET", f"{BUCKET}/xet-write-token", Access.WRITE, hub_buckets.token),
+    ("GET", f"/buckets/{REPOSITORY}/resolve/(?P<path>.+)", Access.ANYONE, hub_buckets.download),
     ("GET", f"{MODEL}/xet-read-token/{REVISION}", Access.ANYONE, hub_xet.token),
     ("GET", f"{MODEL}/xet-write-token/{REVISION}", Access.WRITE, hub_xet.token),
 )
@@ -103,7 +117,14 @@ class HubDouble:
         self._cas = Server(lambda request: self._answer(request, self._respond_as_cas))
         self.xet = XetStore(folder / "xet", url=self._cas.url)
         blobs = BlobStore(folder / "lfs")
-        self._hub = Hub(url=self.url, accounts=ACCOUNTS, blobs=blobs, xet=self.xet, repositories={})
+        self._hub = Hub(
+            url=self.url,
+            accounts=ACCOUNTS,
+            blobs=blobs,
+            xet=self.xet,
+            repositories={},
+            buckets={},
+        )
 
     @property
     def url(self) -> str:

@@ -152,9 +152,11 @@ def download(hub: Hub, request: Request, *, name: str, revision: str, path: str)
     if file is None:
         missing = entry_not_found(path)
         raise RefusedError(missing.status, missing.message, {**missing.headers, **headers})
+    if isinstance(file, LargeFile) and not hub.has(file):
+        raise entry_not_found(path)
     headers |= _file_headers(file) | hub_xet.whereabouts(hub, file, name=name, commit=commit.oid)
     asked = request.headers.get("range")
-    wanted = range(file.size) if asked is None else _range(asked, size=file.size)
+    wanted = range(file.size) if asked is None else wanted_range(asked, size=file.size)
     status = HTTPStatus.OK if asked is None else HTTPStatus.PARTIAL_CONTENT
     if asked is not None:
         headers["Content-Range"] = f"bytes {wanted.start}-{wanted.stop - 1}/{file.size}"
@@ -174,7 +176,7 @@ def _open(hub: Hub, file: HubFile) -> IO[bytes]:
     return io.BytesIO(file.content) if isinstance(file, RegularFile) else hub.open(file)
 
 
-def _range(header: str, *, size: int) -> range:
+def wanted_range(header: str, *, size: int) -> range:
     """The positions of the bytes that `bytes=first-last` or `bytes=first-` asks for."""
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", header)
     if asked is None or int(asked[1]) >= size:

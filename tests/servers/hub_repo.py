@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -134,6 +134,33 @@ class Commit:
     files: Mapping[str, HubFile]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldFile:
+    """A large file of a repository, and since when; `path` is one of those it was committed as."""
+
+    path: str
+    file: LargeFile
+    moment: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketEntry:
+    """A file of a bucket: what the Xet server has under this name."""
+
+    xet_hash: str
+    size: int
+    moment: datetime
+
+
+@dataclass(slots=True, kw_only=True)
+class Bucket:
+    """Files without a history."""
+
+    private: bool
+    moment: datetime
+    files: dict[str, BucketEntry] = field(default_factory=dict[str, BucketEntry])
+
+
 class Repository:
     """One model repository; as on the Hub its `main` is born with a `.gitattributes`."""
 
@@ -143,6 +170,8 @@ class Repository:
         self.created = moment
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
+        self.large: dict[str, HeldFile] = {}
+        """By SHA-256: what counts as the repository's storage."""
         self._commits: dict[str, Commit] = {}
         attributes = PutFile(path=".gitattributes", file=RegularFile(content=GIT_ATTRIBUTES))
         first = Proposal(title="initial commit", message="", parent=None, changes=(attributes,))
@@ -175,6 +204,23 @@ class Repository:
         made = self._record(proposal, parent=head, moment=moment)
         self.branches[branch] = made.oid
         return made
+
+    def squash(self, branch: str, proposal: Proposal, *, moment: datetime) -> None:
+        """The branch's head has the same files and no parent; what tags lead to stays."""
+        if branch in self.tags and branch not in self.branches:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, f"{branch} is a tag: only branches")
+        if branch not in self.branches:
+            raise revision_not_found(branch)
+        files = self._commits[self.branches[branch]].files
+        changes = tuple(PutFile(path=path, file=file) for path, file in files.items())
+        made = self._record(replace(proposal, changes=changes), parent=None, moment=moment)
+        self.branches[branch] = made.oid
+
+    def hold(self, path: str, file: LargeFile, *, moment: datetime) -> None:
+        """The repository has the file, whether or not a commit names it; counted once."""
+        known = self.large.get(file.sha256)
+        if known is None or not known.path:
+            self.large[file.sha256] = HeldFile(path=path, file=file, moment=moment)
 
     def create_branch(self, name: str, *, start: str) -> None:
         if name in self.branches:
@@ -242,6 +288,10 @@ class BlobStore:
             path.unlink()
             raise RefusedError(HTTPStatus.BAD_REQUEST, f"expected sha256 {sha256}, got {found}")
         path.replace(self._path(sha256))
+
+    def forget(self, sha256: str) -> None:
+        """It is gone."""
+        self._path(sha256).unlink(missing_ok=True)
 
     def open(self, file: LargeFile) -> IO[bytes]:
         return self._path(file.sha256).open("rb")

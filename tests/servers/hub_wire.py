@@ -12,7 +12,7 @@ from enum import IntEnum
 from http import HTTPStatus
 from typing import IO, Any
 
-from tests.servers.hub_repo import BlobStore, LargeFile, RefusedError, Repository
+from tests.servers.hub_repo import BlobStore, Bucket, LargeFile, RefusedError, Repository
 from tests.servers.xet_store import XetStore
 
 
@@ -65,6 +65,7 @@ class Hub:
     blobs: BlobStore
     xet: XetStore
     repositories: dict[str, Repository]
+    buckets: dict[str, Bucket]
 
     def has(self, file: LargeFile) -> bool:
         """Whether the content is here, whichever way it came."""

@@ -90,6 +90,13 @@ def delete_tag(hub: Hub, request: Request, *, name: str, reference: str) -> Resp
     return json_response({})
 
 
+def super_squash(hub: Hub, request: Request, *, name: str, reference: str) -> Response:
+    title, _, message = str(request.json()["message"]).partition("\n\n")
+    proposal = Proposal(title=title, message=message, parent=None, changes=())
+    hub.repository(request, name).squash(reference, proposal, moment=datetime.now(UTC))
+    return json_response({})
+
+
 def preupload(hub: Hub, request: Request, *, name: str, revision: str) -> Response:
     present = hub.repository(request, name).resolve(revision).files
     return json_response(
@@ -131,9 +138,11 @@ def put_blob(hub: Hub, request: Request, *, sha256: str) -> Response:
 
 
 def verify_blob(hub: Hub, request: Request, *, name: str) -> Response:
-    hub.repository(request, name)
+    repository = hub.repository(request, name)
     asked = request.json()
-    _check_blob(hub, LargeFile(sha256=asked["oid"], size=asked["size"]))
+    file = LargeFile(sha256=asked["oid"], size=asked["size"])
+    _check_blob(hub, file)
+    repository.hold("", file, moment=datetime.now(UTC))
     return json_response({})
 
 
@@ -151,6 +160,7 @@ def commit(hub: Hub, request: Request, *, name: str, revision: str) -> Response:
     for change in proposal.changes:
         if isinstance(change, PutFile) and isinstance(change.file, LargeFile):
             _check_blob(hub, change.file)
+            repository.hold(change.path, change.file, moment=datetime.now(UTC))
     made = repository.commit(revision, proposal, moment=datetime.now(UTC))
     return json_response(
         {

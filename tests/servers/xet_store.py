@@ -110,6 +110,8 @@ class XetStore:
     def open(self, found: XetFile) -> IO[bytes]:
         """The file's bytes, for clients that do not speak Xet."""
         path = self._rebuilt / found.hash
+        if not found.terms:
+            path.touch()
         if not path.exists():
             _download(self.url, found, path)
         return path.open("rb")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers.hub import HubDouble
 from tests.servers.lesser_s3 import Lack, LesserS3
 from tests.servers.s3_proxy import S3Proxy
 from tests.servers.seaweed import S3Endpoint, make_bucket
@@ -26,6 +27,24 @@ def s3_root(s3_server: S3Endpoint, s3_bucket: str, monkeypatch: pytest.MonkeyPat
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return f"s3://{s3_bucket}/run-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="package")
+def bucket_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubDouble]:
+    """A Hub for all tests that use a bucket in this process, where hf_xet keeps what it knows."""
+    with HubDouble(tmp_path_factory.mktemp("bucket-hub"), way="xet") as hub:
+        yield hub
+
+
+@pytest.fixture
+def bucket_root(bucket_hub: HubDouble, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty prefix of an empty bucket."""
+    monkeypatch.setenv("HF_TOKEN", bucket_hub.token)
+    monkeypatch.setenv("HF_XET_CACHE", str(bucket_hub.folder / "xet-cache"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", bucket_hub.url)
+    bucket = f"ray/bucket-{uuid.uuid4().hex[:12]}"
+    bucket_hub.api().create_bucket(bucket)
+    return f"hf://buckets/{bucket}/run"
 
 
 @pytest.fixture

@@ -121,7 +121,7 @@ def test_a_package_that_is_missing_is_named(uri: str) -> None:
     assert "nstall" in str(caught.value)
 
 
-@pytest.mark.parametrize("uri", ["hf://org/repo", "https://host/a", "tape://1", ""])
+@pytest.mark.parametrize("uri", ["https://host/a", "tape://1", ""])
 def test_what_is_no_place_for_a_root_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match="no backend"):
         open_catalog(uri)

@@ -1,6 +1,8 @@
 """A Hub that fails, is silent or full, or was changed by others: what is said, and what stays."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +25,9 @@ from ray_ckpt.core.failures import BLOCKS, RETRIES, ErrorClass, classify
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.retry_after import retry_after_s
 from tests.servers.hub import HubDouble
-from tests.storage.test_publish import WEIGHTS, make_export, publish
-from tests.waiting import PATIENCE_S
+from tests.storage.test_fetch import fetched
+from tests.storage.test_publish import PUBLISH, WEIGHTS, make_export, publish
+from tests.waiting import PATIENCE_S, wait_for
 
 TO = "hf://ray/model"
 COMMIT = r"POST .*/commit/"
@@ -213,6 +216,30 @@ def test_a_repository_that_is_gone_is_never_made_again(
     assert sum(line == "POST /api/repos/create" for line in hub.requests) == 1, "the test's own"
 
 
+def test_a_kill_in_the_middle_shows_nothing_and_no_file_is_sent_twice(
+    root: str, hub: HubDouble, client: HfApi
+) -> None:
+    """Scenario 40, on the Hub without Xet; `test_hub_xet.py` has it with."""
+    files = [os.urandom(17_000_000) for _ in range(3)]
+    export = make_export(open_catalog(root), 7, *files)
+    hub.meanwhile(match="POST .*/verify", do=lambda: hub.hang(match="PUT "))
+    arguments = [sys.executable, "-c", PUBLISH, root, TO, "7"]
+    process = subprocess.Popen(arguments, env={**os.environ, **hub.environment()})
+    wait_for(lambda: hub.num_silent)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    arrived = len(list((hub.folder / "lfs").iterdir()))
+    assert 1 <= arrived < 3
+    assert client.list_repo_files("ray/model") == [".gitattributes"]
+    assert client.list_repo_refs("ray/model").tags == []
+    hub.recover()
+    num_requests = len(hub.requests)
+    total_bytes = export.manifest.total_bytes
+    assert publish(root, hub, TO, step=7) == f"done hf://ray/model@step-7 {total_bytes}"
+    sent = [line for line in hub.requests[num_requests:] if line.startswith("PUT ")]
+    assert len(sent) == 3 - arrived
+
+
 def test_a_tag_that_somebody_has_moved_stays_where_it_is(
     root: str, hub: HubDouble, client: HfApi
 ) -> None:
@@ -246,3 +273,16 @@ def test_a_branch_that_somebody_has_rewritten_leads_to_a_copy_again(
 
 def first_commit(client: HfApi) -> str:
     return client.list_repo_commits("ray/model")[-1].commit_id
+
+
+def test_a_hub_that_goes_away_in_the_middle_is_worth_another_try(
+    root: str, hub: HubDouble, tmp_path: Path
+) -> None:
+    publish(root, hub, TO)
+    hub.fail(match="HEAD .*/resolve/", status=503, times=1000)
+    code, said = fetched(hub, TO, tmp_path / "mine")
+    assert code == 3
+    assert "error: the Hub cannot be reached" in said
+    hub.recover()
+    code, said = fetched(hub, TO, tmp_path / "mine")
+    assert code == 0, said

@@ -25,10 +25,10 @@ def catalog(root: str) -> Catalog:
     return open_catalog(root)
 
 
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3), "bucket"])
 def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3_root"))
+    if request.param != "folder":
+        return str(request.getfixturevalue(f"{request.param}_root"))
     return str(tmp_path / "copies")
 
 

@@ -51,10 +51,10 @@ def catalog(root: str) -> Catalog:
     return open_catalog(root)
 
 
-@pytest.fixture(params=["folder", "fsspec", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(params=["folder", "fsspec", pytest.param("s3", marks=pytest.mark.s3), "bucket"])
 def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3_root"))
+    if request.param in ("s3", "bucket"):
+        return str(request.getfixturevalue(f"{request.param}_root"))
     if request.param == "fsspec":
         return f"local://{tmp_path}/copies"
     return str(tmp_path / "copies")

@@ -48,10 +48,17 @@ def file_system_root(tmp_path: Path) -> str:
         "root",
         "memory_root",
         "file_system_root",
+        "bucket_root",
         *(pytest.param(name, marks=pytest.mark.s3) for name in ("s3_root", "lesser_root")),
     ]
 )
 def store(request: pytest.FixtureRequest) -> Store:
+    return open_catalog(request.getfixturevalue(request.param)).store
+
+
+@pytest.fixture(params=["root", pytest.param("s3_root", marks=pytest.mark.s3)])
+def root_store(request: pytest.FixtureRequest) -> Store:
+    """One that may be a run's root."""
     return open_catalog(request.getfixturevalue(request.param)).store
 
 
@@ -98,26 +105,26 @@ def test_no_range_can_be_read_of_what_is_not_there(store: Store) -> None:
 
 
 @pytest.mark.parametrize("size_bytes", [1, 5_000, 16 << 20, (40 << 20) + 7])
-def test_an_object_may_be_written_block_by_block(store: Store, size_bytes: int) -> None:
+def test_an_object_may_be_written_block_by_block(root_store: Store, size_bytes: int) -> None:
     data = os.urandom(1 << 20) * (size_bytes // (1 << 20) + 1)
-    write = OrderedWrite(store.begin("a/b", size_bytes), name="b", algorithm="sha256")
+    write = OrderedWrite(root_store.begin("a/b", size_bytes), name="b", algorithm="sha256")
     write.write(memoryview(data)[:size_bytes])
-    assert store.stat("a/b") is None
+    assert root_store.stat("a/b") is None
     entry = write.close()
-    assert store.read("a/b") == data[:size_bytes]
-    assert entry == describe_object(store, "a/b", name="b", algorithm="sha256")
-    assert store.list_unfinished("a") == []
+    assert root_store.read("a/b") == data[:size_bytes]
+    assert entry == describe_object(root_store, "a/b", name="b", algorithm="sha256")
+    assert root_store.list_unfinished("a") == []
 
 
-def test_of_an_object_that_is_given_up_nothing_is_left(store: Store) -> None:
-    write = OrderedWrite(store.begin("a/b", 40 << 20), name="b", algorithm="sha256")
+def test_of_an_object_that_is_given_up_nothing_is_left(root_store: Store) -> None:
+    write = OrderedWrite(root_store.begin("a/b", 40 << 20), name="b", algorithm="sha256")
     write.write(memoryview(bytes(40 << 20)))
-    is_sent_at_the_end = isinstance(store, FsspecStore)  # until then it is on this host alone
-    assert len(store.list_unfinished("a")) == (0 if is_sent_at_the_end else 1)
+    is_sent_at_the_end = isinstance(root_store, FsspecStore)  # until then it is on this host alone
+    assert len(root_store.list_unfinished("a")) == (0 if is_sent_at_the_end else 1)
     write.discard()
     write.discard()
-    assert store.stat("a/b") is None
-    assert store.list_unfinished("a") == []
+    assert root_store.stat("a/b") is None
+    assert root_store.list_unfinished("a") == []
 
 
 def test_an_empty_object_is_an_object(store: Store) -> None:
@@ -216,14 +223,14 @@ def test_create_is_refused_the_second_time(store: Store) -> None:
     assert caught.value.where == f"{store.uri}/claim"
 
 
-def test_of_several_creates_at_once_exactly_one_succeeds(store: Store) -> None:
-    store.write("other", b"")
+def test_of_several_creates_at_once_exactly_one_succeeds(root_store: Store) -> None:
+    root_store.write("other", b"")
     barrier, winners, losers = threading.Barrier(4), list[bytes](), list[bytes]()
 
     def claim(mine: bytes) -> None:
         barrier.wait()
         try:
-            store.create("claim", mine)
+            root_store.create("claim", mine)
             winners.append(mine)
         except ObjectExistsError:
             losers.append(mine)
@@ -234,7 +241,7 @@ def test_of_several_creates_at_once_exactly_one_succeeds(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert (len(winners), len(losers)) == (1, 3)
-    assert store.read("claim") == winners[0]
+    assert root_store.read("claim") == winners[0]
 
 
 def test_a_stream_can_seek(store: Store) -> None:
