@@ -17,6 +17,7 @@ from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import Nodes, Start, admit, nodes_of_bytes
 from ray_ckpt.core.breaker import resting
 from ray_ckpt.core.coalescing import superseded
+from ray_ckpt.core.copies import proof_of
 from ray_ckpt.core.draft import Ended
 from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.core.gathering import abandonments, forgettable, leftovers
@@ -261,6 +262,7 @@ class Reconciler:
             epoch=self._held().epoch,
             beat_s=observed.policy.limits.beat_s,
             places_after=places_after(action, observed),
+            verify=proof_of(action, observed),
         )
         self._in_flight.start(started, attempt, start.placement)
         log.info("started %s node=%s", attempt.title, start.placement and start.placement.node.name)

@@ -20,6 +20,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import NODE
 from ray_ckpt.core.copies import COPIED_AT
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import (
     ConflictError,
     IntegrityError,
@@ -75,6 +76,8 @@ def run_action(
             run = _RUNNERS[attempt.action.kind]
             if attempt.action.kind is ActionKind.EXPORT:
                 run = partial(_export, crew=crew, places_after=attempt.places_after)
+            elif attempt.action.kind is ActionKind.PUBLISH:
+                run = partial(_publish, verify=attempt.verify)
             result = run(catalog, attempt.action, guard, progress)
         except Exception as error:
             _keep_log(catalog, attempt, traceback.format_exc())
@@ -155,7 +158,9 @@ def _export(
     return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
 
 
-def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
+def _publish(
+    catalog: Catalog, action: Action, _: Guard, progress: Progress, *, verify: Proof = "sizes"
+) -> Result:
     """Looks at the destination first; the same content there means nothing is sent.
 
     Raises:
@@ -166,17 +171,22 @@ def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> 
     if action.export is None:
         with reading(catalog.store, action.step, who=action.title):
             manifest = _as_planned(catalog, action)
-            published = publish_checkpoint(catalog, manifest, action.destination, progress=progress)
+            published = publish_checkpoint(
+                catalog, manifest, action.destination, verify=verify, progress=progress
+            )
     else:
         with _export_stays(catalog, action.export.name, action.step):
             export = catalog.export(action.export.name, action.step)
             manifest = export.manifest
-            published = publish_export(catalog, export, action.destination, progress=progress)
+            published = publish_export(
+                catalog, export, action.destination, verify=verify, progress=progress
+            )
     return {
         "location": published.location,
         "bytes": published.bytes_sent,
         "bytes_copied": published.bytes_copied,
         "content_id": manifest.content_id,
+        "verified": verify,
         METRICS: dict(manifest.metrics),
         NON_FINITE: len(manifest.non_finite),
     }

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.copy_policy import KeepCopies, PublishPolicy
+from ray_ckpt.core.copy_policy import KeepCopies, Proof, PublishPolicy
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation, Request
@@ -84,6 +84,20 @@ def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tup
 def is_at(copy: Action, policy: PublishPolicy) -> bool:
     """Whether the policy is about the place where this copy lies."""
     return (_name_in(copy), copy.destination) == (policy.export, policy.to)
+
+
+def proof_of(action: Action, observed: Observation) -> Proof:
+    """What is to say that a copy is whole, as policies and requests for it want: the most of it."""
+    if action.kind is not ActionKind.PUBLISH:
+        return "sizes"
+    by_policy = [policy.verify for policy in observed.policy.publish if is_at(action, policy)]
+    by_request = [
+        request.verify
+        for request in observed.requests
+        if (request.step, request.export, request.destination)
+        == (action.step, action.export, action.destination)
+    ]
+    return "digests" if "digests" in (*by_policy, *by_request) else "sizes"
 
 
 def _let_go(

@@ -16,6 +16,8 @@ from ray_ckpt.core.retention import KeepBest, KeepEvery, KeepLatest, Order, Poli
 DEFAULT_METRIC = "loss"
 WhenBehind = Literal["all", "newest"]
 """What to do of several steps that wait for the same: each of them, or the newest alone."""
+Proof = Literal["sizes", "digests"]
+"""What says that a copy is whole. What is sent was proven before it left, whichever it is."""
 NOT_ON_HUB = "a checkpoint goes to no repository on the Hub: what is committed there stays for ever"
 INSTEAD_OF_HUB = "copy it to s3://bucket/prefix or a mounted path; on the Hub publish an export"
 
@@ -80,6 +82,10 @@ class PublishPolicy:
     when_behind: WhenBehind = "all"
     """When steps come faster than copies: make each all the same, or of those that wait and that
     `every_steps` alone asks for, `newest`: older ones are superseded and hold no step."""
+    verify: Proof = "sizes"
+    """With `digests` every file is read back from there and compared before the copy is visible;
+    on the Hub before its tag is set. Else the sizes are looked at, and what the store has proven
+    of what it received."""
     keep: KeepCopies | None = None
     """Which copies stay there; None keeps all. What `promote` leads to always does."""
     promote: str | None = None

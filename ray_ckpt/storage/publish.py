@@ -10,7 +10,7 @@ and a line in `_PUBLISHERS`.
 
 from collections.abc import Callable
 
-from ray_ckpt.core.copy_policy import INSTEAD_OF_HUB, NOT_ON_HUB
+from ray_ckpt.core.copy_policy import INSTEAD_OF_HUB, NOT_ON_HUB, Proof
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import ExportView
@@ -22,7 +22,12 @@ from ray_ckpt.storage.root_copy import copy_to_root
 
 
 def publish_export(
-    catalog: Catalog, export: ExportView, destination: str, *, progress: Progress = UNTOLD
+    catalog: Catalog,
+    export: ExportView,
+    destination: str,
+    *,
+    verify: Proof = "sizes",
+    progress: Progress = UNTOLD,
 ) -> Published:
     """The export is at `destination`, proven equal to what left.
 
@@ -32,17 +37,23 @@ def publish_export(
     Raises:
         ObjectExistsError: another export of that name and step is there; it is untouched.
         UsageError: the destination is the export's own root.
-        IntegrityError: the export differs from its own manifest, and nothing became visible; or
-            the copy that is there was altered since it was made, and is untouched.
+        IntegrityError: the export differs from its own manifest, or what was read back from the
+            destination does, and nothing became visible; or the copy that is there was altered
+            since it was made, and is untouched.
         AuthorizationError, TransientError, StorageFullError: from the destination.
     """
     scheme = destination.partition("://")[0] if "://" in destination else ""
     publisher = _PUBLISHERS.get(scheme, _publish_to_root)
-    return publisher(catalog, export, destination, progress)
+    return publisher(catalog, export, destination, verify, progress)
 
 
 def publish_checkpoint(
-    catalog: Catalog, manifest: Manifest, destination: str, *, progress: Progress = UNTOLD
+    catalog: Catalog,
+    manifest: Manifest,
+    destination: str,
+    *,
+    verify: Proof = "sizes",
+    progress: Progress = UNTOLD,
 ) -> Published:
     """The checkpoint of this manifest is at `destination`, from where `load` and `fetch` read it.
 
@@ -55,7 +66,8 @@ def publish_checkpoint(
             for an export.
     """
     refuse_hub(destination)
-    return copy_to_root(catalog, cargo_of_checkpoint(manifest, catalog.uri), destination, progress)
+    cargo = cargo_of_checkpoint(manifest, catalog.uri)
+    return copy_to_root(catalog, cargo, destination, verify=verify, progress=progress)
 
 
 def refuse_hub(destination: str) -> None:
@@ -69,19 +81,21 @@ def refuse_hub(destination: str) -> None:
 
 
 def _publish_to_root(
-    catalog: Catalog, export: ExportView, destination: str, progress: Progress
+    catalog: Catalog, export: ExportView, destination: str, verify: Proof, progress: Progress
 ) -> Published:
-    return copy_to_root(catalog, cargo_of(export), destination, progress)
+    return copy_to_root(catalog, cargo_of(export), destination, verify=verify, progress=progress)
 
 
 def _publish_to_hub(
-    catalog: Catalog, export: ExportView, destination: str, progress: Progress
+    catalog: Catalog, export: ExportView, destination: str, verify: Proof, progress: Progress
 ) -> Published:
     progress.begin(f"sends {export.name} to {destination}")  # its client counts for itself
-    location, bytes_sent = publish_to_hub(catalog.store, export, destination, progress=progress)
+    location, bytes_sent = publish_to_hub(
+        catalog.store, export, destination, verify=verify, progress=progress
+    )
     return Published(location=location, bytes_sent=bytes_sent)
 
 
-_PUBLISHERS: dict[str, Callable[[Catalog, ExportView, str, Progress], Published]] = {
+_PUBLISHERS: dict[str, Callable[[Catalog, ExportView, str, Proof, Progress], Published]] = {
     "hf": _publish_to_hub,
 }

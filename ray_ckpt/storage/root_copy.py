@@ -3,13 +3,16 @@
     from S3 to the same S3    the service copies its files by itself, where it can
     else                      they come to this host, are proven, and go there
 
-The manifest is last. Until then nobody sees anything of the copy.
+Where digests are to say that it is whole, every file is read back from there then. The manifest is
+last: until then nobody sees anything of the copy.
 """
 
 import uuid
 
 from ray_ckpt.core import names
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, UsageError
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.cargo import Cargo, Published
@@ -19,20 +22,24 @@ from ray_ckpt.storage.lease import TRAINER, holder_of
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.proven import Origin, bring_all
+from ray_ckpt.storage.read_back import read_back
 from ray_ckpt.storage.retire import finish_retiring
 from ray_ckpt.storage.room import expect_room
 from ray_ckpt.storage.server_copy import copy_on_server
 
 
-def copy_to_root(catalog: Catalog, cargo: Cargo, destination: str, progress: Progress) -> Published:
+def copy_to_root(
+    catalog: Catalog, cargo: Cargo, destination: str, *, verify: Proof, progress: Progress
+) -> Published:
     """The copy is at `destination`, equal to what left; twice is harmless.
 
     Raises:
         ObjectExistsError: something else is there under its name; it is untouched.
         UsageError: the destination is the root itself, or a trainer saves checkpoints there.
         ForeignFolderError: somebody else's folder is in the place of a checkpoint.
-        IntegrityError: the folder differs from its own manifest, and nothing became visible; or
-            the copy that is there was altered since it was made, and is untouched.
+        IntegrityError: the folder differs from its own manifest, or what was read back does, and
+            nothing became visible; or the copy that is there was altered since it was made, and is
+            untouched.
         StorageError: from the destination.
     """
     target = open_catalog(destination)
@@ -50,10 +57,13 @@ def copy_to_root(catalog: Catalog, cargo: Cargo, destination: str, progress: Pro
         if present.content_id != cargo.manifest.content_id:
             raise _another(cargo, location)
         _check_files(target.store, cargo, location)
+        if verify == "digests":
+            damage = read_back(target.store, cargo.folder, present, progress=progress)
+            _refuse_altered(damage, location)
         return Published(location=location, bytes_sent=0)
     if names.parse_step(cargo.folder) is not None:
         _refuse_others_steps(target, cargo)
-    published = _make(catalog, cargo, target, progress)
+    published = _make(catalog, cargo, target, verify=verify, progress=progress)
     _check_files(target.store, cargo, location)
     return published
 
@@ -71,7 +81,9 @@ def _refuse_others_steps(target: Catalog, cargo: Cargo) -> None:
         )
 
 
-def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -> Published:
+def _make(
+    catalog: Catalog, cargo: Cargo, target: Catalog, *, verify: Proof, progress: Progress
+) -> Published:
     origin = Origin(
         store=catalog.store,
         folder=cargo.folder,
@@ -79,7 +91,8 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
         do=cargo.cure,
     )
     entries = cargo.manifest.files
-    staging = target.commit.staging(f"publish-{uuid.uuid4().hex}")
+    attempt = f"publish-{uuid.uuid4().hex}"
+    staging = target.commit.staging(attempt)
     try:
         target.commit.begin(cargo.folder)
         progress.begin(f"copies {cargo.title} to {target.uri}", cargo.manifest.total_bytes)
@@ -90,6 +103,10 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
         bring_all(origin, left, staging, progress=progress)
         progress.begin(f"sends {cargo.title} to {target.uri}", sent_bytes)
         target.commit.contribute(staging, cargo.folder, progress=progress)
+        if verify == "digests":
+            at_root = target.commit.is_staging_shared
+            arrived = names.staging_dir(attempt) if at_root else cargo.folder
+            _expect_equal(target, arrived, cargo.manifest, progress)
         target.commit_folder(staging, cargo.folder, cargo.manifest)
     except BaseException:
         target.commit.discard(staging)
@@ -99,6 +116,17 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
         bytes_sent=sent_bytes,
         bytes_copied=cargo.manifest.total_bytes - sent_bytes,
     )
+
+
+def _expect_equal(target: Catalog, folder: str, manifest: Manifest, progress: Progress) -> None:
+    damage = read_back(target.store, folder, manifest, progress=progress)
+    if damage:
+        raise IntegrityError(
+            f"what was read back is not what was sent: {'; '.join(damage)}",
+            target.uri,
+            "nothing of the copy is visible; what it was made from is untouched",
+            "look at the disk or the store there; then ray-ckpt retry ROOT --kind publish",
+        )
 
 
 def _another(cargo: Cargo, location: str) -> ObjectExistsError:
@@ -118,6 +146,10 @@ def _check_files(store: Store, cargo: Cargo, location: str) -> None:
     """
     sizes = sizes_in(store, cargo.folder)
     damage = [text for entry in cargo.manifest.files if (text := size_damage(entry, sizes))]
+    _refuse_altered(damage, location)
+
+
+def _refuse_altered(damage: list[str], location: str) -> None:
     if damage:
         raise IntegrityError(
             f"the copy is not what left: {'; '.join(damage)}",

@@ -118,6 +118,7 @@ def publish(
     *,
     token: str | None = None,
     settings: Mapping[str, str] = {},
+    verify: str = "sizes",
 ) -> str:
     """Publishes step 5 in a process of its own, whose Hub is the double; its output or error."""
     code = (
@@ -127,14 +128,15 @@ def publish(
         "from ray_ckpt.storage.publish import publish_export\n"
         "catalog = open_catalog(sys.argv[1])\n"
         "try:\n"
-        "    done = publish_export(catalog, catalog.export('hf', 5), sys.argv[2])\n"
+        "    export, to, verify = catalog.export('hf', 5), *sys.argv[2:]\n"
+        "    done = publish_export(catalog, export, to, verify=verify)\n"
         "    print('done', done.location, done.bytes_sent)\n"
         "except RayCkptError as error:\n"
         "    print('failed', type(error).__name__, error)\n"
         "    print('class', classify(error), getattr(error, 'retry_after_s', None))\n"
     )
     environment = {**hub.environment(), "HF_TOKEN": token or hub.token, **settings}
-    return run_python("-c", code, root, to, environment=environment).stdout.strip()
+    return run_python("-c", code, root, to, verify, environment=environment).stdout.strip()
 
 
 def test_an_export_becomes_one_commit_and_a_tag(
