@@ -11,9 +11,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ray_ckpt.core.copies import copies
+from ray_ckpt.core.copies import present_copies
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.lifecycle import ActionState
+from ray_ckpt.core.looks import losses
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.resume import why_unusable
 from ray_ckpt.storage.backends import open_catalog
@@ -75,6 +76,7 @@ def step_rows(observed: Observation) -> list[dict[str, Any]]:
             "pins": [pin.title for pin in view.pins if pin.holds(time.time())],
             "exports": sorted(e.name for e in observed.exports if e.step == view.step),
             "copies": sorted(_copies(observed, view.step)),
+            "lost_copies": lost_copies(observed, view.step),
             "note": why_unusable(view),
         }
         for view in observed.checkpoints
@@ -92,7 +94,7 @@ def print_steps(observed: Observation) -> None:
             row["committed_at"] or "-",
             ", ".join(row["pins"]) or "-",
             ", ".join(row["exports"]) or "-",
-            ", ".join(row["copies"]) or "-",
+            ", ".join((*row["copies"], *map(_lost, row["lost_copies"]))) or "-",
             row["note"] or "-",
         )
         for row in step_rows(observed)
@@ -127,9 +129,22 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} PB"
 
 
+def lost_copies(observed: Observation, step: int) -> list[dict[str, str]]:
+    """Copies of a step that the manager has found to be gone, or others than they were."""
+    return [
+        {"location": str(copy.result["location"]), "state": str(loss.state), "why": loss.why}
+        for copy, loss in losses(observed)
+        if copy.action.step == step and "location" in copy.result
+    ]
+
+
+def _lost(copy: dict[str, str]) -> str:
+    return f"{copy['location']} ({copy['state']})"
+
+
 def _copies(observed: Observation, step: int) -> set[str]:
     return {
         str(record.result["location"])
-        for record in copies(observed)
+        for record in present_copies(observed)
         if record.action.step == step and "location" in record.result
     }

@@ -19,7 +19,6 @@ from ray_ckpt.cluster.attempts import Attempt, AttemptGuard
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import NODE
-from ray_ckpt.core.copies import COPIED_AT
 from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import (
     ConflictError,
@@ -28,12 +27,22 @@ from ray_ckpt.core.errors import (
     StepNotFoundError,
     StorageError,
 )
+from ray_ckpt.core.findings import (
+    COPIED_AT,
+    FINGERPRINT,
+    LOOKED_AT,
+    READ_AT,
+    STATE,
+    WHY,
+    CopyState,
+)
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import beating, first_beat
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.copy_look import Made, look_at_copy
 from ray_ckpt.storage.gathering import commit_draft, free, gather
 from ray_ckpt.storage.hand_over import handing_over
 from ray_ckpt.storage.lease import Guard
@@ -78,6 +87,8 @@ def run_action(
                 run = partial(_export, crew=crew, places_after=attempt.places_after)
             elif attempt.action.kind is ActionKind.PUBLISH:
                 run = partial(_publish, verify=attempt.verify)
+            elif attempt.action.kind is ActionKind.LOOK:
+                run = partial(_look, verify=attempt.verify)
             result = run(catalog, attempt.action, guard, progress)
         except Exception as error:
             _keep_log(catalog, attempt, traceback.format_exc())
@@ -187,6 +198,7 @@ def _publish(
         "bytes_copied": published.bytes_copied,
         "content_id": manifest.content_id,
         "verified": verify,
+        FINGERPRINT: published.fingerprint,
         METRICS: dict(manifest.metrics),
         NON_FINITE: len(manifest.non_finite),
     }
@@ -253,6 +265,29 @@ def _retire(catalog: Catalog, action: Action, guard: Guard, progress: Progress) 
     }
 
 
+def _look(
+    catalog: Catalog, action: Action, _: Guard, progress: Progress, *, verify: Proof = "sizes"
+) -> Result:
+    """Says what became of one copy, and changes nothing."""
+    publish = replace(action, kind=ActionKind.PUBLISH)
+    copy = catalog.records.action(publish)
+    before = catalog.records.action(action).result
+    is_same = before.get(COPIED_AT) == copy.changed_at
+    fingerprint = before.get(FINGERPRINT) if is_same else copy.result.get(FINGERPRINT)
+    made = Made(content_id=str(copy.result.get("content_id")), fingerprint=fingerprint or "")
+    looked_at = time.time()
+    look = look_at_copy(publish, made, verify=verify, progress=progress)
+    is_whole = look.was_read and look.state is CopyState.PRESENT
+    return {
+        STATE: look.state,
+        WHY: look.why,
+        LOOKED_AT: looked_at,
+        READ_AT: looked_at if is_whole else before.get(READ_AT) if is_same else None,
+        FINGERPRINT: look.fingerprint,
+        COPIED_AT: copy.changed_at,
+    }
+
+
 def _gather(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
     """Sends what has not arrived yet, to a private place."""
     assert action.node is not None, "a gather names its node"
@@ -291,6 +326,7 @@ _RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard, Progress], Result]]
     ActionKind.PROMOTE: _promote,
     ActionKind.PURGE: _purge,
     ActionKind.RETIRE: _retire,
+    ActionKind.LOOK: _look,
     ActionKind.SCRUB: _scrub,
     ActionKind.GATHER: _gather,
     ActionKind.COMMIT: _commit,

@@ -20,14 +20,12 @@ from dataclasses import replace
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.copy_policy import KeepCopies, Proof, PublishPolicy
+from ray_ckpt.core.findings import COPIED_AT, loss_of
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation, Request
 from ray_ckpt.core.retention import Candidate
 from ray_ckpt.core.wanted import is_result
-
-COPIED_AT = "copied_at"
-"""In the result of a retire: when the copy was made that it removed, by the publish's record."""
 
 
 def retire_action(publish: Action) -> Action:
@@ -60,6 +58,11 @@ def copies(observed: Observation) -> list[ActionRecord]:
     ]
 
 
+def present_copies(observed: Observation) -> list[ActionRecord]:
+    """The same without those that a look did not find as they were made."""
+    return [copy for copy in copies(observed) if loss_of(copy, observed.records) is None]
+
+
 def _is_retired(copy: ActionRecord, observed: Observation) -> bool:
     """Whether this very copy was removed; one that was made anew since was not."""
     record = observed.records.get(retire_action(copy.action).key)
@@ -73,7 +76,7 @@ def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tup
 
     `promoted` are the keys of the copies that a name leads to, or is to lead to.
     """
-    present = copies(observed)
+    present = present_copies(observed)
     for policy in observed.policy.publish:
         if policy.keep is not None:
             there = [copy.action for copy in present if is_at(copy.action, policy)]

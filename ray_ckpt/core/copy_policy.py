@@ -86,6 +86,12 @@ class PublishPolicy:
     """With `digests` every file is read back from there and compared before the copy is visible;
     on the Hub before its tag is set. Else the sizes are looked at, and what the store has proven
     of what it received."""
+    look_every_s: float | None = None
+    """Look at each copy there again once its last look is so many seconds ago: at its sizes, and
+    whether the store says that it was written anew. One that is gone is made again, one that is
+    another now is told of. None never does."""
+    scrub_every_s: float | None = None
+    """And read every byte of it so often; of the Hub, whose history never changes, nothing."""
     keep: KeepCopies | None = None
     """Which copies stay there; None keeps all. What `promote` leads to always does."""
     promote: str | None = None
@@ -100,6 +106,7 @@ class PublishPolicy:
 
     def __post_init__(self) -> None:
         self._check_what()
+        at_least(1, look_every_s=self.look_every_s, scrub_every_s=self.scrub_every_s)
         self._check_promote()
         if self.keep is not None and self.to.startswith("hf://"):
             raise ConfigError(

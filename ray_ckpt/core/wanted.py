@@ -8,6 +8,7 @@ from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copy_policy import CopiedSteps, PublishPolicy
 from ray_ckpt.core.due import DueExport, due_exports, is_export_of
 from ray_ckpt.core.export_spec import ExportSpec
+from ray_ckpt.core.findings import Finding, loss_of
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
@@ -34,6 +35,8 @@ class WantedAction:
     that is copied itself needs none."""
     state: ActionState | None
     """Of its record; None if it was never started."""
+    loss: Finding | None
+    """What a look has found of a copy that is not what it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +170,9 @@ def _known(
             is_exported=same[0].action.export is None
             or any(is_result(manifest, same[0].action) for manifest in made),
             state=observed.records[key].state if key in observed.records else None,
+            loss=loss_of(observed.records[key], observed.records)
+            if key in observed.records
+            else None,
         )
         for key, same in by_key.items()
     )

@@ -8,24 +8,25 @@ last: until then nobody sees anything of the copy.
 """
 
 import uuid
+from dataclasses import replace
 
 from ray_ckpt.core import names
 from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.cargo import Cargo, Published
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import size_damage
 from ray_ckpt.storage.lease import TRAINER, holder_of
-from ray_ckpt.storage.listing import manifest_in, sizes_in
+from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.storage.read_back import read_back
 from ray_ckpt.storage.retire import finish_retiring
 from ray_ckpt.storage.room import expect_room
 from ray_ckpt.storage.server_copy import copy_on_server
+from ray_ckpt.storage.versions import fingerprint_of, infos_in
 
 
 def copy_to_root(
@@ -53,19 +54,26 @@ def copy_to_root(
         )
     finish_retiring(target.store, cargo.folder)
     present = manifest_in(target.store, cargo.folder)
+    if present is not None and present.content_id != cargo.manifest.content_id:
+        raise _another(cargo, location)
     if present is not None:
-        if present.content_id != cargo.manifest.content_id:
-            raise _another(cargo, location)
-        _check_files(target.store, cargo, location)
-        if verify == "digests":
-            damage = read_back(target.store, cargo.folder, present, progress=progress)
-            _refuse_altered(damage, location)
-        return Published(location=location, bytes_sent=0)
+        return _find(target, cargo, verify=verify, progress=progress)
     if names.parse_step(cargo.folder) is not None:
         _refuse_others_steps(target, cargo)
     published = _make(catalog, cargo, target, verify=verify, progress=progress)
-    _check_files(target.store, cargo, location)
-    return published
+    return replace(published, fingerprint=_check_files(target, cargo))
+
+
+def _find(target: Catalog, cargo: Cargo, *, verify: Proof, progress: Progress) -> Published:
+    """The copy that was there already, looked at as closely as is asked for."""
+    location = f"{target.uri}/{cargo.folder}"
+    fingerprint = _check_files(target, cargo)
+    if verify == "sizes":
+        return Published(location=location, bytes_sent=0)
+    _refuse_altered(
+        read_back(target.store, cargo.folder, cargo.manifest, progress=progress), location
+    )
+    return Published(location=location, bytes_sent=0, fingerprint=fingerprint)
 
 
 def _refuse_others_steps(target: Catalog, cargo: Cargo) -> None:
@@ -138,15 +146,17 @@ def _another(cargo: Cargo, location: str) -> ObjectExistsError:
     )
 
 
-def _check_files(store: Store, cargo: Cargo, location: str) -> None:
-    """Nothing, if every file is there in its size.
+def _check_files(target: Catalog, cargo: Cargo) -> str:
+    """The copy's fingerprint, if every file is there in its size.
 
     Raises:
         IntegrityError: the store has lost something, or somebody has altered the copy.
     """
-    sizes = sizes_in(store, cargo.folder)
+    infos = infos_in(target.store, cargo.folder)
+    sizes = {name: info.size_bytes for name, info in infos.items()}
     damage = [text for entry in cargo.manifest.files if (text := size_damage(entry, sizes))]
-    _refuse_altered(damage, location)
+    _refuse_altered(damage, f"{target.uri}/{cargo.folder}")
+    return fingerprint_of(infos, cargo.manifest)
 
 
 def _refuse_altered(damage: list[str], location: str) -> None:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.core.actions import Action
-from ray_ckpt.core.copies import COPIED_AT, copies, proof_of, retire_action
+from ray_ckpt.core.copies import copies, proof_of, retire_action
 from ray_ckpt.core.copy_policy import KeepCopies
+from ray_ckpt.core.findings import COPIED_AT
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.policy import LifecyclePolicy
