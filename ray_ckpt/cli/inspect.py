@@ -61,12 +61,13 @@ def show(root: str, step: int, as_json: bool) -> None:
     catalog = open_root(root)
     view = catalog.checkpoint(step)
     manifest = catalog.manifest(step)
+    records = catalog.records.actions()
     actions = [
         {"action": r.action.title, "state": str(r.state), "attempts": r.attempts, "error": r.error}
-        for r in catalog.records.actions().values()
+        for r in records.values()
         if r.action.step == step
     ]
-    lost = lost_copies(catalog.observe(), step)
+    lost = lost_copies(records).get(step, [])
     document = {
         "step": step,
         "state": str(view.state),

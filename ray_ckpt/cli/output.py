@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.copies import present_copies
 from ray_ckpt.core.errors import UsageError
+from ray_ckpt.core.findings import losses
 from ray_ckpt.core.lifecycle import ActionState
-from ray_ckpt.core.looks import losses
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.resume import why_unusable
 from ray_ckpt.storage.backends import open_catalog
@@ -67,6 +69,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def step_rows(observed: Observation) -> list[dict[str, Any]]:
     """What `ls` says of each step: the command line's contract."""
+    lost = lost_copies(observed.records)
     return [
         {
             "step": view.step,
@@ -76,7 +79,7 @@ def step_rows(observed: Observation) -> list[dict[str, Any]]:
             "pins": [pin.title for pin in view.pins if pin.holds(time.time())],
             "exports": sorted(e.name for e in observed.exports if e.step == view.step),
             "copies": sorted(_copies(observed, view.step)),
-            "lost_copies": lost_copies(observed, view.step),
+            "lost_copies": lost.get(view.step, []),
             "note": why_unusable(view),
         }
         for view in observed.checkpoints
@@ -129,13 +132,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} PB"
 
 
-def lost_copies(observed: Observation, step: int) -> list[dict[str, str]]:
-    """Copies of a step that the manager has found to be gone, or others than they were."""
-    return [
-        {"location": str(copy.result["location"]), "state": str(loss.state), "why": loss.why}
-        for copy, loss in losses(observed)
-        if copy.action.step == step and "location" in copy.result
-    ]
+def lost_copies(records: Mapping[str, ActionRecord]) -> dict[int, list[dict[str, str]]]:
+    """By step, the copies that the manager has found to be gone, or others than they were."""
+    found: dict[int, list[dict[str, str]]] = defaultdict(list)
+    for key, loss in losses(records).items():
+        location = str(records[key].result.get("location"))
+        lost = {"location": location, "state": str(loss.state), "why": loss.why}
+        found[records[key].action.step].append(lost)
+    return found
 
 
 def _lost(copy: dict[str, str]) -> str:

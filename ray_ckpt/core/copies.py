@@ -20,7 +20,7 @@ from dataclasses import replace
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.copy_policy import KeepCopies, Proof, PublishPolicy
-from ray_ckpt.core.findings import COPIED_AT, loss_of
+from ray_ckpt.core.findings import is_retired, losses
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation, Request
@@ -54,21 +54,14 @@ def copies(observed: Observation) -> list[ActionRecord]:
         for record in observed.records.values()
         if record.action.kind is ActionKind.PUBLISH
         and record.state is ActionState.SUCCEEDED
-        and not _is_retired(record, observed)
+        and not is_retired(record, observed.records)
     ]
 
 
 def present_copies(observed: Observation) -> list[ActionRecord]:
     """The same without those that a look did not find as they were made."""
-    return [copy for copy in copies(observed) if loss_of(copy, observed.records) is None]
-
-
-def _is_retired(copy: ActionRecord, observed: Observation) -> bool:
-    """Whether this very copy was removed; one that was made anew since was not."""
-    record = observed.records.get(retire_action(copy.action).key)
-    if record is None or record.state is not ActionState.SUCCEEDED:
-        return False
-    return record.result.get(COPIED_AT) == copy.changed_at
+    lost, present = losses(observed.records), copies(observed)
+    return [copy for copy in present if copy.action.key not in lost] if lost else present
 
 
 def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tuple[Action, str]]:

@@ -44,23 +44,43 @@ def look_action(publish: Action) -> Action:
     return replace(publish, kind=ActionKind.LOOK)
 
 
-def finding_of(copy: ActionRecord, records: Mapping[str, ActionRecord]) -> Finding | None:
-    """What was found of this very copy; None if nobody has looked since it was made."""
-    look = records.get(look_action(copy.action).key)
-    if look is None or copy.state is not ActionState.SUCCEEDED:
-        return None
-    found = look.result
-    if STATE not in found or found.get(COPIED_AT) != copy.changed_at:
-        return None
+def findings(records: Mapping[str, ActionRecord]) -> dict[str, Finding]:
+    """By the key of its publish, what was found of each copy that was looked at since it was made.
+
+    Nothing of one that was retired since.
+    """
+    found: dict[str, Finding] = {}
+    for look in records.values():
+        if look.action.kind is ActionKind.LOOK and STATE in look.result:
+            copy = records.get(replace(look.action, kind=ActionKind.PUBLISH).key)
+            if copy is not None and _is_about(look, copy) and not is_retired(copy, records):
+                found[copy.action.key] = _finding(look)
+    return found
+
+
+def losses(records: Mapping[str, ActionRecord]) -> dict[str, Finding]:
+    """Those of them that say that the copy is not what it was."""
+    found = findings(records)
+    return {key: f for key, f in found.items() if f.state is not CopyState.PRESENT}
+
+
+def is_retired(copy: ActionRecord, records: Mapping[str, ActionRecord]) -> bool:
+    """Whether this very copy was removed; one that was made anew since was not."""
+    retire = records.get(replace(copy.action, kind=ActionKind.RETIRE).key)
+    if retire is None or retire.state is not ActionState.SUCCEEDED:
+        return False
+    return retire.result.get(COPIED_AT) == copy.changed_at
+
+
+def _is_about(look: ActionRecord, copy: ActionRecord) -> bool:
+    is_there = copy.state is ActionState.SUCCEEDED
+    return is_there and look.result.get(COPIED_AT) == copy.changed_at
+
+
+def _finding(look: ActionRecord) -> Finding:
     return Finding(
-        state=CopyState(found[STATE]),
-        why=found.get(WHY, ""),
-        looked_at=found[LOOKED_AT],
-        read_at=found.get(READ_AT),
+        state=CopyState(look.result[STATE]),
+        why=look.result.get(WHY, ""),
+        looked_at=look.result[LOOKED_AT],
+        read_at=look.result.get(READ_AT),
     )
-
-
-def loss_of(copy: ActionRecord, records: Mapping[str, ActionRecord]) -> Finding | None:
-    """The same if it says that the copy is not what it was."""
-    found = finding_of(copy, records)
-    return None if found is None or found.state is CopyState.PRESENT else found

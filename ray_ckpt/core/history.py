@@ -19,8 +19,8 @@ from typing import Any
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.errors import TransitionError
 from ray_ckpt.core.events import Event, event_id
+from ray_ckpt.core.findings import losses
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState, move_checkpoint
-from ray_ckpt.core.looks import losses
 from ray_ckpt.core.observation import READABLE, CheckpointView, Observation
 
 _SCHEMA = "ray_ckpt.snapshot/1"
@@ -90,10 +90,11 @@ def snapshot_of(observed: Observation, *, token: str) -> Snapshot:
         facts[f"export/{export.step}/{export.name}"] = fact
     for key, record in observed.records.items():
         facts[f"action/{key}"] = _action(record)
-    for copy, loss in losses(observed):
-        name = copy.action.title.removeprefix(f"{copy.action.kind} ")
-        fact = Fact(step=copy.action.step, name=name, state=loss.state, error=_line(loss.why))
-        facts[f"copy/{copy.action.key}"] = fact
+    for key, loss in losses(observed.records).items():
+        copy = observed.records[key].action
+        name = copy.title.removeprefix(f"{copy.kind} ")
+        fact = Fact(step=copy.step, name=name, state=loss.state, error=_line(loss.why))
+        facts[f"copy/{key}"] = fact
     for request in observed.requests:
         fact = Fact(step=request.step, name=request.title, state=_THERE)
         facts[f"request/{request.title}"] = fact

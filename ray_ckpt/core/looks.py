@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.copies import copies, is_at, proof_of
 from ray_ckpt.core.copy_policy import Proof, PublishPolicy
-from ray_ckpt.core.findings import Finding, finding_of, look_action, loss_of
+from ray_ckpt.core.findings import findings, look_action
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.scrub import utc
@@ -32,9 +32,11 @@ class DueLook:
 def overdue_looks(observed: Observation, *, now: float) -> Mapping[str, list[DueLook]]:
     """By place, the looks that are due there; the copy that was looked at longest ago first."""
     due: dict[str, list[tuple[float, DueLook]]] = defaultdict(list)
+    known = findings(observed.records)
     for copy, policy in _watched(observed):
         every_s = min(s for s in (policy.look_every_s, policy.scrub_every_s) if s is not None)
-        last = _last_look(copy, observed)
+        found = known.get(copy.action.key)
+        last = copy.changed_at if found is None else found.looked_at
         look = look_action(copy.action)
         if now - max(last, _given_up_at(look, observed)) >= every_s:
             reason = f"last looked at {utc(last)}, every {every_s:g} s"
@@ -47,19 +49,13 @@ def overdue_looks(observed: Observation, *, now: float) -> Mapping[str, list[Due
     }
 
 
-def losses(observed: Observation) -> list[tuple[ActionRecord, Finding]]:
-    """The copies that were found to be gone, or others than they were."""
-    known = ((copy, loss_of(copy, observed.records)) for copy in copies(observed))
-    return [(copy, loss) for copy, loss in known if loss is not None]
-
-
 def proof_needed(action: Action, observed: Observation, *, now: float) -> Proof:
     """What a publish or a look is to compare."""
     if action.kind is not ActionKind.LOOK:
         return proof_of(action, observed)
     for copy, policy in _watched(observed):
         if look_action(copy.action).key == action.key and policy.scrub_every_s is not None:
-            found = finding_of(copy, observed.records)
+            found = findings(observed.records).get(copy.action.key)
             read_at = (found and found.read_at) or copy.changed_at
             return "digests" if now - read_at >= policy.scrub_every_s else "sizes"
     return "sizes"
@@ -71,11 +67,6 @@ def _watched(observed: Observation) -> Iterator[tuple[ActionRecord, PublishPolic
     present = copies(observed) if policies else []
     for policy in policies:
         yield from ((copy, policy) for copy in present if is_at(copy.action, policy))
-
-
-def _last_look(copy: ActionRecord, observed: Observation) -> float:
-    found = finding_of(copy, observed.records)
-    return copy.changed_at if found is None else found.looked_at
 
 
 def _given_up_at(look: Action, observed: Observation) -> float:

@@ -1,13 +1,13 @@
 """What records are to say, once people or the course of things have overtaken them. Pure."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.asked import asked_purge, asked_purges
-from ray_ckpt.core.copies import copies
 from ray_ckpt.core.errors import PurgeRefusedError
 from ray_ckpt.core.failures import ErrorClass
-from ray_ckpt.core.findings import look_action
+from ray_ckpt.core.findings import is_retired
 from ray_ckpt.core.gathering import is_done, is_moot
 from ray_ckpt.core.lifecycle import (
     GIVEN_UP,
@@ -67,14 +67,14 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     """
     present = {_identity(view) for view in observed.readable()}
     trashed = {_identity(v) for v in observed.checkpoints if v.state is CheckpointState.TRASHED}
-    looks = {look_action(copy.action).key for copy in copies(observed)}
     found: list[ActionRecord] = []
     for record in observed.records.values():
         action = record.action
         source = (action.step, action.source_id)
-        if action.kind is ActionKind.LOOK and record.state in WAITING and action.key not in looks:
+        is_waiting = record.state in WAITING
+        if action.kind is ActionKind.LOOK and is_waiting and _has_no_copy(action, observed):
             found.append(record.cancelled("its copy was removed, or is made anew", now))
-        if record.state not in WAITING or action.kind in _ABOUT_COPIES:
+        if not is_waiting or action.kind in _ABOUT_COPIES:
             continue
         if action.kind in _OF_DRAFTS:
             found.extend(_of_draft(record, observed, now))
@@ -85,6 +85,13 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
         elif source not in present:
             found.append(record.cancelled("its checkpoint is not in place any more", now))
     return found
+
+
+def _has_no_copy(look: Action, observed: Observation) -> bool:
+    copy = observed.records.get(replace(look, kind=ActionKind.PUBLISH).key)
+    if copy is None or copy.state is not ActionState.SUCCEEDED:
+        return True
+    return is_retired(copy, observed.records)
 
 
 def _of_draft(record: ActionRecord, observed: Observation, now: float) -> list[ActionRecord]:

@@ -8,7 +8,7 @@ from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copy_policy import CopiedSteps, PublishPolicy
 from ray_ckpt.core.due import DueExport, due_exports, is_export_of
 from ray_ckpt.core.export_spec import ExportSpec
-from ray_ckpt.core.findings import Finding, loss_of
+from ray_ckpt.core.findings import Finding, losses
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
@@ -157,6 +157,7 @@ def _known(
     asked: Iterable[_Asked], made: Iterable[Manifest], observed: Observation
 ) -> tuple[WantedAction, ...]:
     """Each once, the first reason counts; with what storage shows of it and the step's exports."""
+    lost = losses(observed.records)
     by_key: dict[str, list[_Asked]] = defaultdict(list)
     for each in asked:
         by_key[each.action.key].append(each)
@@ -170,9 +171,7 @@ def _known(
             is_exported=same[0].action.export is None
             or any(is_result(manifest, same[0].action) for manifest in made),
             state=observed.records[key].state if key in observed.records else None,
-            loss=loss_of(observed.records[key], observed.records)
-            if key in observed.records
-            else None,
+            loss=lost.get(key),
         )
         for key, same in by_key.items()
     )

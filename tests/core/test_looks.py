@@ -9,11 +9,19 @@ from ray_ckpt.core.admission import Occupant, admit
 from ray_ckpt.core.copies import present_copies, retire_action
 from ray_ckpt.core.copy_policy import KeepCopies, PublishPolicy
 from ray_ckpt.core.errors import ConfigError
-from ray_ckpt.core.findings import COPIED_AT, LOOKED_AT, READ_AT, STATE, WHY, look_action
+from ray_ckpt.core.findings import (
+    COPIED_AT,
+    LOOKED_AT,
+    READ_AT,
+    STATE,
+    WHY,
+    look_action,
+    losses,
+)
 from ray_ckpt.core.history import changes, snapshot_of
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.limits import Limits
-from ray_ckpt.core.looks import losses, proof_needed
+from ray_ckpt.core.looks import proof_needed
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.reconcile import plan
@@ -145,7 +153,7 @@ def test_a_copy_that_is_gone_is_made_again_and_holds_its_step_until_then() -> No
     held = plan(observed, now=DAY_S).verdicts[0]
     assert held.reasons == ("not done yet: publish step-5 hf to /copies",)
     anew = made(observed, copy_of(5), at=DAY_S + 1)
-    assert losses(anew) == []
+    assert losses(anew.records) == {}
     assert titles(anew, now=DAY_S + 1)[0] == "purge step-5"
 
 
@@ -169,7 +177,7 @@ def test_what_was_found_counts_until_the_next_look_has_ended() -> None:
     look = look_action(copy_of(5))
     record = observed.records[look.key].afresh().started(2 * DAY_S)
     running = replace(observed, records={**observed.records, look.key: record})
-    assert [loss.state for _, loss in losses(running)] == ["gone"]
+    assert [loss.state for loss in losses(running.records).values()] == ["gone"]
     failed = record.failed(OSError("no route"), 3 * DAY_S)
     assert failed.state is ActionState.RETRY_WAIT
     assert failed.result == observed.records[look.key].result
@@ -179,7 +187,7 @@ def test_a_copy_that_nobody_asks_for_any_more_is_not_made_again() -> None:
     observed = looked(copied(5), 5, "gone")
     nobody = replace(observed, policy=LifecyclePolicy())
     assert titles(nobody, now=DAY_S) == []
-    assert [copy.action.step for copy, _ in losses(nobody)] == [5]
+    assert losses(nobody.records).keys() == {copy_of(5).key}
 
 
 def test_a_lost_copy_is_no_reason_to_remove_another_one() -> None:
