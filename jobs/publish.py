@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.perform import perform_on_cluster
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import publish_action
 from ray_ckpt.storage.backends import open_catalog
@@ -24,6 +25,8 @@ class PublishConfig:
     """`/path`, `s3://bucket/prefix` or `hf://org/repo`."""
     name: str | None = None
     """Which export of it; without one the checkpoint itself is copied."""
+    verify: Proof = "sizes"
+    """With `digests` every file is read back from there, and compared."""
 
 
 def main() -> None:
@@ -35,7 +38,9 @@ def main() -> None:
         recipe = catalog.export(config.name, config.step).manifest.lineage.recipe
         spec = ExportSpec.of_recipe(recipe)
     action = publish_action(catalog.checkpoint(config.step), spec, config.to)
-    record = perform_on_cluster(catalog.uri, action, address="auto", told=print)
+    record = perform_on_cluster(
+        catalog.uri, action, address="auto", verify=config.verify, told=print
+    )
     print(record.result["location"])
 
 

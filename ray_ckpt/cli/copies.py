@@ -7,8 +7,9 @@ import click
 from ray_ckpt.cli.output import emit, json_option, open_root, print_table, root_argument
 from ray_ckpt.core import copies as recorded
 from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.copy_states import CopyState
 from ray_ckpt.core.errors import StorageError
-from ray_ckpt.storage.copy_look import CopyState, look_at_copy
+from ray_ckpt.storage.copy_look import Made, look_at_copy
 
 
 @click.command()
@@ -37,7 +38,8 @@ def _row(root: str, record: ActionRecord) -> dict[str, Any]:
     action = record.action
     row: dict[str, Any] = {"what": action.title, "step": action.step, "at": action.destination}
     try:
-        look = look_at_copy(action, content_id=str(record.result.get("content_id")))
+        made = Made(content_id=str(record.result.get("content_id")))
+        look = look_at_copy(action, made, verify="digests")
     except StorageError as error:
         return {**row, "state": "unknown", "why": error.what, "do": error.do}
     return {**row, "state": str(look.state), "why": look.why, "do": _cure(root, record, look.state)}

@@ -21,6 +21,7 @@ from ray_ckpt.cli.output import (
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.config import MAX_SHARD_BYTES, Device, Dtype, ExportFormat
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
@@ -199,6 +200,10 @@ def _what_is_done(tensors: Sequence[dict[str, Any]]) -> str:
 @click.option("--name", help="Which export.")
 @click.option("--checkpoint", is_flag=True, help="Not an export: the checkpoint itself.")
 @click.option("--to", "destination", required=True, help="/path, s3://bucket/prefix, hf://org/repo")
+@click.option(
+    "--read-back", "verify", flag_value="digests", default="sizes",
+    help="Read every file back from there, and compare, before the copy is visible.",
+)  # fmt: skip
 @_create_option
 @json_option
 def publish(
@@ -207,6 +212,7 @@ def publish(
     name: str | None,
     checkpoint: bool,
     destination: str,
+    verify: Proof,
     create: bool,
     as_json: bool,
 ) -> None:
@@ -227,7 +233,7 @@ def publish(
     action = publish_action(catalog.checkpoint(step), spec, destination)
     if create:
         _create(destination)
-    record = _perform(catalog, action)
+    record = _perform(catalog, action, verify)
     document = {"step": step, "name": name, "destination": destination, **record.result}
     emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
 
@@ -244,14 +250,14 @@ def _create(destination: str | None) -> None:
     create_on_hub(destination)
 
 
-def _perform(catalog: Catalog, action: Action) -> ActionRecord:
+def _perform(catalog: Catalog, action: Action, verify: Proof = "sizes") -> ActionRecord:
     """On the cluster that RAY_ADDRESS names, else in this process."""
     from ray_ckpt.cluster.perform import perform_here, perform_on_cluster
 
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        return perform_on_cluster(catalog.uri, action, address=address, told=say)
-    return perform_here(catalog, action, told=say)
+        return perform_on_cluster(catalog.uri, action, address=address, verify=verify, told=say)
+    return perform_here(catalog, action, verify=verify, told=say)
 
 
 def _flavors(forms: Sequence[str]) -> dict[str, str]:

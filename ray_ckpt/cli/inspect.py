@@ -12,6 +12,7 @@ from ray_ckpt.cli.output import (
     how_far,
     human_bytes,
     json_option,
+    lost_copies,
     open_root,
     print_steps,
     print_table,
@@ -25,6 +26,8 @@ from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.storage.digests import find_damage
+
+_LOOK = "what to type says ray-ckpt copies"
 
 
 @click.command()
@@ -58,17 +61,20 @@ def show(root: str, step: int, as_json: bool) -> None:
     catalog = open_root(root)
     view = catalog.checkpoint(step)
     manifest = catalog.manifest(step)
+    records = catalog.records.actions()
     actions = [
         {"action": r.action.title, "state": str(r.state), "attempts": r.attempts, "error": r.error}
-        for r in catalog.records.actions().values()
+        for r in records.values()
         if r.action.step == step
     ]
+    lost = lost_copies(records).get(step, [])
     document = {
         "step": step,
         "state": str(view.state),
         "pins": [asdict(pin) for pin in view.pins],
         "manifest": json.loads(manifest.to_json()),
         "actions": actions,
+        "lost_copies": lost,
     }
 
     def render() -> None:
@@ -90,6 +96,7 @@ def show(root: str, step: int, as_json: bool) -> None:
             ("metrics", ", ".join(f"{k} {v:.6g}" for k, v in manifest.metrics.items()) or "-"),
             *(("pin", _pin(pin)) for pin in view.pins),
             *((a["action"], f"{a['state']} after {a['attempts']} attempt(s)") for a in actions),
+            *((c["location"], f"{c['state']}: {c['why']}; {_LOOK} {root}") for c in lost),
         ]
         print_table(("", f"step-{step}"), facts)
 

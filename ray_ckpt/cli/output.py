@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ray_ckpt.core.copies import copies
+from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.copies import present_copies
+from ray_ckpt.core.copy_states import losses
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
@@ -66,6 +69,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def step_rows(observed: Observation) -> list[dict[str, Any]]:
     """What `ls` says of each step: the command line's contract."""
+    lost = lost_copies(observed.records)
     return [
         {
             "step": view.step,
@@ -75,6 +79,7 @@ def step_rows(observed: Observation) -> list[dict[str, Any]]:
             "pins": [pin.title for pin in view.pins if pin.holds(time.time())],
             "exports": sorted(e.name for e in observed.exports if e.step == view.step),
             "copies": sorted(_copies(observed, view.step)),
+            "lost_copies": lost.get(view.step, []),
             "note": why_unusable(view),
         }
         for view in observed.checkpoints
@@ -92,7 +97,7 @@ def print_steps(observed: Observation) -> None:
             row["committed_at"] or "-",
             ", ".join(row["pins"]) or "-",
             ", ".join(row["exports"]) or "-",
-            ", ".join(row["copies"]) or "-",
+            ", ".join((*row["copies"], *map(_lost, row["lost_copies"]))) or "-",
             row["note"] or "-",
         )
         for row in step_rows(observed)
@@ -127,9 +132,23 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} PB"
 
 
+def lost_copies(records: Mapping[str, ActionRecord]) -> dict[int, list[dict[str, str]]]:
+    """By step, the copies that the manager has found to be gone, or others than they were."""
+    found: dict[int, list[dict[str, str]]] = defaultdict(list)
+    for key, loss in losses(records).items():
+        location = str(records[key].result.get("location"))
+        lost = {"location": location, "state": str(loss.state), "why": loss.why}
+        found[records[key].action.step].append(lost)
+    return found
+
+
+def _lost(copy: dict[str, str]) -> str:
+    return f"{copy['location']} ({copy['state']})"
+
+
 def _copies(observed: Observation, step: int) -> set[str]:
     return {
         str(record.result["location"])
-        for record in copies(observed)
+        for record in present_copies(observed)
         if record.action.step == step and "location" in record.result
     }

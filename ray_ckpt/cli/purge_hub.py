@@ -18,6 +18,7 @@ from ray_ckpt.core import copies as recorded
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.copy_policy import KeepCopies
+from ray_ckpt.core.copy_states import COPIED_AT
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.hub_purge import HubPurge, HubWish, Objects
 from ray_ckpt.core.observation import Observation
@@ -122,7 +123,7 @@ def _record(catalog: Catalog, observed: Observation, destination: str, done: Hub
     for made in recorded.copies(observed):
         if made.action.step in gone and _is_at(made.action.destination, repository):
             retire = ActionRecord(action=recorded.retire_action(made.action)).started(now)
-            result = {recorded.COPIED_AT: made.changed_at, "place": made.action.destination}
+            result = {COPIED_AT: made.changed_at, "place": made.action.destination}
             catalog.records.write_action(retire.succeeded(result, now))
 
 

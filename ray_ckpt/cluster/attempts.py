@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.storage.catalog import Catalog
@@ -24,6 +25,9 @@ class Attempt:
     """Seconds between two signs of life."""
     places_after: tuple[str, ...] = ()
     """Of an export: where it is copied to afterwards. Some take its files while it is made."""
+
+    verify: Proof = "sizes"
+    """Of a copy: what is to say that it is whole."""
 
     @property
     def title(self) -> str:

@@ -16,6 +16,7 @@ from ray_ckpt.cluster.connect import start_manager_job
 from ray_ckpt.cluster.drain import POLL_S, Told, work_on
 from ray_ckpt.cluster.reconciler import Round
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import StorageError, error_called
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import CheckpointView, Request
@@ -24,15 +25,23 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 
 
-def perform_here(catalog: Catalog, action: Action, *, told: Told = lambda _: None) -> ActionRecord:
+def perform_here(
+    catalog: Catalog,
+    action: Action,
+    *,
+    verify: Proof = "sizes",
+    told: Told = lambda _: None,
+) -> ActionRecord:
     """The action is done, and what must come before it: by this process, or by the live manager.
+
+    `verify` says what is to prove that a copy is whole.
 
     Raises:
         RayCkptError: it failed, for the reason that its record names. If that may pass, it is still
             asked for.
     """
     _start_afresh(catalog, action)
-    _ask(catalog, action)
+    _ask(catalog, action, verify)
     concerned = {needed.key for needed in _chain(action)}
 
     def is_over(done: Round) -> bool:
@@ -66,7 +75,12 @@ def verify_here(catalog: Catalog, checkpoint: CheckpointView) -> ActionRecord:
 
 
 def perform_on_cluster(
-    root: str, action: Action, *, address: str, told: Told = lambda _: None
+    root: str,
+    action: Action,
+    *,
+    address: str,
+    verify: Proof = "sizes",
+    told: Told = lambda _: None,
 ) -> ActionRecord:
     """The export or publish is done, by the root's manager on the cluster at `address`.
 
@@ -81,15 +95,17 @@ def perform_on_cluster(
     if action.kind is ActionKind.EXPORT and _is_done(catalog, action):
         return catalog.records.action(action)
     _start_afresh(catalog, action)
-    return _wait(catalog, action, start_manager_job(root), told)
+    return _wait(catalog, action, verify, start_manager_job(root), told)
 
 
-def _wait(catalog: Catalog, action: Action, manager: Any, told: Told) -> ActionRecord:
+def _wait(
+    catalog: Catalog, action: Action, verify: Proof, manager: Any, told: Told
+) -> ActionRecord:
     said: dict[str, ActionState] = {}
     while not _is_done(catalog, action):
         found = _concerned(catalog, action)
         _raise_if(found, ActionState.DEAD)
-        _ask(catalog, action)  # once more is not twice
+        _ask(catalog, action, verify)  # once more is not twice
         manager.wake.remote()
         states = {action.title: ActionState.PENDING} | {r.action.title: r.state for r in found}
         for title, state in states.items():
@@ -100,9 +116,11 @@ def _wait(catalog: Catalog, action: Action, manager: Any, told: Told) -> ActionR
     return catalog.records.action(action)
 
 
-def _ask(catalog: Catalog, action: Action) -> None:
+def _ask(catalog: Catalog, action: Action, verify: Proof) -> None:
     """The request is on storage before anybody hears of it."""
-    request = Request(step=action.step, export=action.export, destination=action.destination)
+    request = Request(
+        step=action.step, export=action.export, destination=action.destination, verify=verify
+    )
     catalog.records.add_request(request)
 
 

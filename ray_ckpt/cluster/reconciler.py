@@ -22,6 +22,7 @@ from ray_ckpt.core.errors import LeaseHeldError
 from ray_ckpt.core.gathering import abandonments, forgettable, leftovers
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.limits import Limits
+from ray_ckpt.core.looks import proof_needed
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.reconcile import Plan, plan
 from ray_ckpt.core.settling import obeyed, overtaken, refused
@@ -259,7 +260,7 @@ class Reconciler:
         action = start.action
         record = observed.records.get(action.key)
         if record is None or record.state.is_terminal:
-            record = ActionRecord(action=action)
+            record = (record or ActionRecord(action=action)).afresh()
         started = record.started(now)
         self._write(started)
         attempt = Attempt(
@@ -269,6 +270,7 @@ class Reconciler:
             epoch=self._held().epoch,
             beat_s=observed.policy.limits.beat_s,
             places_after=places_after(action, observed),
+            verify=proof_needed(action, observed, now=now),
         )
         self._in_flight.start(started, attempt, start.placement)
         log.info("started %s node=%s", attempt.title, start.placement and start.placement.node.name)

@@ -20,7 +20,16 @@ from ray_ckpt.cluster.task_log import TaskLog
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.admission import NODE
-from ray_ckpt.core.copies import COPIED_AT
+from ray_ckpt.core.copy_policy import Proof
+from ray_ckpt.core.copy_states import (
+    COPIED_AT,
+    FINGERPRINT,
+    LOOKED_AT,
+    READ_AT,
+    STATE,
+    WHY,
+    CopyState,
+)
 from ray_ckpt.core.errors import (
     ConflictError,
     IntegrityError,
@@ -34,6 +43,7 @@ from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import beating, first_beat
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.copy_look import Made, look_at_copy
 from ray_ckpt.storage.gathering import commit_draft, free, gather
 from ray_ckpt.storage.hand_over import handing_over
 from ray_ckpt.storage.lease import Guard
@@ -86,6 +96,10 @@ def run_action(
             run = _RUNNERS[attempt.action.kind]
             if attempt.action.kind is ActionKind.EXPORT:
                 run = partial(_export, crew=crew, places_after=attempt.places_after)
+            elif attempt.action.kind is ActionKind.PUBLISH:
+                run = partial(_publish, verify=attempt.verify)
+            elif attempt.action.kind is ActionKind.LOOK:
+                run = partial(_look, verify=attempt.verify)
             result = run(catalog, attempt.action, guard, progress)
         except Exception as error:
             _keep_log(catalog, attempt, traceback.format_exc())
@@ -166,7 +180,9 @@ def _export(
     return {"bytes": manifest.total_bytes, "content_id": manifest.content_id}
 
 
-def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
+def _publish(
+    catalog: Catalog, action: Action, _: Guard, progress: Progress, *, verify: Proof = "sizes"
+) -> Result:
     """Looks at the destination first; the same content there means nothing is sent.
 
     Raises:
@@ -177,17 +193,23 @@ def _publish(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> 
     if action.export is None:
         with reading(catalog.store, action.step, who=action.title):
             manifest = _as_planned(catalog, action)
-            published = publish_checkpoint(catalog, manifest, action.destination, progress=progress)
+            published = publish_checkpoint(
+                catalog, manifest, action.destination, verify=verify, progress=progress
+            )
     else:
         with _export_stays(catalog, action.export.name, action.step):
             export = catalog.export(action.export.name, action.step)
             manifest = export.manifest
-            published = publish_export(catalog, export, action.destination, progress=progress)
+            published = publish_export(
+                catalog, export, action.destination, verify=verify, progress=progress
+            )
     return {
         "location": published.location,
         "bytes": published.bytes_sent,
         "bytes_copied": published.bytes_copied,
         "content_id": manifest.content_id,
+        "verified": verify,
+        FINGERPRINT: published.fingerprint,
         METRICS: dict(manifest.metrics),
         NON_FINITE: len(manifest.non_finite),
     }
@@ -254,6 +276,29 @@ def _retire(catalog: Catalog, action: Action, guard: Guard, progress: Progress) 
     }
 
 
+def _look(
+    catalog: Catalog, action: Action, _: Guard, progress: Progress, *, verify: Proof = "sizes"
+) -> Result:
+    """Says what became of one copy, and changes nothing."""
+    publish = replace(action, kind=ActionKind.PUBLISH)
+    copy = catalog.records.action(publish)
+    before = catalog.records.action(action).result
+    is_same = before.get(COPIED_AT) == copy.changed_at
+    fingerprint = before.get(FINGERPRINT) if is_same else copy.result.get(FINGERPRINT)
+    made = Made(content_id=str(copy.result.get("content_id")), fingerprint=fingerprint or "")
+    looked_at = time.time()
+    look = look_at_copy(publish, made, verify=verify, progress=progress)
+    is_whole = look.was_read and look.state is CopyState.PRESENT
+    return {
+        STATE: look.state,
+        WHY: look.why,
+        LOOKED_AT: looked_at,
+        READ_AT: looked_at if is_whole else before.get(READ_AT) if is_same else None,
+        FINGERPRINT: look.fingerprint,
+        COPIED_AT: copy.changed_at,
+    }
+
+
 def _gather(catalog: Catalog, action: Action, _: Guard, progress: Progress) -> Result:
     """Sends what has not arrived yet, to a private place."""
     assert action.node is not None, "a gather names its node"
@@ -292,6 +337,7 @@ _RUNNERS: dict[ActionKind, Callable[[Catalog, Action, Guard, Progress], Result]]
     ActionKind.PROMOTE: _promote,
     ActionKind.PURGE: _purge,
     ActionKind.RETIRE: _retire,
+    ActionKind.LOOK: _look,
     ActionKind.SCRUB: _scrub,
     ActionKind.GATHER: _gather,
     ActionKind.COMMIT: _commit,

@@ -37,10 +37,10 @@ class Action:
     """Content id of the checkpoint; another save of the same step is another source. Of a save
     that is no checkpoint yet its save id."""
     export: ExportSpec | None = None
-    """For export, publish, promote and retire: which export. A publish or a retire without one is
-    about a copy of the checkpoint itself."""
+    """For export and for all that is about copies: which export. A publish, a retire or a look
+    without one is about a copy of the checkpoint itself."""
     destination: str | None = None
-    """For publish: where to. For promote and retire: where."""
+    """For publish: where to. For promote, retire and look: where."""
     grace_s: float | None = None
     """For purge: seconds the step stays in the trash."""
     pointer: str | None = None
@@ -145,6 +145,11 @@ class ActionRecord:
             next_attempt_at=None,
         )
 
+    def afresh(self) -> "ActionRecord":
+        """The record of the same action before anything was tried; what a look found stays."""
+        found: Mapping[str, Any] = self.result if self.action.kind is ActionKind.LOOK else {}
+        return ActionRecord(action=self.action, result=found)
+
     def interrupted(self, now: float) -> "ActionRecord":
         """The record after its manager died, and the task with it: it runs again.
 
@@ -158,8 +163,8 @@ class ActionRecord:
 
     def asked_again(self, by: str, now: float) -> "ActionRecord":
         """The record once a person has asked for another try: all that went wrong is forgotten."""
-        return ActionRecord(
-            action=self.action,
+        return replace(
+            self.afresh(),
             state=move_action(self.state, ActionState.PENDING),
             asked_by=by,
             changed_at=now,

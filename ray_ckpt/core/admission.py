@@ -135,8 +135,9 @@ def _over_limit(action: Action, running: Sequence[Occupant], limits: Limits) -> 
     same_kind = sum(o.action.kind is action.kind for o in running)
     if same_kind >= limits.per_kind.get(action.kind, limits.total):
         return f"{_actions(same_kind, action.kind)} already, limits.per_kind.{action.kind}"
-    if action.destination is not None:
-        same_place = sum(o.action.destination == action.destination for o in running)
+    if action.destination is not None and action.kind is not ActionKind.LOOK:
+        at_work = [o.action for o in running if o.action.kind is not ActionKind.LOOK]
+        same_place = sum(other.destination == action.destination for other in at_work)
         if same_place >= limits.per_destination:
             return f"{_actions(same_place)} at {action.destination} already, limits.per_destination"
     return None

@@ -19,15 +19,13 @@ from dataclasses import replace
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.copy_policy import KeepCopies, PublishPolicy
+from ray_ckpt.core.copy_policy import KeepCopies, Proof, PublishPolicy
+from ray_ckpt.core.copy_states import is_retired, losses
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation, Request
 from ray_ckpt.core.retention import Candidate
 from ray_ckpt.core.wanted import is_result
-
-COPIED_AT = "copied_at"
-"""In the result of a retire: when the copy was made that it removed, by the publish's record."""
 
 
 def retire_action(publish: Action) -> Action:
@@ -56,16 +54,14 @@ def copies(observed: Observation) -> list[ActionRecord]:
         for record in observed.records.values()
         if record.action.kind is ActionKind.PUBLISH
         and record.state is ActionState.SUCCEEDED
-        and not _is_retired(record, observed)
+        and not is_retired(record, observed.records)
     ]
 
 
-def _is_retired(copy: ActionRecord, observed: Observation) -> bool:
-    """Whether this very copy was removed; one that was made anew since was not."""
-    record = observed.records.get(retire_action(copy.action).key)
-    if record is None or record.state is not ActionState.SUCCEEDED:
-        return False
-    return record.result.get(COPIED_AT) == copy.changed_at
+def present_copies(observed: Observation) -> list[ActionRecord]:
+    """The same without those that a look did not find as they were made."""
+    lost, present = losses(observed.records), copies(observed)
+    return [copy for copy in present if copy.action.key not in lost] if lost else present
 
 
 def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tuple[Action, str]]:
@@ -73,7 +69,7 @@ def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tup
 
     `promoted` are the keys of the copies that a name leads to, or is to lead to.
     """
-    present = copies(observed)
+    present = present_copies(observed)
     for policy in observed.policy.publish:
         if policy.keep is not None:
             there = [copy.action for copy in present if is_at(copy.action, policy)]
@@ -84,6 +80,20 @@ def retirements(observed: Observation, promoted: Container[str]) -> Iterator[tup
 def is_at(copy: Action, policy: PublishPolicy) -> bool:
     """Whether the policy is about the place where this copy lies."""
     return (_name_in(copy), copy.destination) == (policy.export, policy.to)
+
+
+def proof_of(action: Action, observed: Observation) -> Proof:
+    """What is to say that a copy is whole, as policies and requests for it want: the most of it."""
+    if action.kind is not ActionKind.PUBLISH:
+        return "sizes"
+    by_policy = [policy.verify for policy in observed.policy.publish if is_at(action, policy)]
+    by_request = [
+        request.verify
+        for request in observed.requests
+        if (request.step, request.export, request.destination)
+        == (action.step, action.export, action.destination)
+    ]
+    return "digests" if "digests" in (*by_policy, *by_request) else "sizes"
 
 
 def _let_go(

@@ -17,6 +17,8 @@ from ray_ckpt.core.retention import KeepBest, KeepEvery, KeepLatest, Order, Poli
 DEFAULT_METRIC = "loss"
 WhenBehind = Literal["all", "newest"]
 """What to do of several steps that wait for the same: each of them, or the newest alone."""
+Proof = Literal["sizes", "digests"]
+"""What says that a copy is whole. What is sent was proven before it left, whichever it is."""
 NOT_ON_HUB = "a checkpoint goes to no repository on the Hub: what is committed there stays for ever"
 INSTEAD_OF_HUB = (
     "copy it to s3://bucket/prefix, a path, hf://buckets/org/name; or publish an export"
@@ -83,6 +85,16 @@ class PublishPolicy:
     when_behind: WhenBehind = "all"
     """When steps come faster than copies: make each all the same, or of those that wait and that
     `every_steps` alone asks for, `newest`: older ones are superseded and hold no step."""
+    verify: Proof = "sizes"
+    """With `digests` every file is read back from there and compared before the copy is visible;
+    on the Hub before its tag is set. Else the sizes are looked at, and what the store has proven
+    of what it received."""
+    look_every_s: float | None = None
+    """Look at each copy there again once its last look is so many seconds ago: at its sizes, and
+    whether the store says that it was written anew. One that is gone is made again, one that is
+    another now is told of. None never does."""
+    scrub_every_s: float | None = None
+    """And read every byte of it so often; of the Hub, whose history never changes, nothing."""
     keep: KeepCopies | None = None
     """Which copies stay there; None keeps all. What `promote` leads to always does."""
     promote: str | None = None
@@ -97,6 +109,7 @@ class PublishPolicy:
 
     def __post_init__(self) -> None:
         self._check_what()
+        at_least(1, look_every_s=self.look_every_s, scrub_every_s=self.scrub_every_s)
         self._check_promote()
         if self.keep is not None and names.is_repository(self.to):
             raise ConfigError(

@@ -8,6 +8,7 @@ manager that dies between acting and telling still tells.
     action            the record's state                   action.<state>, action.forgotten
     export            the content                          export.made, .replaced, .gone
     pin, request      that it is there                     pin.set, .removed; request.made, .settled
+    copy              that it is not what was made         copy.gone, .stale, .whole
 """
 
 import json
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.copy_states import losses
 from ray_ckpt.core.errors import TransitionError
 from ray_ckpt.core.events import Event, event_id
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState, move_checkpoint
@@ -88,6 +90,11 @@ def snapshot_of(observed: Observation, *, token: str) -> Snapshot:
         facts[f"export/{export.step}/{export.name}"] = fact
     for key, record in observed.records.items():
         facts[f"action/{key}"] = _action(record)
+    for key, loss in losses(observed.records).items():
+        copy = observed.records[key].action
+        name = copy.title.removeprefix(f"{copy.kind} ")
+        fact = Fact(step=copy.step, name=name, state=loss.state, error=_line(loss.why))
+        facts[f"copy/{key}"] = fact
     for request in observed.requests:
         fact = Fact(step=request.step, name=request.title, state=_THERE)
         facts[f"request/{request.title}"] = fact
@@ -258,10 +265,20 @@ def _of_request(change: _Change) -> tuple[str, str]:
     return "request.made", f"somebody asked for {change.fact.name}"
 
 
+def _of_copy(change: _Change) -> tuple[str, str]:
+    if change.after is None:
+        return "copy.whole", f"the copy {change.fact.name} is no longer {change.fact.state}"
+    return (
+        f"copy.{change.fact.state}",
+        f"the copy {change.fact.name} is {change.fact.state}{change.why}",
+    )
+
+
 _SENTENCES: Mapping[str, Callable[[_Change], tuple[str, str]]] = {
     "checkpoint": _of_checkpoint,
     "action": _of_action,
     "export": _of_export,
     "pin": _of_pin,
     "request": _of_request,
+    "copy": _of_copy,
 }

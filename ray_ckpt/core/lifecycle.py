@@ -54,6 +54,8 @@ class ActionKind(StrEnum):
     """Remove a copy at its destination."""
     SCRUB = "scrub"
     """Verify once more what was verified long ago."""
+    LOOK = "look"
+    """Look whether a copy is still as it was made."""
     GATHER = "gather"
     """Bring to the root what one node holds of a staged save."""
     COMMIT = "commit"
@@ -86,6 +88,8 @@ class ActionState(StrEnum):
         return not (ACTION_MOVES[self] - {ActionState.PENDING})
 
 
+MERELY_LOOKS = frozenset({ActionKind.SCRUB, ActionKind.LOOK})
+"""What never ends, waits for all else, and is waited for by nobody."""
 WAITING = ActionState.PENDING, ActionState.RETRY_WAIT, ActionState.BLOCKED
 """What has neither ended nor begun another try."""
 GIVEN_UP = ActionState.DEAD, ActionState.CANCELLED, ActionState.SUPERSEDED

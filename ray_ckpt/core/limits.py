@@ -26,7 +26,8 @@ class Limits:
     per_kind: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
     """Of one kind, for example `{export = 1}`; a kind that is not named has `total` alone."""
     per_destination: int = 1
-    """Copies made or removed at one place: a slow or dead one holds so many slots and no more."""
+    """Copies made or removed at one place: a slow or dead one holds so many slots and no more.
+    Beside them one copy there may be looked at."""
     per_node: int = 2
     """On one node, and never more than the node has slots of `ckpt_io`."""
     hung_after_s: float = 120.0

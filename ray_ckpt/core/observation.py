@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.draft import Draft
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
@@ -64,6 +65,8 @@ class Request:
     """None asks for a copy of the checkpoint itself."""
     destination: str | None = None
     """Where a copy goes; None asks for the export alone."""
+    verify: Proof = "sizes"
+    """Of a copy: what is to say that it is whole."""
 
     @property
     def title(self) -> str:

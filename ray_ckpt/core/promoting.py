@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.copies import copies, is_at, retire_action
+from ray_ckpt.core.copies import is_at, present_copies, retire_action
 from ray_ckpt.core.copy_policy import PublishPolicy
 from ray_ckpt.core.lifecycle import WAITING, ActionKind, ActionState
 from ray_ckpt.core.observation import Observation
@@ -81,7 +81,7 @@ def _place(promote: Action) -> _Place:
 def _wanted(observed: Observation) -> Iterator[tuple[Action, str]]:
     """For each name, the promote that lets it lead where its policy wants."""
     policies = [policy for policy in observed.policy.publish if policy.promote is not None]
-    present = copies(observed) if policies else []
+    present = present_copies(observed) if policies else []
     sick = {v.manifest.content_id for v in observed.checkpoints if v.manifest and not v.is_healthy}
     for policy in policies:
         there = [

@@ -2,28 +2,35 @@
 
     verify ──► export ──► publish ──► promote     purge: once retention lets the step go,
                              │                           and nothing above still needs it
-                             └──► retire          scrub: once there is nothing else to do
+                             └──► retire          scrub, look: once there is nothing else to do
 
 The plan is computed anew every round, so a lost event, a dead manager or a deleted record can
 delay an action but never lose it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.actions import Action
 from ray_ckpt.core.asked import asked_purges
 from ray_ckpt.core.coalescing import coalesced
 from ray_ckpt.core.copies import retire_action, retirements
+from ray_ckpt.core.copy_states import CopyState
 from ray_ckpt.core.due import unreported_metrics
 from ray_ckpt.core.gathering import draft_actions
-from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.idle import idle_actions, not_yet
+from ray_ckpt.core.lifecycle import (
+    GIVEN_UP,
+    MERELY_LOOKS,
+    ActionKind,
+    ActionState,
+    CheckpointState,
+)
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.promoting import promotions
 from ray_ckpt.core.retention import Candidate, Verdict, decide, guards_of, quota_problem
 from ray_ckpt.core.room import room_problem
-from ray_ckpt.core.scrub import overdue_scrubs, utc
 from ray_ckpt.core.wanted import (
     Wanted,
     WantedAction,
@@ -48,6 +55,7 @@ _ORDER = (
     ActionKind.PURGE,
     ActionKind.RETIRE,
     ActionKind.FREE,
+    ActionKind.LOOK,
     ActionKind.SCRUB,
 )
 """What goes first: what makes a checkpoint safe, then what frees room, then what merely looks."""
@@ -109,9 +117,8 @@ def plan(observed: Observation, *, now: float) -> Plan:
         key=lambda p: (_ORDER.index(p.action.kind), p.action.step),
     )
     waiting = [_after_its_record(p, observed, now) for p in planned]
-    scrubs = [s for s in overdue_scrubs(observed, now=now) if s[0].step not in going]
     return Plan(
-        planned=(*waiting, *_next_scrub(scrubs, waiting, observed, now)),
+        planned=(*waiting, *_when_idle(waiting, observed, going=going, now=now)),
         verdicts=tuple(
             Verdict(step=v.step, reasons=(), why_not=going[v.step]) if v.step in going else v
             for v in verdicts
@@ -157,13 +164,16 @@ def _holds(wanted: Wanted, checkpoint: CheckpointView, observed: Observation) ->
         for export in wanted.exports
         if not export.is_exported and export.state not in GIVEN_UP
     ]
-    missing = [
-        publish.action
-        for publish in wanted.publishes
-        if publish.state not in (ActionState.SUCCEEDED, ActionState.SUPERSEDED)
-        and (publish.is_required or publish.state not in GIVEN_UP)
-    ]
+    missing = [publish.action for publish in wanted.publishes if _is_missing(publish)]
     return tuple(f"not done yet: {action.title}" for action in (*reading, *running, *missing))
+
+
+def _is_missing(publish: WantedAction) -> bool:
+    """Whether a copy is to be made, or must be there and is not."""
+    if publish.loss is not None:
+        return publish.is_required or publish.loss.state is CopyState.GONE
+    is_over = publish.state in (ActionState.SUCCEEDED, ActionState.SUPERSEDED)
+    return not is_over and (publish.is_required or publish.state not in GIVEN_UP)
 
 
 def _candidates(observed: Observation, held: Mapping[int, tuple[str, ...]]) -> list[Candidate]:
@@ -233,13 +243,21 @@ def _steps(
         if not export.is_exported:
             yield PlannedAction(action=export.action, reason=export.reason, not_now=first)
     for publish in wanted.publishes:
-        if publish.state is not ActionState.SUCCEEDED:
+        if publish.state is not ActionState.SUCCEEDED or publish.loss is not None:
             before = first or _before_publish(publish, observed)
             yield PlannedAction(action=publish.action, reason=publish.reason, not_now=before)
 
 
 def _before_publish(publish: WantedAction, observed: Observation) -> str | None:
-    """What must end before a copy is made: its export, and the removal of an older copy."""
+    """What must end before a copy is made: its export, and the removal of an older copy.
+
+    One that is another now than was made is never written over: a person removes it.
+    """
+    if publish.loss is not None and publish.loss.state is CopyState.STALE:
+        return (
+            f"the copy there is another now: {publish.loss.why}; look at it and remove it there, "
+            "the next look finds it gone"
+        )
     retire = retire_action(publish.action)
     if observed.state_of(retire) is ActionState.RUNNING:
         return f"after {retire.title}"
@@ -248,50 +266,23 @@ def _before_publish(publish: WantedAction, observed: Observation) -> str | None:
 
 def _after_its_record(planned: PlannedAction, observed: Observation, now: float) -> PlannedAction:
     record = observed.records.get(planned.action.key)
-    by_record = _not_yet(record, now)
+    by_record = not_yet(record, now)
     is_over = record is not None and record.state in GIVEN_UP
     not_now = by_record if is_over else planned.not_now or by_record
     return PlannedAction(action=planned.action, reason=planned.reason, not_now=not_now)
 
 
-def _not_yet(record: ActionRecord | None, now: float) -> str | None:
-    """Why an action's record does not let it run now; None if it may.
-
-    Success recorded before does not count: what is planned is what storage shows to be undone.
-    """
-    if record is None or record.state in (ActionState.PENDING, ActionState.SUCCEEDED):
-        return None
-    if record.is_refusal:
-        return None  # of what a person asked for, at that time
-    error = (record.error or "").partition("\n")[0]
-    if record.state in (ActionState.RETRY_WAIT, ActionState.BLOCKED):
-        due = record.next_attempt_at
-        if due is not None and now >= due:
-            return None
-        when = "nobody knows when" if due is None else utc(due)
-        return f"attempt {record.attempts + 1} at {when}; the last one: {error}"
-    if record.state is ActionState.RUNNING:
-        return f"running since {utc(record.changed_at)}, attempt {record.attempts}"
-    tried = f" after {record.attempts} attempts" if record.attempts else ""
-    return f"{record.state}{tried}: {error}"
-
-
-def _next_scrub(
-    scrubs: Sequence[tuple[Action, str]],
-    planned: Sequence[PlannedAction],
-    observed: Observation,
-    now: float,
+def _when_idle(
+    planned: Sequence[PlannedAction], observed: Observation, *, going: Container[int], now: float
 ) -> Iterator[PlannedAction]:
-    """One scrub at most: the one that runs, else the first that may, after all other work."""
-    running = [s for s in scrubs if observed.state_of(s[0]) is ActionState.RUNNING]
-    ready = [s for s in scrubs if _not_yet(observed.records.get(s[0].key), now) is None]
+    """What merely looks, after all other work; nothing of the steps that go now."""
     is_busy = any(p.not_now is None for p in planned) or any(
-        record.state is ActionState.RUNNING for record in observed.records.values()
+        record.state is ActionState.RUNNING and record.action.kind not in MERELY_LOOKS
+        for record in observed.records.values()
     )
-    for action, reason in (running or ready)[:1]:
-        by_record = _not_yet(observed.records.get(action.key), now)
-        not_now = by_record or ("after all other work" if is_busy else None)
-        yield PlannedAction(action=action, reason=reason, not_now=not_now)
+    for idle in idle_actions(observed, going=going, now=now):
+        not_now = idle.not_yet or ("after all other work" if is_busy else None)
+        yield PlannedAction(action=idle.action, reason=idle.reason, not_now=not_now)
 
 
 def _is_settled(request: Request, observed: Observation) -> bool:

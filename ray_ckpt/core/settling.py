@@ -1,14 +1,17 @@
 """What records are to say, once people or the course of things have overtaken them. Pure."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.asked import asked_purge, asked_purges
+from ray_ckpt.core.copy_states import is_retired
 from ray_ckpt.core.errors import PurgeRefusedError
 from ray_ckpt.core.failures import ErrorClass
 from ray_ckpt.core.gathering import is_done, is_moot
 from ray_ckpt.core.lifecycle import (
     GIVEN_UP,
+    MERELY_LOOKS,
     WAITING,
     ActionKind,
     ActionState,
@@ -19,7 +22,7 @@ from ray_ckpt.core.reconcile import plan, purge_guards
 from ray_ckpt.core.wanted import export_of, is_result
 
 _READS = ActionKind.VERIFY, ActionKind.SCRUB
-_ABOUT_COPIES = ActionKind.PROMOTE, ActionKind.RETIRE
+_ABOUT_COPIES = ActionKind.PROMOTE, ActionKind.RETIRE, ActionKind.LOOK
 _UNDER_WAY = ActionState.PENDING, ActionState.RUNNING
 _OF_DRAFTS = ActionKind.GATHER, ActionKind.COMMIT, ActionKind.FREE
 
@@ -58,8 +61,9 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     """Unfinished records of what was done, or cannot be done any more, as they are to be.
 
     An export that is there, and a purge whose step lies in the trash, were made by a manager that
-    died before it said so. A copy may be promoted or retired after its checkpoint is gone; for
-    anything else whose checkpoint is not in place nothing is left to do.
+    died before it said so. A copy may be promoted, retired or looked at after its checkpoint is
+    gone, as long as it is there; for anything else whose checkpoint is not in place nothing is left
+    to do.
     """
     present = {_identity(view) for view in observed.readable()}
     trashed = {_identity(v) for v in observed.checkpoints if v.state is CheckpointState.TRASHED}
@@ -67,7 +71,10 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
     for record in observed.records.values():
         action = record.action
         source = (action.step, action.source_id)
-        if record.state not in WAITING or action.kind in _ABOUT_COPIES:
+        is_waiting = record.state in WAITING
+        if action.kind is ActionKind.LOOK and is_waiting and _has_no_copy(action, observed):
+            found.append(record.cancelled("its copy was removed, or is made anew", now))
+        if not is_waiting or action.kind in _ABOUT_COPIES:
             continue
         if action.kind in _OF_DRAFTS:
             found.extend(_of_draft(record, observed, now))
@@ -78,6 +85,13 @@ def overtaken(observed: Observation, *, now: float) -> list[ActionRecord]:
         elif source not in present:
             found.append(record.cancelled("its checkpoint is not in place any more", now))
     return found
+
+
+def _has_no_copy(look: Action, observed: Observation) -> bool:
+    copy = observed.records.get(replace(look, kind=ActionKind.PUBLISH).key)
+    if copy is None or copy.state is not ActionState.SUCCEEDED:
+        return True
+    return is_retired(copy, observed.records)
 
 
 def _of_draft(record: ActionRecord, observed: Observation, now: float) -> list[ActionRecord]:
@@ -129,8 +143,8 @@ def unfinished(
 ) -> list[str]:
     """A sentence for everything that runs, waits, or could begin now; empty when idle.
 
-    Scrubs never end, and what only others can do is theirs: nobody waits for it here. Nor for what
-    was begun and nothing asks for any more.
+    Scrubs and looks never end, and what only others can do is theirs: nobody waits for it here. Nor
+    for what was begun and nothing asks for any more.
     """
     not_here = {action.key for action in elsewhere}
     planned = plan(observed, now=now)
@@ -139,13 +153,13 @@ def unfinished(
         key: f"{record.action.title} is {record.state}"
         for key, record in observed.records.items()
         if (record.state is ActionState.RUNNING or (record.state in WAITING and key in asked))
-        and record.action.kind is not ActionKind.SCRUB
+        and record.action.kind not in MERELY_LOOKS
         and key not in not_here
     }
     may_start = {
         action.key: f"{action.title} may start"
         for action in planned.actions
-        if action.kind is not ActionKind.SCRUB and action.key not in not_here
+        if action.kind not in MERELY_LOOKS and action.key not in not_here
     }
     return list({**may_start, **begun}.values())
 

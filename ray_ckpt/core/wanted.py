@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copy_policy import CopiedSteps, PublishPolicy
+from ray_ckpt.core.copy_states import Finding, losses
 from ray_ckpt.core.due import DueExport, due_exports, is_export_of
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
@@ -34,6 +35,8 @@ class WantedAction:
     that is copied itself needs none."""
     state: ActionState | None
     """Of its record; None if it was never started."""
+    loss: Finding | None
+    """What a look has found of a copy that is not what it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +157,7 @@ def _known(
     asked: Iterable[_Asked], made: Iterable[Manifest], observed: Observation
 ) -> tuple[WantedAction, ...]:
     """Each once, the first reason counts; with what storage shows of it and the step's exports."""
+    lost = losses(observed.records)
     by_key: dict[str, list[_Asked]] = defaultdict(list)
     for each in asked:
         by_key[each.action.key].append(each)
@@ -167,6 +171,7 @@ def _known(
             is_exported=same[0].action.export is None
             or any(is_result(manifest, same[0].action) for manifest in made),
             state=observed.records[key].state if key in observed.records else None,
+            loss=lost.get(key),
         )
         for key, same in by_key.items()
     )

@@ -29,6 +29,8 @@ class Published:
     """By this host; 0 if the very same was there already, or the store has copied it by itself."""
     bytes_copied: int = 0
     """By the store itself."""
+    fingerprint: str = ""
+    """What `storage.versions` says of a copy that was made or read just now; else empty."""
 
 
 def cargo_of_checkpoint(manifest: Manifest, root: str) -> Cargo:

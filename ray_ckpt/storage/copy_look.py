@@ -1,29 +1,35 @@
 """Whether a copy is still at its destination, as it was made. Looks only.
 
-/path, s3://bucket/prefix     its manifest, then every byte of every file
+/path, s3://bucket/prefix     its manifest, the sizes of its files, and their versions: where the
+                              store says that one was written anew, or the digests are asked for,
+                              every byte of every file
 hf://org/repo[@branch]        what the step's tag leads to: a commit never changes
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.copies import folder_of
+from ray_ckpt.core.copy_policy import Proof
+from ray_ckpt.core.copy_states import CopyState
 from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.digests import find_damage
+from ray_ckpt.storage.digests import size_damage
 from ray_ckpt.storage.hub import content_at_tag
 from ray_ckpt.storage.listing import manifest_in
+from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.storage.read_back import read_back
+from ray_ckpt.storage.versions import fingerprint_of, infos_in
 
 
-class CopyState(StrEnum):
-    """What became of a copy."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What is known of a copy that was made."""
 
-    PRESENT = "present"
-    STALE = "stale"
-    """Something else is there: it was altered, moved or replaced."""
-    GONE = "gone"
+    content_id: str
+    fingerprint: str = ""
+    """What `storage.versions` said when it was known to be whole; empty where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +38,16 @@ class CopyLook:
 
     state: CopyState
     why: str = ""
+    fingerprint: str = ""
+    """Of a copy that is present, where the store says any."""
+    was_read: bool = False
+    """Whether every byte was."""
 
 
-def look_at_copy(publish: Action, *, content_id: str) -> CopyLook:
-    """What has become of the copy that `publish` made of what has this content.
+def look_at_copy(
+    publish: Action, made: Made, *, verify: Proof, progress: Progress = UNTOLD
+) -> CopyLook:
+    """What has become of the copy that `publish` made.
 
     Raises:
         StorageError: nobody could look: not reached, not allowed.
@@ -43,8 +55,8 @@ def look_at_copy(publish: Action, *, content_id: str) -> CopyLook:
     assert publish.destination is not None, "a publish action names where it went"
     try:
         if names.is_repository(publish.destination):
-            return _look_on_hub(publish, content_id)
-        return _look_at_root(publish, content_id)
+            return _look_on_hub(publish, made.content_id)
+        return _look_at_root(publish, made, verify, progress)
     except ObjectNotFoundError as error:
         return CopyLook(state=CopyState.GONE, why=error.what.partition("\n")[0])
 
@@ -58,7 +70,7 @@ def _look_on_hub(publish: Action, content_id: str) -> CopyLook:
     return CopyLook(state=CopyState.PRESENT)
 
 
-def _look_at_root(publish: Action, content_id: str) -> CopyLook:
+def _look_at_root(publish: Action, made: Made, verify: Proof, progress: Progress) -> CopyLook:
     store, folder = open_catalog(str(publish.destination)).store, folder_of(publish)
     try:
         copy = manifest_in(store, folder)
@@ -66,8 +78,15 @@ def _look_at_root(publish: Action, content_id: str) -> CopyLook:
         return CopyLook(state=CopyState.STALE, why=error.what)
     if copy is None:
         return CopyLook(state=CopyState.GONE, why="its manifest is not there")
-    if copy.content_id != content_id:
+    if copy.content_id != made.content_id:
         return CopyLook(state=CopyState.STALE, why="something else is there")
-    damage = find_damage(store, folder, copy)
-    state = CopyState.STALE if damage else CopyState.PRESENT
-    return CopyLook(state=state, why="; ".join(damage))
+    infos = infos_in(store, folder)
+    sizes = {name: info.size_bytes for name, info in infos.items()}
+    damage = [text for entry in copy.files if (text := size_damage(entry, sizes))]
+    fingerprint = fingerprint_of(infos, copy)
+    is_read = not damage and (verify == "digests" or fingerprint != made.fingerprint)
+    if is_read:
+        damage = read_back(store, folder, copy, progress=progress)
+    if damage:
+        return CopyLook(state=CopyState.STALE, why="; ".join(damage), was_read=is_read)
+    return CopyLook(state=CopyState.PRESENT, fingerprint=fingerprint, was_read=is_read)

@@ -12,11 +12,13 @@ from typing import Any
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action
-from ray_ckpt.core.errors import ConflictError, ObjectExistsError, UsageError
+from ray_ckpt.core.copy_policy import Proof
+from ray_ckpt.core.errors import ConflictError, IntegrityError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.hub_client import hub_api, parse_hub
+from ray_ckpt.storage.hub_download import downloaded_damage
 from ray_ckpt.storage.hub_errors import translated
 from ray_ckpt.storage.hub_upload import Upload, sent
 from ray_ckpt.storage.progress import UNTOLD, Progress
@@ -28,16 +30,23 @@ _LOOKS = 4
 
 
 def publish_to_hub(
-    store: Store, export: ExportView, destination: str, *, progress: Progress = UNTOLD
+    store: Store,
+    export: ExportView,
+    destination: str,
+    *,
+    verify: Proof = "sizes",
+    progress: Progress = UNTOLD,
 ) -> tuple[str, int]:
     """Location and bytes sent; the branch holds exactly the export's files, in one commit.
 
     No file is read before the Hub has said that the content is not there yet and that this token
-    may write; each is proven while it is sent.
+    may write; each is sent under its SHA-256, which the Hub compares. With `digests` all of them
+    are downloaded and compared as well, before the step's tag is set.
 
     Raises:
         AuthorizationError, ObjectNotFoundError, TransientError, StorageFullError
-        IntegrityError: a file differs from the export's manifest; nothing became visible.
+        IntegrityError: a file differs from the export's manifest, and nothing became visible; or
+            what the Hub gives does, and the commit has no tag.
         ObjectExistsError: the step's tag is there and leads elsewhere, or somebody has changed
             files of this copy while it was made; what is there is untouched.
     """
@@ -54,6 +63,8 @@ def publish_to_hub(
         if commit is None:
             upload = Upload(api=api, repository=repository, branch=branch, store=store)
             commit = _commit(upload, export, progress)
+        if verify == "digests":
+            _expect_equal(api, repository, commit, manifest)
         api.create_tag(repository, tag=tag, revision=commit, exist_ok=True)
         _refuse_another_tag(api, repository, commit, manifest)
     return location, 0 if is_there else manifest.total_bytes
@@ -75,6 +86,17 @@ def _refuse_another_tag(api: Any, repository: str, commit: str | None, manifest:
             f"hf://{repository}@{tag}",
             "it is untouched",
             f"look at it; hf repos tag delete {repository} {tag}, then publish again",
+        )
+
+
+def _expect_equal(api: Any, repository: str, commit: str, manifest: Manifest) -> None:
+    damage = downloaded_damage(api, repository, commit, manifest)
+    if damage:
+        raise IntegrityError(
+            f"what the Hub gives is not what was sent: {'; '.join(damage)}",
+            f"hf://{repository}@{commit[:8]}",
+            "no tag was set on it; what it was made from is untouched",
+            "look at it there; then publish to another branch, hf://ORG/REPO@BRANCH, or repository",
         )
 
 

@@ -8,14 +8,19 @@ The library downloads, goes on with what was cut off, and keeps one copy a host,
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.hub_client import hub_api, parse_hub
 from ray_ckpt.storage.hub_errors import translated
+from ray_ckpt.storage.proven import algorithm_of
+from ray_ckpt.storage.room import expect_room
 
 _WEIGHTS = (
     "*.safetensors",
@@ -70,6 +75,24 @@ def download(source: str, folder: Path) -> None:
         api.snapshot_download(repository, revision=revision, local_dir=folder)
         _prove(folder, _contents(api, repository, revision), source)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the library's notes
+
+
+def downloaded_damage(api: Any, repository: str, revision: str, manifest: Manifest) -> list[str]:
+    """Sentences about the files that do not come from the Hub as the manifest says.
+
+    One after the other, past the library's cache; none of them stays on this host.
+    """
+    damage: list[str] = []
+    for entry in manifest.files:
+        with tempfile.TemporaryDirectory(prefix="ray_ckpt-") as folder:
+            expect_room(Path(folder), entry.size_bytes, what=f"{entry.path} on its way back")
+            path = api.hf_hub_download(
+                repository, entry.path, revision=revision, local_dir=folder, force_download=True
+            )
+            found = describe_file(Path(path), entry.path, algorithm_of(entry))
+        if found != entry:
+            damage.append(f"{entry.path} is {found.digest}, the manifest says {entry.digest}")
+    return damage
 
 
 def _contents(api: Any, repository: str, revision: str) -> list[tuple[str, str]]:

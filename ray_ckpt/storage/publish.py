@@ -9,7 +9,7 @@ A path or a prefix is a root like any other then.
 """
 
 from ray_ckpt.core import names
-from ray_ckpt.core.copy_policy import INSTEAD_OF_HUB, NOT_ON_HUB
+from ray_ckpt.core.copy_policy import INSTEAD_OF_HUB, NOT_ON_HUB, Proof
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import ExportView
@@ -21,7 +21,12 @@ from ray_ckpt.storage.root_copy import copy_to_root
 
 
 def publish_export(
-    catalog: Catalog, export: ExportView, destination: str, *, progress: Progress = UNTOLD
+    catalog: Catalog,
+    export: ExportView,
+    destination: str,
+    *,
+    verify: Proof = "sizes",
+    progress: Progress = UNTOLD,
 ) -> Published:
     """The export is at `destination`, proven equal to what left.
 
@@ -31,16 +36,22 @@ def publish_export(
     Raises:
         ObjectExistsError: another export of that name and step is there; it is untouched.
         UsageError: the destination is the export's own root.
-        IntegrityError: the export differs from its own manifest, and nothing became visible; or
-            the copy that is there was altered since it was made, and is untouched.
+        IntegrityError: the export differs from its own manifest, or what was read back from the
+            destination does, and nothing became visible; or the copy that is there was altered
+            since it was made, and is untouched.
         AuthorizationError, TransientError, StorageFullError: from the destination.
     """
     publish = _publish_to_hub if names.is_repository(destination) else _publish_to_root
-    return publish(catalog, export, destination, progress)
+    return publish(catalog, export, destination, verify, progress)
 
 
 def publish_checkpoint(
-    catalog: Catalog, manifest: Manifest, destination: str, *, progress: Progress = UNTOLD
+    catalog: Catalog,
+    manifest: Manifest,
+    destination: str,
+    *,
+    verify: Proof = "sizes",
+    progress: Progress = UNTOLD,
 ) -> Published:
     """The checkpoint of this manifest is at `destination`, from where `load` and `fetch` read it.
 
@@ -53,7 +64,8 @@ def publish_checkpoint(
             for an export.
     """
     refuse_hub(destination)
-    return copy_to_root(catalog, cargo_of_checkpoint(manifest, catalog.uri), destination, progress)
+    cargo = cargo_of_checkpoint(manifest, catalog.uri)
+    return copy_to_root(catalog, cargo, destination, verify=verify, progress=progress)
 
 
 def refuse_hub(destination: str) -> None:
@@ -67,14 +79,16 @@ def refuse_hub(destination: str) -> None:
 
 
 def _publish_to_root(
-    catalog: Catalog, export: ExportView, destination: str, progress: Progress
+    catalog: Catalog, export: ExportView, destination: str, verify: Proof, progress: Progress
 ) -> Published:
-    return copy_to_root(catalog, cargo_of(export), destination, progress)
+    return copy_to_root(catalog, cargo_of(export), destination, verify=verify, progress=progress)
 
 
 def _publish_to_hub(
-    catalog: Catalog, export: ExportView, destination: str, progress: Progress
+    catalog: Catalog, export: ExportView, destination: str, verify: Proof, progress: Progress
 ) -> Published:
     progress.begin(f"sends {export.name} to {destination}")  # its client counts for itself
-    location, bytes_sent = publish_to_hub(catalog.store, export, destination, progress=progress)
+    location, bytes_sent = publish_to_hub(
+        catalog.store, export, destination, verify=verify, progress=progress
+    )
     return Published(location=location, bytes_sent=bytes_sent)

@@ -115,7 +115,7 @@ class Records:
 
     def add_request(self, request: Request) -> None:
         """Asked for from now on; asking twice is asking once."""
-        text = _json(asdict(request))
+        text = _json(_document(request))
         try:
             self._store.create(_request_key(request), text)
         except ObjectExistsError:
@@ -172,6 +172,7 @@ def _request(text: bytes) -> Request:
         step=int(document["step"]),
         export=ExportSpec(**document["export"]) if document["export"] else None,
         destination=document["destination"],
+        verify=document.get("verify", "sizes"),
     )
 
 
@@ -184,9 +185,17 @@ def _command(text: bytes) -> Command:
     )
 
 
+def _document(request: Request) -> dict[str, Any]:
+    """What it says beyond the usual: names of requests that were made before stay."""
+    document = asdict(request)
+    if request.verify == "sizes":
+        del document["verify"]
+    return document
+
+
 def _request_key(request: Request) -> str:
     """Named by what is asked for, so that asking twice writes one object."""
-    text = json.dumps(asdict(request), sort_keys=True)
+    text = json.dumps(_document(request), sort_keys=True)
     return names.request_key(hashlib.sha256(text.encode()).hexdigest()[:16])
 
 

@@ -3,36 +3,44 @@
     from S3 to the same S3    the service copies its files by itself, where it can
     else                      they come to this host, are proven, and go there
 
-The manifest is last. Until then nobody sees anything of the copy.
+Where digests are to say that it is whole, every file is read back from there then. The manifest is
+last: until then nobody sees anything of the copy.
 """
 
 import uuid
+from dataclasses import replace
 
 from ray_ckpt.core import names
+from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, UsageError
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.cargo import Cargo, Published
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import size_damage
 from ray_ckpt.storage.lease import TRAINER, holder_of
-from ray_ckpt.storage.listing import manifest_in, sizes_in
+from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.storage.proven import Origin, bring_all
+from ray_ckpt.storage.read_back import read_back
 from ray_ckpt.storage.retire import finish_retiring
 from ray_ckpt.storage.room import expect_room
 from ray_ckpt.storage.server_copy import copy_on_server
+from ray_ckpt.storage.versions import fingerprint_of, infos_in
 
 
-def copy_to_root(catalog: Catalog, cargo: Cargo, destination: str, progress: Progress) -> Published:
+def copy_to_root(
+    catalog: Catalog, cargo: Cargo, destination: str, *, verify: Proof, progress: Progress
+) -> Published:
     """The copy is at `destination`, equal to what left; twice is harmless.
 
     Raises:
         ObjectExistsError: something else is there under its name; it is untouched.
         UsageError: the destination is the root itself, or a trainer saves checkpoints there.
         ForeignFolderError: somebody else's folder is in the place of a checkpoint.
-        IntegrityError: the folder differs from its own manifest, and nothing became visible; or
-            the copy that is there was altered since it was made, and is untouched.
+        IntegrityError: the folder differs from its own manifest, or what was read back does, and
+            nothing became visible; or the copy that is there was altered since it was made, and is
+            untouched.
         StorageError: from the destination.
     """
     target = open_catalog(destination)
@@ -46,16 +54,26 @@ def copy_to_root(catalog: Catalog, cargo: Cargo, destination: str, progress: Pro
         )
     finish_retiring(target.store, cargo.folder)
     present = manifest_in(target.store, cargo.folder)
+    if present is not None and present.content_id != cargo.manifest.content_id:
+        raise _another(cargo, location)
     if present is not None:
-        if present.content_id != cargo.manifest.content_id:
-            raise _another(cargo, location)
-        _check_files(target.store, cargo, location)
-        return Published(location=location, bytes_sent=0)
+        return _find(target, cargo, verify=verify, progress=progress)
     if names.parse_step(cargo.folder) is not None:
         _refuse_others_steps(target, cargo)
-    published = _make(catalog, cargo, target, progress)
-    _check_files(target.store, cargo, location)
-    return published
+    published = _make(catalog, cargo, target, verify=verify, progress=progress)
+    return replace(published, fingerprint=_check_files(target, cargo))
+
+
+def _find(target: Catalog, cargo: Cargo, *, verify: Proof, progress: Progress) -> Published:
+    """The copy that was there already, looked at as closely as is asked for."""
+    location = f"{target.uri}/{cargo.folder}"
+    fingerprint = _check_files(target, cargo)
+    if verify == "sizes":
+        return Published(location=location, bytes_sent=0)
+    _refuse_altered(
+        read_back(target.store, cargo.folder, cargo.manifest, progress=progress), location
+    )
+    return Published(location=location, bytes_sent=0, fingerprint=fingerprint)
 
 
 def _refuse_others_steps(target: Catalog, cargo: Cargo) -> None:
@@ -71,7 +89,9 @@ def _refuse_others_steps(target: Catalog, cargo: Cargo) -> None:
         )
 
 
-def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -> Published:
+def _make(
+    catalog: Catalog, cargo: Cargo, target: Catalog, *, verify: Proof, progress: Progress
+) -> Published:
     origin = Origin(
         store=catalog.store,
         folder=cargo.folder,
@@ -79,7 +99,8 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
         do=cargo.cure,
     )
     entries = cargo.manifest.files
-    staging = target.commit.staging(f"publish-{uuid.uuid4().hex}")
+    attempt = f"publish-{uuid.uuid4().hex}"
+    staging = target.commit.staging(attempt)
     try:
         target.commit.begin(cargo.folder)
         progress.begin(f"copies {cargo.title} to {target.uri}", cargo.manifest.total_bytes)
@@ -90,6 +111,10 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
         bring_all(origin, left, staging, progress=progress)
         progress.begin(f"sends {cargo.title} to {target.uri}", sent_bytes)
         target.commit.contribute(staging, cargo.folder, progress=progress)
+        if verify == "digests":
+            at_root = target.commit.is_staging_shared
+            arrived = names.staging_dir(attempt) if at_root else cargo.folder
+            _expect_equal(target, arrived, cargo.manifest, progress)
         target.commit_folder(staging, cargo.folder, cargo.manifest)
     except BaseException:
         target.commit.discard(staging)
@@ -101,6 +126,17 @@ def _make(catalog: Catalog, cargo: Cargo, target: Catalog, progress: Progress) -
     )
 
 
+def _expect_equal(target: Catalog, folder: str, manifest: Manifest, progress: Progress) -> None:
+    damage = read_back(target.store, folder, manifest, progress=progress)
+    if damage:
+        raise IntegrityError(
+            f"what was read back is not what was sent: {'; '.join(damage)}",
+            target.uri,
+            "nothing of the copy is visible; what it was made from is untouched",
+            "look at the disk or the store there; then ray-ckpt retry ROOT --kind publish",
+        )
+
+
 def _another(cargo: Cargo, location: str) -> ObjectExistsError:
     return ObjectExistsError(
         f"another {cargo.title} is there",
@@ -110,14 +146,20 @@ def _another(cargo: Cargo, location: str) -> ObjectExistsError:
     )
 
 
-def _check_files(store: Store, cargo: Cargo, location: str) -> None:
-    """Nothing, if every file is there in its size.
+def _check_files(target: Catalog, cargo: Cargo) -> str:
+    """The copy's fingerprint, if every file is there in its size.
 
     Raises:
         IntegrityError: the store has lost something, or somebody has altered the copy.
     """
-    sizes = sizes_in(store, cargo.folder)
+    infos = infos_in(target.store, cargo.folder)
+    sizes = {name: info.size_bytes for name, info in infos.items()}
     damage = [text for entry in cargo.manifest.files if (text := size_damage(entry, sizes))]
+    _refuse_altered(damage, f"{target.uri}/{cargo.folder}")
+    return fingerprint_of(infos, cargo.manifest)
+
+
+def _refuse_altered(damage: list[str], location: str) -> None:
     if damage:
         raise IntegrityError(
             f"the copy is not what left: {'; '.join(damage)}",

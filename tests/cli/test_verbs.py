@@ -33,7 +33,17 @@ def run_root(root: str) -> str:
 def test_ls_lists_every_step_with_the_promised_keys(cli: Cli, run_root: str) -> None:
     rows = cli("ls", run_root, "--json").json
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
-    keys = {"step", "state", "bytes", "committed_at", "pins", "exports", "copies", "note"}
+    keys = {
+        "step",
+        "state",
+        "bytes",
+        "committed_at",
+        "pins",
+        "exports",
+        "copies",
+        "lost_copies",
+        "note",
+    }
     assert set(rows[0]) == keys
     assert {row["note"] for row in rows} == {None}
     assert {row["state"] for row in rows} == {"committed"}

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from ray_ckpt.core.actions import ActionRecord
+from ray_ckpt.core.copy_policy import KeepCopies
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.policy import (
     ExportPolicy,
-    KeepCopies,
     LifecyclePolicy,
     PublishPolicy,
     VerifyPolicy,

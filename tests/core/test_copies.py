@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ckpt.core.actions import Action
-from ray_ckpt.core.copies import COPIED_AT, copies, retire_action
+from ray_ckpt.core.copies import copies, proof_of, retire_action
 from ray_ckpt.core.copy_policy import KeepCopies
+from ray_ckpt.core.copy_states import COPIED_AT
 from ray_ckpt.core.lifecycle import ActionState, CheckpointState
 from ray_ckpt.core.observation import CheckpointView, Observation, Request
 from ray_ckpt.core.policy import LifecyclePolicy
@@ -110,6 +111,18 @@ def test_a_copy_waits_for_the_removal_of_the_one_before() -> None:
     observed = with_record(observed, retire_action(copy_of(1)), ActionState.RUNNING)
     (planned,) = plan(observed, now=0.0).planned
     assert planned.not_now == "after retire step-1 hf at /copies"
+
+
+def test_the_policy_of_a_place_or_a_request_says_what_proves_a_copy() -> None:
+    observed = copied(view(1), keep=None)
+    assert proof_of(copy_of(1), observed) == "sizes"
+    strict = LifecyclePolicy(export=EXPORT_ALL, publish=(replace(COPY, verify="digests"),))
+    assert proof_of(copy_of(1), replace(observed, policy=strict)) == "digests"
+    elsewhere = publish_action(view(1), HF, "/elsewhere")
+    assert proof_of(elsewhere, replace(observed, policy=strict)) == "sizes"
+    asked = Request(step=1, export=HF, destination="/elsewhere", verify="digests")
+    assert proof_of(elsewhere, replace(observed, requests=(asked,))) == "digests"
+    assert proof_of(copy_of(1), replace(observed, requests=(asked,))) == "sizes"
 
 
 def test_copies_made_elsewhere_or_of_other_exports_are_left_alone() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ray_ckpt.core.actions import Action, ActionRecord
-from ray_ckpt.core.copies import COPIED_AT
+from ray_ckpt.core.copy_states import COPIED_AT
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest

@@ -130,7 +130,8 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.publish import publish_export
 catalog = open_catalog(sys.argv[1])
 try:
-    done = publish_export(catalog, catalog.export("hf", int(sys.argv[3])), sys.argv[2])
+    export, verify = catalog.export("hf", int(sys.argv[3])), sys.argv[4]
+    done = publish_export(catalog, export, sys.argv[2], verify=verify)
     print("done", done.location, done.bytes_sent)
 except RayCkptError as error:
     print("failed", type(error).__name__, error)
@@ -146,10 +147,11 @@ def publish(
     step: int = 5,
     token: str | None = None,
     settings: Mapping[str, str] = {},
+    verify: str = "sizes",
 ) -> str:
     """Publishes a step in a process of its own, whose Hub is the double; its output or error."""
     environment = {**hub.environment(), "HF_TOKEN": token or hub.token, **settings}
-    done = run_python("-c", PUBLISH, root, to, str(step), environment=environment)
+    done = run_python("-c", PUBLISH, root, to, str(step), verify, environment=environment)
     return done.stdout.strip()
 
 

@@ -89,12 +89,14 @@ def test_a_forgotten_action_counts_as_never_started(records: Records) -> None:
 def test_asking_twice_is_asking_once(records: Records) -> None:
     export = Request(step=5, export=ExportSpec(name="hf"))
     copy = Request(step=5, export=ExportSpec(name="hf"), destination="/copies")
-    for request in (export, copy, export):
+    checkpoint = Request(step=5, destination="/copies", verify="digests")
+    for request in (export, copy, checkpoint, export):
         records.add_request(request)
     found = records.requests()
-    assert len(found) == 2
-    assert all(request in found for request in (export, copy))
+    assert len(found) == 3
+    assert all(request in found for request in (export, copy, checkpoint))
     records.settle_request(copy)
+    records.settle_request(checkpoint)
     assert records.requests() == (export,)
 
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from jobs.assets import make_assets
 from ray_ckpt.core import names
-from ray_ckpt.core.lifecycle import ActionKind, ActionState, CheckpointState
+from ray_ckpt.core.lifecycle import MERELY_LOOKS, ActionKind, ActionState, CheckpointState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import find_damage
 from ray_ckpt.storage.history import EventReader
-from ray_ckpt.storage.publish import copy_files
+from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.reader import read_tensors
 from tests.cluster.chaos.training import MODEL, states
@@ -95,7 +95,7 @@ def _twice_by_events(catalog: Catalog) -> Iterator[str]:
 
 def _stuck(observed: Observation) -> Iterator[str]:
     for record in observed.records.values():
-        if record.action.kind is not ActionKind.SCRUB and not record.state.is_terminal:
+        if record.action.kind not in MERELY_LOOKS and not record.state.is_terminal:
             yield f"{record.action.title} is {record.state}"
         if record.state is ActionState.DEAD:
             yield f"{record.action.title} is dead: {record.error}"
@@ -171,7 +171,9 @@ def _expected(steps: Iterable[int]) -> Iterator[tuple[int, Tensors]]:
 def _weights(catalog: Catalog, name: str, step: int) -> Tensors:
     manifest = catalog.export(name, step).manifest
     with tempfile.TemporaryDirectory() as folder:
-        copy_files(catalog.store, names.export_dir(name, step), manifest.files, Path(folder))
+        source = names.export_dir(name, step)
+        origin = Origin(store=catalog.store, folder=source, safe="", do="")
+        bring_all(origin, manifest.files, Path(folder))
         shards = sorted(Path(folder).glob("*.safetensors"))
         return {key: value for shard in shards for key, value in load_file(shard).items()}
 
