@@ -13,6 +13,7 @@ import click
 from ray_ckpt.cli import act, export, inspect, queue
 from ray_ckpt.cli.copies import copies
 from ray_ckpt.cli.demo import demo
+from ray_ckpt.cli.diff import diff
 from ray_ckpt.cli.doctor import doctor
 from ray_ckpt.cli.events import events
 from ray_ckpt.cli.fetch import fetch
@@ -42,6 +43,7 @@ VERBS = (
     inspect.ls,
     inspect.show,
     inspect.verify,
+    diff,
     copies,
     inspect.resume_plan,
     plan,
