@@ -15,6 +15,7 @@ from ray_ckpt.cli.copies import copies
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.cli.diff import diff
 from ray_ckpt.cli.doctor import doctor
+from ray_ckpt.cli.du import du
 from ray_ckpt.cli.events import events
 from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
@@ -57,6 +58,7 @@ VERBS = (
     act.unpin,
     act.purge,
     act.undo,
+    du,
     gc,
     act.save_now,
     queue.drain,
