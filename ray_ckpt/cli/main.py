@@ -21,6 +21,7 @@ from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.importing import import_
 from ray_ckpt.cli.plan import plan
+from ray_ckpt.cli.report import report
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.version import __version__
 
@@ -49,6 +50,7 @@ VERBS = (
     inspect.resume_plan,
     plan,
     events,
+    report,
     act.adopt,
     import_,
     export.export,

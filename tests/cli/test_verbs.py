@@ -281,7 +281,7 @@ def test_every_verb_helps_and_takes_json() -> None:
     assert set(command_group.commands) == {
         *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish", "fetch"),
         *("pin", "unpin", "purge", "undo", "save-now", "plan", "events"),
-        *("drain", "retry", "cancel", "gc", "import", "copies", "doctor", "diff", "du"),
+        *("drain", "retry", "cancel", "gc", "import", "copies", "doctor", "diff", "du", "report"),
     }
 
 
