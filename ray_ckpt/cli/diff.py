@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_ckpt.cli.bar import byte_bar
-from ray_ckpt.cli.output import emit, json_option, print_table
+from ray_ckpt.cli.output import complete_folder, emit, json_option, print_table
 
 if TYPE_CHECKING:
     from ray_ckpt.tensors.comparing import Compared, Comparison
@@ -18,8 +18,8 @@ _COLUMNS = ("tensor", "differs in", "largest", "at", "elements", "a", "b")
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=complete_folder)
+@click.argument("b", shell_complete=complete_folder)
 @click.option(
     "--only", multiple=True, metavar="PATTERN",
     help="Only names like this, as in 'layers.0.*'. Repeatable.",
