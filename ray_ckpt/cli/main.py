@@ -11,6 +11,7 @@ import sys
 import click
 
 from ray_ckpt.cli import act, export, inspect, queue
+from ray_ckpt.cli.backfill import backfill
 from ray_ckpt.cli.copies import copies
 from ray_ckpt.cli.demo import demo
 from ray_ckpt.cli.diff import diff
@@ -52,6 +53,7 @@ VERBS = (
     events,
     report,
     act.adopt,
+    backfill,
     import_,
     export.export,
     export.publish,
