@@ -86,8 +86,8 @@ def _time_axis(begin: float, end: float, x: _Scale, height: float) -> list[Marku
 
 
 def lines(series: Series, *, unit: str = "") -> Markup:
-    """Values by step: one line a name, which stands at its end if there are several."""
-    points = [point for line in series.values() for point in line if math.isfinite(point[1])]
+    """Finite values by step, one line a name; there is at least one value."""
+    points = [point for line in series.values() for point in line]
     low_x, high_x = min(step for step, _ in points), max(step for step, _ in points)
     low_x, high_x = (low_x, high_x) if low_x < high_x else (low_x - 1, high_x + 1)
     ticks = _ticks([value for _, value in points])
@@ -125,12 +125,10 @@ def lines(series: Series, *, unit: str = "") -> Markup:
 def _curve(
     name: str, number: int, line: Sequence[tuple[int, float]], x: _Scale, y: _Scale
 ) -> Markup:
-    finite = [(x(step), y(value)) for step, value in line if math.isfinite(value)]
-    path = " ".join(f"{left:.1f},{top:.1f}" for left, top in finite)
-    dots = zip(finite, (p for p in line if math.isfinite(p[1])), strict=True)
+    path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line)
     told = [
-        tag("circle", tag("title", f"{name}, step {s}: {v:.6g}"), cx=left, cy=top, r=2.6)
-        for (left, top), (s, v) in dots
+        tag("circle", tag("title", f"{name}, step {s}: {v:.6g}"), cx=x(s), cy=y(v), r=2.6)
+        for s, v in line
     ]
     curve = tag("polyline", points=path)
     return tag("g", curve, *(told if len(told) <= _MAX_DOTS else ()), class_=f"curve c{number}")
@@ -155,7 +153,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
     low, high = _span(values)
     rough = (high - low) / 3
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough)
+    step = next((s * power for s in (1, 2, 2.5, 5) if s * power >= rough), 10 * power)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [number * step for number in range(first, last + 1)]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ray_ckpt.tensors.comparing import Compared, Comparison
     from ray_ckpt.tensors.recording import TensorSpec
 
-_COLUMNS = ("tensor", "differs in", "largest", "at", "elements", "a", "b")
+_COLUMNS = ("tensor", "differs in", "largest", "at", "elements", "holds")
 
 
 @click.command()
@@ -107,11 +107,13 @@ def _row(result: "Compared") -> tuple[str, ...]:
     size = math.prod(result.a.shape) if result.a else 0
     share = f"{result.num_differing} of {size}" if result.num_differing else "-"
     verdict = str(result.verdict)
-    return (result.name, verdict, largest, at, share, _told(result.a), _told(result.b))
+    return (result.name, verdict, largest, at, share, _held(result))
 
 
-def _told(spec: "TensorSpec | None") -> str:
-    return "-" if spec is None else f"{_dtype(spec)} {list(spec.shape)}"
+def _held(result: "Compared") -> str:
+    """Type and shape: of both if they are the same, else a's and b's."""
+    told = [f"{_dtype(spec)} {list(spec.shape)}" for spec in (result.a, result.b) if spec]
+    return " | ".join(dict.fromkeys(told)) or "-"
 
 
 def _dtype(spec: "TensorSpec") -> str:

@@ -7,6 +7,7 @@ rates     how fast each kind of work was
 series    metrics by step, of the checkpoints whose manifests are still here
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,7 +240,8 @@ def _metrics(views: Sequence[CheckpointView]) -> Series:
     for view in views:
         if view.manifest is not None:
             for name, value in view.manifest.metrics.items():
-                found.setdefault(name, {})[view.step] = value
+                if math.isfinite(value):
+                    found.setdefault(name, {})[view.step] = value
     return {name: sorted(points.items()) for name, points in sorted(found.items())}
 
 

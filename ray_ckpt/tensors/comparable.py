@@ -57,9 +57,10 @@ class Step:
         self.specs = self.tensors.specs()
         self.others = {key: partial(self.tensors.pickled, key) for key in self.tensors.others()}
         self.reads_at_once = self.tensors.reads_at_once
+        whose = {path: (entry.digest, entry.size_bytes) for path, entry in files.items()}
         self._places = {
             entry.name: frozenset(
-                (c.offsets, c.sizes, files[c.file].digest, c.offset_bytes, c.length_bytes)
+                (c.offsets, c.sizes, whose[c.file], c.offset_bytes, c.length_bytes)
                 for c in entry.chunks
             )
             for entry in (manifest.tensors if manifest else ())

@@ -1,5 +1,6 @@
 """`ray-ckpt diff` as a person or a script meets it."""
 
+import json
 import os
 import pickle
 import shutil
@@ -19,7 +20,9 @@ from jobs.bench.models import STEP, commit_model
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.step_tensors import step_tensors
 from tests.cli.conftest import Answer
+from tests.processes import run_python
 from tests.roots import make_root
+from tests.servers.hub import HubDouble
 from tests.waiting import PATIENCE_S
 
 Cli = Callable[..., Answer]
@@ -130,8 +133,25 @@ def test_one_element_of_an_export_that_is_another_is_found(
         assert cli("diff", one, folder, "--tolerance", 0.3).code == 0
 
 
+def test_a_model_on_the_hub_is_compared_as_one_at_a_path(
+    cli: Cli, run_root: str, hub: HubDouble
+) -> None:
+    hub.api().create_repo("ray/model")
+    step, there = f"{run_root}/step-10", "hf://ray/model"
+    words = ("--step", "10", "--name", "hub", "--dtype", "bfloat16", "--to", there)
+    for arguments in (("export", run_root, *words), ("diff", step, there, "--json")):
+        done = run_python("-m", "ray_ckpt", *arguments, environment=hub.environment())
+    document = json.loads(done.stdout)
+    assert document["equal"]
+    assert document["totals"].keys() == {"equal"}
+
+
 def test_low_rank_layers_are_merged_before_they_are_compared(cli: Cli, root: str) -> None:
     commit_model(root, 2, kind="lora")
+    cli("export", root, "--step", STEP, "--as", "lora=peft", "--dtype", "float32")
+    own = cli("diff", f"{root}/step-{STEP}", f"{root}/exports/peft-hf-fp32/step-{STEP}", "--json")
+    assert own.code == 0, own.out
+    assert all("lora" in name for name in by_name(own))
     cli("export", root, "--step", STEP, "--name", "merged", "--dtype", "bfloat16")
     answer = cli("diff", f"{root}/step-{STEP}", f"{root}/exports/merged/step-{STEP}", "--json")
     assert answer.code == 0

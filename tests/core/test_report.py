@@ -132,7 +132,7 @@ def test_rates_are_of_all_that_was_moved() -> None:
 def test_numbers_by_step_and_steps_that_are_gone() -> None:
     views = (
         view(20, CheckpointState.TRASHED, loss=1.0),
-        view(30, CheckpointState.VERIFIED, loss=2.0),
+        view(30, CheckpointState.VERIFIED, loss=2.0, accuracy=float("nan")),
     )
     save = event(10, "save.committed", "x", seconds=3.0, blocked_s=0.5)
     made = told(save, event(None, "run.resumed", "x"), views=views)
