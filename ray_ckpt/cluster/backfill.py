@@ -57,7 +57,7 @@ class Filled:
     size_bytes: int = 0
     did: tuple[str, ...] = ()
     error: RayCkptError | None = None
-    """Why it is not all that it should be; the step is as it was."""
+    """Why not all of it could be done; what was done stays."""
 
 
 def backfill(
