@@ -45,7 +45,7 @@ def adopt(
     from ray_ckpt.tensors.adopt import adopt_step, foreign_steps
 
     catalog = open_root(root)
-    assets = _assets(hf_assets)
+    assets = hf_assets_in(hf_assets)
     document: list[dict[str, Any]] = []
     for number in foreign_steps(catalog) if step is None else [step]:
         try:
@@ -71,7 +71,7 @@ def _print_adopted(document: list[dict[str, Any]]) -> None:
         click.echo("no foreign step folder is here")
 
 
-def _assets(folder: Path | None) -> Mapping[str, bytes]:
+def hf_assets_in(folder: Path | None) -> Mapping[str, bytes]:
     """JSON, text and tokenizer models of a Hugging Face folder; never its weights."""
     from ray_ckpt.tensors.run import HfAssets
 

@@ -28,7 +28,8 @@ from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.publish import refuse_hub
 
-_NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
+EXPORT_NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
+"""How exports are called by their type."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -63,7 +64,7 @@ _create_option = click.option(
     "--name", help="Folder under exports/; by default form and dtype: hf-bf16, peft-hf-bf16."
 )
 @click.option(
-    "--dtype", type=click.Choice(list(_NAMES)), default="bfloat16", show_default=True,
+    "--dtype", type=click.Choice(list(EXPORT_NAMES)), default="bfloat16", show_default=True,
     help="What floating-point tensors are cast to.",
 )  # fmt: skip
 @click.option(
@@ -122,9 +123,9 @@ def export(
     Example: ray-ckpt export /runs/a --step 500 --dtype bfloat16 --to s3://models/a
     """
     catalog = open_root(root)
-    flavors = _flavors(forms)
+    flavors = flavors_of(forms)
     spec = ExportSpec(
-        name=name or "-".join((*flavors.values(), _NAMES[dtype])),
+        name=name or "-".join((*flavors.values(), EXPORT_NAMES[dtype])),
         dtype=dtype,
         flavors=flavors,
         format=file_format,
@@ -144,9 +145,9 @@ def export(
     if create:
         _create(destination)
     if destination is None:
-        record = _perform(catalog, export_action(view, spec))
+        record = perform(catalog, export_action(view, spec))
     else:  # asked for at once: some destinations take files while others are made
-        record = _perform(catalog, publish_action(view, spec, destination))
+        record = perform(catalog, publish_action(view, spec, destination))
     folder = f"{catalog.uri}/{names.export_dir(spec.name, step)}"
     document: dict[str, Any] = {"step": step, "name": spec.name, "dtype": dtype, "path": folder}
     if destination is not None:
@@ -233,7 +234,7 @@ def publish(
     action = publish_action(catalog.checkpoint(step), spec, destination)
     if create:
         _create(destination)
-    record = _perform(catalog, action, verify)
+    record = perform(catalog, action, verify)
     document = {"step": step, "name": name, "destination": destination, **record.result}
     emit(document, as_json=as_json, render=lambda: click.echo(record.result["location"]))
 
@@ -250,7 +251,7 @@ def _create(destination: str | None) -> None:
     create_on_hub(destination)
 
 
-def _perform(catalog: Catalog, action: Action, verify: Proof = "sizes") -> ActionRecord:
+def perform(catalog: Catalog, action: Action, verify: Proof = "sizes") -> ActionRecord:
     """On the cluster that RAY_ADDRESS names, else in this process."""
     from ray_ckpt.cluster.perform import perform_here, perform_on_cluster
 
@@ -260,7 +261,7 @@ def _perform(catalog: Catalog, action: Action, verify: Proof = "sizes") -> Actio
     return perform_here(catalog, action, verify=verify, told=say)
 
 
-def _flavors(forms: Sequence[str]) -> dict[str, str]:
+def flavors_of(forms: Sequence[str]) -> dict[str, str]:
     """Converter to flavor, from `CONVERTER=FLAVOR` words."""
     pairs = [form.partition("=") for form in forms]
     wrong = [form for form, (name, _, flavor) in zip(forms, pairs, strict=True) if not flavor]

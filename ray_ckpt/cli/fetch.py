@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from ray_ckpt.cli.output import emit, human_bytes, json_option
+from ray_ckpt.cli.output import complete_folder, emit, human_bytes, json_option
 from ray_ckpt.storage.fetch import fetch as fetch_folder
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete_folder)
 @click.argument("folder", type=click.Path(path_type=Path))
 @json_option
 def fetch(source: str, folder: Path, as_json: bool) -> None:

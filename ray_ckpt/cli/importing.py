@@ -4,13 +4,13 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import emit, human_bytes, json_option, root_argument
+from ray_ckpt.cli.output import complete_folder, emit, human_bytes, json_option, root_argument
 from ray_ckpt.core import names
 from ray_ckpt.storage.backends import open_catalog
 
 
 @click.command("import")
-@click.argument("folder")
+@click.argument("folder", shell_complete=complete_folder)
 @root_argument
 @click.option("--family", help="Its names: llama, qwen3, ...; by default what config.json says.")
 @json_option

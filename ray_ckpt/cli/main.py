@@ -11,15 +11,19 @@ import sys
 import click
 
 from ray_ckpt.cli import act, export, inspect, queue
+from ray_ckpt.cli.backfill import backfill
 from ray_ckpt.cli.copies import copies
 from ray_ckpt.cli.demo import demo
+from ray_ckpt.cli.diff import diff
 from ray_ckpt.cli.doctor import doctor
+from ray_ckpt.cli.du import du
 from ray_ckpt.cli.events import events
 from ray_ckpt.cli.fetch import fetch
 from ray_ckpt.cli.gc import gc
 from ray_ckpt.cli.importing import import_
 from ray_ckpt.cli.plan import plan
 from ray_ckpt.cli.purge_hub import purge_hub
+from ray_ckpt.cli.report import report
 from ray_ckpt.cli.submit import submit
 from ray_ckpt.cli.watch import watch
 from ray_ckpt.core.errors import RayCkptError
@@ -47,11 +51,14 @@ VERBS = (
     watch,
     inspect.show,
     inspect.verify,
+    diff,
     copies,
     inspect.resume_plan,
     plan,
     events,
+    report,
     act.adopt,
+    backfill,
     import_,
     export.export,
     export.publish,
@@ -61,6 +68,7 @@ VERBS = (
     act.purge,
     purge_hub,
     act.undo,
+    du,
     gc,
     act.save_now,
     queue.drain,

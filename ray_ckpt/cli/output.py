@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,16 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import all_beats
 from ray_ckpt.storage.catalog import Catalog
 
-root_argument = click.argument("root")
+
+def complete_folder(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Lets the shell complete a path; what is no path it leaves alone."""
+    del ctx, param
+    return [CompletionItem(incomplete, type="dir")]
+
+
+root_argument = click.argument("root", shell_complete=complete_folder)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 step_option = click.option("--step", type=int, required=True, help="Which checkpoint.")
 

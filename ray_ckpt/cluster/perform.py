@@ -49,7 +49,7 @@ def perform_here(
         if done.standing_by is None:
             _raise_if(records, ActionState.DEAD, ActionState.RETRY_WAIT)
         _raise_if(records, ActionState.DEAD)
-        return _is_done(catalog, action)
+        return is_done(catalog, action)
 
     work_on(catalog, concerned, until=is_over, told=told)
     return catalog.records.action(action)
@@ -92,7 +92,7 @@ def perform_on_cluster(
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     catalog = open_catalog(root)
-    if action.kind is ActionKind.EXPORT and _is_done(catalog, action):
+    if action.kind is ActionKind.EXPORT and is_done(catalog, action):
         return catalog.records.action(action)
     _start_afresh(catalog, action)
     return _wait(catalog, action, verify, start_manager_job(root), told)
@@ -102,7 +102,7 @@ def _wait(
     catalog: Catalog, action: Action, verify: Proof, manager: Any, told: Told
 ) -> ActionRecord:
     said: dict[str, ActionState] = {}
-    while not _is_done(catalog, action):
+    while not is_done(catalog, action):
         found = _concerned(catalog, action)
         _raise_if(found, ActionState.DEAD)
         _ask(catalog, action, verify)  # once more is not twice
@@ -131,7 +131,7 @@ def _start_afresh(catalog: Catalog, action: Action) -> None:
             catalog.records.forget_action(record.action)
 
 
-def _is_done(catalog: Catalog, action: Action) -> bool:
+def is_done(catalog: Catalog, action: Action) -> bool:
     """By its effect where storage shows it and nobody is at work on it, else by its record."""
     state = catalog.records.action(action).state
     if action.kind is not ActionKind.EXPORT:

@@ -29,6 +29,7 @@ from ray_ckpt.tensors.fqn import told
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.safetensors_file import DTYPES
 from ray_ckpt.tensors.source_files import SourceFiles
+from ray_ckpt.tensors.step_tensors import bytes_of
 
 _SUFFIX = ".safetensors"
 _AGAIN = "download or export the folder again"
@@ -115,6 +116,17 @@ class HfFolder:
             _read_into(stream, memoryview(data), f"{self.uri}: {name}")
         flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
         return flat.view(stored.dtype).reshape(stored.shape)
+
+    def read_into(self, name: str, begin: int, into: Tensor) -> None:
+        """The elements from number `begin` on, as many as `into` has, which is flat."""
+        stored = self.tensors[name]
+        at = stored.begin + begin * stored.dtype.itemsize
+        self._store.read_into(stored.key, at, bytes_of(into))
+
+    @property
+    def reads_at_once(self) -> int:
+        """So many reads side by side are faster than one after the other."""
+        return self._store.reads_at_once
 
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor."""

@@ -8,11 +8,9 @@ Memory holds some blocks, and what one tensor of the third kind is made of.
 """
 
 import contextlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Protocol, TypeVar
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,12 +24,10 @@ from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.frames import FRAMES, Frame
 from ray_ckpt.tensors.gate import Values
 from ray_ckpt.tensors.output_shards import OutputShard
+from ray_ckpt.tensors.read_ahead import ahead
 from ray_ckpt.tensors.recording import Output
 from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, bytes_of
 from ray_ckpt.tensors.views import View
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Tensors(Protocol):
@@ -110,7 +106,7 @@ class _Shard:
         blocks = self._blocks(output.view for output in outputs.values() if output.view)
         self._file.write(memoryview(self._frame.front))
         with ThreadPoolExecutor(self._tensors.reads_at_once) as threads, _torch_threads(1):
-            read = _ahead(threads, self._read, blocks, count=self._tensors.reads_at_once)
+            read = ahead(threads, self._read, blocks, count=self._tensors.reads_at_once)
             for name, output in outputs.items():
                 values = self._values(name, output)
                 if output.view is None:
@@ -180,15 +176,3 @@ def _torch_threads(count: int) -> Generator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _ahead(
-    threads: ThreadPoolExecutor, read: Callable[[T], R], items: Iterable[T], *, count: int
-) -> Iterator[R]:
-    """`read` of each item, in order; so many of them are read before somebody asks."""
-    waiting = iter(items)
-    begun: deque[Future[R]] = deque(threads.submit(read, item) for item in islice(waiting, count))
-    while begun:
-        result = begun.popleft().result()
-        begun.extend(threads.submit(read, item) for item in islice(waiting, 1))
-        yield result

@@ -31,6 +31,7 @@ from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.tensors.framing import HEAD_BYTES, elements_at
 from ray_ckpt.tensors.reader import DcpReader, step_reader
+from ray_ckpt.tensors.recording import TensorSpec
 
 BLOCK_BYTES = 8 << 20
 """Of one read: large enough for a disk and for a request to S3, small enough to be held often."""
@@ -114,6 +115,28 @@ class StepTensors:
     def reads_at_once(self) -> int:
         """So many reads side by side are faster than one after the other."""
         return self._store.reads_at_once
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor."""
+        return {
+            key: TensorSpec(shape=tuple(entry.size), dtype=entry.properties.dtype)
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def others(self) -> list[str]:
+        """Keys of what is no tensor, sorted."""
+        entries = self._metadata.state_dict_metadata.items()
+        return sorted(key for key, entry in entries if not isinstance(entry, TensorStorageMetadata))
+
+    def pickled(self, key: str) -> bytes:
+        """What is no tensor, as it lies there: nothing of it is run."""
+        stored: Mapping[MetadataIndex, Any] = cast(Any, self._metadata.storage_data)
+        info = stored[MetadataIndex(key)]
+        data = bytearray(info.length)
+        file = f"{self._folder}/{info.relative_path}"
+        self._store.read_into(file, info.offset, memoryview(data))
+        return bytes(data)
 
     def dtype(self, key: str) -> torch.dtype:
         """Of one tensor's elements."""

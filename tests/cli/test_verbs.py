@@ -292,7 +292,7 @@ def test_every_verb_helps_and_takes_json() -> None:
         *("demo", "ls", "show", "verify", "resume-plan", "adopt", "export", "publish", "fetch"),
         *("pin", "unpin", "purge", "undo", "save-now", "plan", "events"),
         *("drain", "retry", "cancel", "gc", "import", "copies", "purge-hub"),
-        *("doctor", "submit", "watch"),
+        *("doctor", "submit", "watch", "diff", "du", "report", "backfill"),
     }
 
 
