@@ -130,8 +130,9 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.publish import publish_export
 catalog = open_catalog(sys.argv[1])
 try:
-    export, verify = catalog.export("hf", int(sys.argv[3])), sys.argv[4]
-    done = publish_export(catalog, export, sys.argv[2], verify=verify)
+    root, to, step, *verify = sys.argv[1:]
+    export = catalog.export("hf", int(step))
+    done = publish_export(catalog, export, to, verify=verify[0] if verify else "sizes")
     print("done", done.location, done.bytes_sent)
 except RayCkptError as error:
     print("failed", type(error).__name__, error)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, TransientError
 from ray_ckpt.core.manifest import Lineage, Manifest
 from ray_ckpt.core.observation import ExportView
@@ -79,7 +80,7 @@ def make_export(catalog: Catalog) -> ExportView:
 def is_equal_copy(source: str, place: str, export: ExportView) -> bool:
     made, copy = open_catalog(source), open_catalog(place)
     assert copy.export("hf", 5).manifest == export.manifest
-    assert list(copy.store.list_objects(".ray_ckpt")) == [], "no note is left"
+    assert list(copy.store.list_objects(names.STAGING)) == [], "no note is left"
     assert copy.store.list_unfinished(FOLDER) == []
     keys = [f"{FOLDER}/{name}" for name in FILES]
     return all(made.store.read(key) == copy.store.read(key) for key in keys)
