@@ -274,4 +274,4 @@ def test_labels_are_few_whatever_a_run_does() -> None:
     )
     values = told(observe(*steps, policy=COPY_EACH, requests=requests))
     assert len(values) < 60
-    assert len(ActionKind) * len(ActionState) == 80  # and no more than this for actions ever
+    assert len(ActionKind) * len(ActionState) < 100  # and no more than this for actions ever
