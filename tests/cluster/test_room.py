@@ -93,7 +93,7 @@ def test_a_copy_waits_for_room_at_its_destination(small_disk: Path, root: str) -
     make_root(root, (10,), policy)
     filler = fill(small_disk, but_bytes=20_000)
     clock = Clock(root)
-    assert "a copy of hf of step-10 needs" in block(clock)
+    assert "a copy of export hf of step-10 needs" in block(clock)
     assert not list((small_disk / "copies").rglob("*.safetensors"))
     assert staged(small_disk / "copies") == []
     filler.unlink()
