@@ -26,12 +26,12 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.hub_client import hub_api
 from ray_ckpt.storage.hub_errors import translated
+from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_stream import S3Stream
 
 _BLOCK_BYTES = 1 << 20
 _BEYOND = 416
-_NAME_BYTES = 256
 _READS_AT_ONCE = 8
 
 
@@ -138,18 +138,11 @@ class BucketStore:
 
     def point(self, key: str, name: str) -> None:
         """One small object."""
-        self.pointed(key)
-        self.write(key, name.encode())
+        point_by_object(self, key, name)
 
     def pointed(self, key: str) -> str | None:
         """Its text, if that is one word."""
-        info = self.stat(key)
-        if info is None:
-            return None
-        text = self.read(key).decode(errors="replace") if info.size_bytes < _NAME_BYTES else ""
-        if len(text.split()) != 1:
-            raise ObjectExistsError("an object is here whose text is no name", self._where(key))
-        return text.strip()
+        return pointed_by_object(self, key)
 
     def stat(self, key: str) -> ObjectInfo | None:
         """One request; a prefix is not an object."""

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from ray_ckpt.core.errors import (
     IntegrityError,
-    ObjectExistsError,
     ObjectNotFoundError,
     UsageError,
 )
@@ -26,6 +25,7 @@ from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.election import create_by_election
 from ray_ckpt.storage.file_blocks import TEMPORARY
 from ray_ckpt.storage.fsspec_errors import translated
+from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.posix import translated as of_this_host
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.scratch_blocks import ScratchBlocks
@@ -33,7 +33,6 @@ from ray_ckpt.storage.scratch_blocks import ScratchBlocks
 T = TypeVar("T")
 _SHOW_WHOLE_OBJECTS = frozenset({"gs", "gcs", "az", "abfs", "abfss", "oss", "memory"})
 _READS_AT_ONCE = 4
-_NAME_BYTES = 256
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "modified", "created", "ctime")
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "ino")
 
@@ -154,18 +153,11 @@ class FsspecStore:
 
     def point(self, key: str, name: str) -> None:
         """An object whose text is the name."""
-        self.pointed(key)
-        self.write(key, name.encode())
+        point_by_object(self, key, name)
 
     def pointed(self, key: str) -> str | None:
         """The text of such an object."""
-        info = self.stat(key)
-        if info is None:
-            return None
-        text = self.read(key).decode(errors="replace") if info.size_bytes < _NAME_BYTES else ""
-        if not text or len(text.split()) != 1:
-            raise ObjectExistsError("an object is here whose text is no name", self._where(key))
-        return text.strip()
+        return pointed_by_object(self, key)
 
     def stat(self, key: str) -> ObjectInfo | None:
         """One look; a folder is no object."""

@@ -70,12 +70,8 @@ class MarkerCommit:
             path.unlink()
 
         with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="ray_ckpt files") as threads:
-            sent = [threads.submit(send, path) for path in paths]
-            try:
-                for future in sent:
-                    future.result()
-            finally:
-                threads.shutdown(cancel_futures=True)  # what has begun ends, the rest never begins
+            # after an error what has begun ends, the rest never begins
+            list(threads.map(send, paths))
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
         """Remaining files first, then the manifest, which must not be there yet."""

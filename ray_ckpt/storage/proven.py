@@ -43,13 +43,13 @@ def bring_all(
         IntegrityError: what came differs.
     """
     progress.begin(f"reads {origin.folder}", 2 * sum(entry.size_bytes for entry in entries))
+
+    def bring(entry: FileEntry) -> None:
+        _bring(origin, entry, target, progress)
+
     with ThreadPoolExecutor(origin.store.reads_at_once, "ray_ckpt files") as threads:
-        brought = [threads.submit(_bring, origin, entry, target, progress) for entry in entries]
-        try:
-            for future in brought:
-                future.result()
-        finally:
-            threads.shutdown(cancel_futures=True)  # what has begun ends, the rest never begins
+        # after an error what has begun ends, the rest never begins
+        list(threads.map(bring, entries))
 
 
 def _bring(origin: Origin, entry: FileEntry, target: Path, progress: Progress = UNTOLD) -> None:

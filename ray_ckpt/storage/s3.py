@@ -27,6 +27,7 @@ from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.core.store_features import weaknesses
 from ray_ckpt.storage import posix
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
+from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.storage.s3_blocks import S3Blocks
 from ray_ckpt.storage.s3_client import make_file_system
@@ -51,7 +52,6 @@ from ray_ckpt.storage.s3_wire import Got, S3Wire, open_wire
 T = TypeVar("T")
 _BLOCK_BYTES = 8 << 20
 _READS_AT_ONCE = 8
-_NAME_BYTES = 256
 _REPEATS = 2
 
 
@@ -97,6 +97,10 @@ class S3Store:
     def _path(self, key: str) -> str:
         return f"{self._base}/{key}".rstrip("/")
 
+    def _name(self, key: str) -> str:
+        """As it is called in the bucket."""
+        return self._path(key).partition("/")[2]
+
     def _where(self, key: str) -> str:
         return f"{self._uri}/{key}"
 
@@ -128,7 +132,7 @@ class S3Store:
         of, wire = self._wired
         if of is not self._file_system:
             of = self._file_system
-            wire = self._ask(key, lambda files: open_wire(files, self._base.partition("/")[0]))
+            wire = self._ask(key, lambda files: open_wire(files, self.bucket))
             self._wired = (of, wire)
         return wire
 
@@ -137,13 +141,13 @@ class S3Store:
 
     def _got(self, key: str, offset: int, into: memoryview) -> Got | None:
         wire = self._wire(key)
-        return wire and wire.get(self._path(key).partition("/")[2], offset, into)
+        return wire and wire.get(self._name(key), offset, into)
 
     def read(self, key: str) -> bytes:
         """One GET."""
         wire = self._wire(key)
         try:
-            data = wire and wire.read(self._path(key).partition("/")[2])
+            data = wire and wire.read(self._name(key))
         except FileNotFoundError as error:
             raise self._not_there(key) from error
         if data is not None:
@@ -186,7 +190,7 @@ class S3Store:
     def write(self, key: str, data: bytes) -> None:
         """One PUT."""
         wire = self._wire(key)
-        if not (wire and wire.put(self._path(key).partition("/")[2], data)):
+        if not (wire and wire.put(self._name(key), data)):
             self._ask(key, lambda files: files.pipe_file(self._path(key), data))
 
     def create(self, key: str, data: bytes) -> None:
@@ -220,9 +224,8 @@ class S3Store:
         return S3Blocks(self._object(key), size_bytes)
 
     def _object(self, key: str) -> S3Object:
-        bucket, _, name = self._path(key).partition("/")
         call, wire = partial(self._call, key=key), partial(self._wire, key)
-        return S3Object(bucket=bucket, name=name, call=call, wire=wire)
+        return S3Object(bucket=self.bucket, name=self._name(key), call=call, wire=wire)
 
     def copy(self, source: str, target: str) -> None:
         """Server-side; in parts where the object is larger than 5 GB."""
@@ -264,18 +267,11 @@ class S3Store:
 
     def point(self, key: str, name: str) -> None:
         """One PUT."""
-        self.pointed(key)
-        self.write(key, name.encode())
+        point_by_object(self, key, name)
 
     def pointed(self, key: str) -> str | None:
         """One GET, or a HEAD alone where a larger object lies than a name needs."""
-        info = self.stat(key)
-        if info is None:
-            return None
-        text = self.read(key).decode(errors="replace") if info.size_bytes < _NAME_BYTES else ""
-        if not text or len(text.split()) != 1:
-            raise ObjectExistsError("an object is here whose text is no name", self._where(key))
-        return text.strip()
+        return pointed_by_object(self, key)
 
     def stat(self, key: str) -> ObjectInfo | None:
         """One HEAD; a prefix is not an object."""
@@ -365,7 +361,7 @@ class S3Store:
 
     def delete(self, keys: Sequence[str]) -> None:
         """The first one by itself, then in batches."""
-        self._deletes.delete([self._path(key).partition("/")[2] for key in keys])
+        self._deletes.delete([self._name(key) for key in keys])
 
     def _listed(self, entry: dict[str, Any]) -> ObjectInfo:
         """From an answer to LIST; a folder that some tool made an object of ends with a slash."""

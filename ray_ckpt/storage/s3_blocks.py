@@ -1,6 +1,7 @@
 """An object of an S3 store that is uploaded in parts, as its bytes come."""
 
-from ray_ckpt.storage.s3_multipart import MAX_PARTS, Multipart, S3Object
+from ray_ckpt.storage.s3_multipart import Multipart, S3Object
+from ray_ckpt.storage.s3_unfinished import part_size
 
 _PART_BYTES = 16 << 20
 
@@ -11,7 +12,7 @@ class S3Blocks:
     puts_at_once = 4
 
     def __init__(self, target: S3Object, size_bytes: int) -> None:
-        self.block_bytes = max(_PART_BYTES, -(-size_bytes // MAX_PARTS))
+        self.block_bytes = part_size(size_bytes, at_least=_PART_BYTES)
         self._upload = Multipart.begun(target)
         self._etags: dict[int, str] = {}
 

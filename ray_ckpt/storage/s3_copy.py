@@ -23,14 +23,12 @@ from typing import Any
 
 from ray_ckpt.core.errors import RayCkptError, TransientError
 from ray_ckpt.core.manifest import FileEntry
-from ray_ckpt.storage.s3_unfinished import Call
+from ray_ckpt.storage.s3_unfinished import Call, part_size
 
 WHOLE_BYTES = 5 << 30
 """S3 copies so many bytes at once at most."""
 PART_BYTES = 512 << 20
 """Copied within seconds: silence is not waited for much longer."""
-_MAX_PARTS = 9_000
-"""S3 takes 10,000."""
 _PARTS_AT_ONCE = 4
 _ALGORITHMS = {"crc64nvme": "CRC64NVME", "sha256": "SHA256"}
 
@@ -95,17 +93,13 @@ def _copy_parts(
         return {**part, "ETag": told["ETag"], **sums}
 
     with ThreadPoolExecutor(_PARTS_AT_ONCE, "ray_ckpt copy") as threads:
-        copied = [threads.submit(copy, number) for number in range(1, len(ranges) + 1)]
-        try:
-            return [future.result() for future in copied]
-        finally:
-            threads.shutdown(cancel_futures=True)
+        return list(threads.map(copy, range(1, len(ranges) + 1)))
 
 
 def _ranges(size_bytes: int, algorithm: str | None) -> Iterator[str]:
     """In one part where no other number of them could be told from another content."""
     is_whole = algorithm != "CRC64NVME" and size_bytes <= WHOLE_BYTES
-    part_bytes = size_bytes if is_whole else max(PART_BYTES, -(-size_bytes // _MAX_PARTS))
+    part_bytes = size_bytes if is_whole else part_size(size_bytes, at_least=PART_BYTES)
     for begin in range(0, size_bytes, part_bytes):
         yield f"bytes={begin}-{min(begin + part_bytes, size_bytes) - 1}"
 

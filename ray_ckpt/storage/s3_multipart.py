@@ -13,8 +13,6 @@ from ray_ckpt.core.errors import AuthorizationError, StorageError, ThrottledErro
 from ray_ckpt.storage.s3_unfinished import Call
 from ray_ckpt.storage.s3_wire import S3Wire, checksum_of
 
-MAX_PARTS = 9_000
-"""S3 takes 10,000."""
 _ALGORITHM = "CRC64NVME"
 
 

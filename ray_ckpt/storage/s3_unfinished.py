@@ -1,10 +1,17 @@
-"""What an S3 store says of uploads that were begun and not ended."""
+"""Uploads in parts: how large the parts are, and what a store says of those not ended."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Call = Callable[..., dict[str, Any]]
 """The name of a request of S3 and its parameters, to its answer; empty for what is not there."""
+_MAX_PARTS = 9_000
+"""S3 takes 10,000."""
+
+
+def part_size(size_bytes: int, *, at_least: int) -> int:
+    """Bytes of each part of an object but the last one."""
+    return max(at_least, -(-size_bytes // _MAX_PARTS))
 
 
 def uploads_of(call: Call, *, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:

@@ -21,8 +21,8 @@ from typing import Any
 from ray_ckpt.core.errors import AuthorizationError
 from ray_ckpt.storage.posix import translated
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.storage.s3_multipart import MAX_PARTS, Multipart, S3Object
-from ray_ckpt.storage.s3_unfinished import parts_of, uploads_of
+from ray_ckpt.storage.s3_multipart import Multipart, S3Object
+from ray_ckpt.storage.s3_unfinished import part_size, parts_of, uploads_of
 from ray_ckpt.storage.s3_wire import checksum_of
 
 PART_BYTES = 8 << 20
@@ -122,6 +122,6 @@ def _bytes_of(part: _Part, descriptor: int) -> bytes:
 
 
 def _cut(size_bytes: int) -> Iterator[_Part]:
-    part_bytes = max(PART_BYTES, -(-size_bytes // MAX_PARTS))
+    part_bytes = part_size(size_bytes, at_least=PART_BYTES)
     for number, begin in enumerate(range(0, size_bytes, part_bytes), start=1):
         yield _Part(number=number, begin=begin, size_bytes=min(part_bytes, size_bytes - begin))

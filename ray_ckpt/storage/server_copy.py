@@ -38,11 +38,9 @@ def copy_on_server(
         return list(entries)
     copying = _Copying(origin, origin.store, target, progress)
     with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="ray_ckpt files") as threads:
-        futures = [(entry, threads.submit(copying.bring, entry)) for entry in entries]
-        try:
-            return [entry for entry, future in futures if not future.result()]
-        finally:
-            threads.shutdown(cancel_futures=True)  # what has begun ends, the rest never begins
+        # after an error what has begun ends, the rest never begins
+        is_there = list(threads.map(copying.bring, entries))
+    return [entry for entry, there in zip(entries, is_there, strict=True) if not there]
 
 
 class _Copying:
