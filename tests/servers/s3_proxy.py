@@ -55,7 +55,7 @@ class S3Proxy:
         self._faults = Faults()
         self._revoked: set[str] = set()
         self._old: OldListing | None = None
-        self._pause_s = 0.0
+        self._slow, self._pause_s = re.compile(""), 0.0
         self._take_s = 0.0
         self._queue, self._counting = threading.Lock(), threading.Lock()
         self.taken_bytes = 0
@@ -125,9 +125,9 @@ class S3Proxy:
         """Whoever asks for a LIST of the bucket is told what is there now, from now on."""
         self._old = OldListing(self._behind, bucket)
 
-    def be_slow(self, pause_s: float) -> None:
-        """Bodies come a piece at a time, with such a pause before each."""
-        self._pause_s = pause_s
+    def be_slow(self, pause_s: float, *, match: str = "") -> None:
+        """Such answers' bodies come a piece at a time, with such a pause before each."""
+        self._slow, self._pause_s = re.compile(match), pause_s
 
     def take_slowly(self, take_s: float) -> None:
         """Bodies are taken one after the other, and each keeps the others waiting for so long."""
@@ -151,9 +151,9 @@ class S3Proxy:
     def stay_silent(self) -> None:
         self._faults.stay_silent()
 
-    @property
-    def pause_s(self) -> float:
-        return self._pause_s
+    def pause_s(self, line: str) -> float:
+        """Before each piece of the answer to this request."""
+        return self._pause_s if self._slow.search(line) else 0.0
 
     def take(self, stream: BufferedIOBase, size_bytes: int) -> bytes:
         """The body of a request; shorter if its sender has gone."""
@@ -251,9 +251,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         content = b"" if self.command == "HEAD" else answer.body[:only_bytes]
+        pause_s = self._proxy.pause_s(f"{self.command} {self.path}")
         for start in range(0, len(content), PIECE_BYTES):
-            if self._proxy.pause_s:
-                threading.Event().wait(self._proxy.pause_s)
+            if pause_s:
+                threading.Event().wait(pause_s)
             with suppress(ConnectionError):  # who has gone hears no answer
                 self.wfile.write(content[start : start + PIECE_BYTES])
 
