@@ -31,9 +31,9 @@ from ray_ckpt.core.names import BUCKETS, export_dir
 from ray_ckpt.core.observation import ExportView
 from ray_ckpt.core.policy import ExportPolicy, LifecyclePolicy, PublishPolicy
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.fetch import fetch
-from ray_ckpt.storage.promote import promote_copy
-from ray_ckpt.storage.publish import publish_checkpoint, publish_export
+from ray_ckpt.storage.copies.fetch import fetch
+from ray_ckpt.storage.copies.promote import promote_copy
+from ray_ckpt.storage.copies.publish import publish_checkpoint, publish_export
 from ray_ckpt.tensors.export import export_step
 from tests.roots import make_root, snapshot
 

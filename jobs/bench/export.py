@@ -29,8 +29,8 @@ from ray_ckpt.core import names
 from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.file_blocks import new_file
-from ray_ckpt.storage.posix import sync_file
+from ray_ckpt.storage.disk.file_blocks import new_file
+from ray_ckpt.storage.disk.posix import sync_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.converters import make_converters
 from ray_ckpt.tensors.export import export_step

@@ -20,8 +20,8 @@ from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
-from ray_ckpt.storage.hub import publish_to_hub
-from ray_ckpt.storage.hub_client import parse_hub
+from ray_ckpt.storage.hub.client import parse_hub
+from ray_ckpt.storage.hub.repository import publish_to_hub
 
 SMALL_BYTES = 16_384
 _NAME = "bench"

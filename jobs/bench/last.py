@@ -29,8 +29,8 @@ from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig
 from ray_ckpt import CheckpointManager, HuggingFace, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.core.config import Dtype
-from ray_ckpt.storage.file_blocks import FileBlocks, new_file
-from ray_ckpt.storage.posix import sync_file
+from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
+from ray_ckpt.storage.disk.posix import sync_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, cast_floating
 

@@ -23,7 +23,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.marker import MarkerCommit
 from ray_ckpt.storage.proven import Origin, bring_all
-from ray_ckpt.storage.s3 import S3Store
+from ray_ckpt.storage.s3.store import S3Store
 
 SMALL_BYTES = 16_384
 _THREADS = 10

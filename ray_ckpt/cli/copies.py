@@ -9,7 +9,7 @@ from ray_ckpt.core import copies as recorded
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.copy_states import CopyState
 from ray_ckpt.core.errors import StorageError
-from ray_ckpt.storage.copy_look import Made, look_at_copy
+from ray_ckpt.storage.copies.copy_look import Made, look_at_copy
 
 
 @click.command()

@@ -26,7 +26,7 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.publish import refuse_hub
+from ray_ckpt.storage.copies.publish import refuse_hub
 
 EXPORT_NAMES: dict[Dtype, str] = {"bfloat16": "hf-bf16", "float16": "hf-fp16", "float32": "hf-fp32"}
 """How exports are called by their type."""
@@ -244,7 +244,7 @@ def _spec_of(catalog: Catalog, name: str, step: int) -> ExportSpec:
 
 
 def _create(destination: str | None) -> None:
-    from ray_ckpt.storage.hub import create_on_hub
+    from ray_ckpt.storage.hub.repository import create_on_hub
 
     if destination is None:
         raise ConfigError("--create says nothing without --to", "--create", do="add --to hf://...")

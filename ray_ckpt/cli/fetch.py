@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from ray_ckpt.cli.output import complete_folder, emit, human_bytes, json_option
-from ray_ckpt.storage.fetch import fetch as fetch_folder
+from ray_ckpt.storage.copies.fetch import fetch as fetch_folder
 
 
 @click.command()

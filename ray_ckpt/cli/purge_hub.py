@@ -23,8 +23,8 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.hub_purge import HubPurge, HubWish, Objects
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.hub_client import parse_hub
-from ray_ckpt.storage.hub_purge import plan_purge_on_hub, purge_on_hub
+from ray_ckpt.storage.hub.client import parse_hub
+from ray_ckpt.storage.hub.purge import plan_purge_on_hub, purge_on_hub
 from ray_ckpt.storage.lease import MANAGER, Lease
 
 _SQUASH = (

@@ -12,8 +12,8 @@ from ray_ckpt.cli.report_page import page
 from ray_ckpt.core import names
 from ray_ckpt.core.events import Event
 from ray_ckpt.core.report import make_report
+from ray_ckpt.storage.disk.posix import translated
 from ray_ckpt.storage.history import EventReader
-from ray_ckpt.storage.posix import translated
 from ray_ckpt.storage.secrets import without_secrets
 
 

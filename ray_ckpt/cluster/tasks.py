@@ -43,17 +43,17 @@ from ray_ckpt.core.promoting import EPOCH, METRICS, NON_FINITE, publish_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import beating, first_beat
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.copy_look import Made, look_at_copy
+from ray_ckpt.storage.copies.copy_look import Made, look_at_copy
+from ray_ckpt.storage.copies.hand_over import handing_over
+from ray_ckpt.storage.copies.promote import promote_copy
+from ray_ckpt.storage.copies.publish import publish_checkpoint, publish_export
+from ray_ckpt.storage.copies.retire import retire_copy
 from ray_ckpt.storage.gathering import commit_draft, free, gather
-from ray_ckpt.storage.hand_over import handing_over
 from ray_ckpt.storage.lease import Guard
 from ray_ckpt.storage.memory import peak_rss_bytes
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.storage.promote import promote_copy
-from ray_ckpt.storage.publish import publish_checkpoint, publish_export
 from ray_ckpt.storage.purging import purge_step
 from ray_ckpt.storage.readers import reading
-from ray_ckpt.storage.retire import retire_copy
 from ray_ckpt.storage.secrets import without_secrets
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import UsageError
-from ray_ckpt.storage.bucket import BucketStore
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import RenameCommit
+from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.fsspec_store import FsspecStore
-from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.hub.bucket import BucketStore
 from ray_ckpt.storage.marker import MarkerCommit
-from ray_ckpt.storage.s3 import S3Store
+from ray_ckpt.storage.s3.store import S3Store
 
 
 def _open_local(uri: str) -> Catalog:

@@ -24,11 +24,11 @@ from ray_ckpt.core.room import room_problem
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.hub_checkup import look_at_repository
+from ray_ckpt.storage.disk.store import LocalStore
+from ray_ckpt.storage.hub.checkup import look_at_repository
 from ray_ckpt.storage.lease import MANAGER, PATIENCE_S, is_dead, last_heard_of
-from ray_ckpt.storage.local import LocalStore
-from ray_ckpt.storage.s3 import S3Store
-from ray_ckpt.storage.s3_checkup import look_at_bucket, look_at_store
+from ray_ckpt.storage.s3.checkup import look_at_bucket, look_at_store
+from ray_ckpt.storage.s3.store import S3Store
 from ray_ckpt.storage.second_deleters import look_for_second_deleters
 
 _NOTABLE_SKEW_S = 60.0

@@ -22,8 +22,8 @@ from typing import Protocol
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.storage.local import LocalStore, changed_at, size_of
-from ray_ckpt.storage.posix import make_folder, sync_folder, translated, write_synced
+from ray_ckpt.storage.disk.posix import make_folder, sync_folder, translated, write_synced
+from ray_ckpt.storage.disk.store import LocalStore, changed_at, size_of
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _GIVEN_UP = ".dead"

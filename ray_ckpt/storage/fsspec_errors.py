@@ -14,7 +14,7 @@ from ray_ckpt.core.errors import (
     TransientError,
     UsageError,
 )
-from ray_ckpt.storage.posix import kind_of
+from ray_ckpt.storage.disk.posix import kind_of
 from ray_ckpt.storage.secrets import without_secrets
 
 _BY_STATUS: Mapping[int, type[StorageError]] = {

@@ -22,13 +22,13 @@ from ray_ckpt.core.errors import (
     UsageError,
 )
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
+from ray_ckpt.storage.disk.file_blocks import TEMPORARY
+from ray_ckpt.storage.disk.posix import translated as of_this_host
+from ray_ckpt.storage.disk.scratch_blocks import ScratchBlocks
 from ray_ckpt.storage.election import create_by_election
-from ray_ckpt.storage.file_blocks import TEMPORARY
 from ray_ckpt.storage.fsspec_errors import translated
 from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
-from ray_ckpt.storage.posix import translated as of_this_host
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.scratch_blocks import ScratchBlocks
 
 T = TypeVar("T")
 _SHOW_WHOLE_OBJECTS = frozenset({"gs", "gcs", "az", "abfs", "abfss", "oss", "memory"})

@@ -30,8 +30,8 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import ObjectInfo, Store, UnfinishedWrite
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import Remains
+from ray_ckpt.storage.disk.scratch import dead_scratches
 from ray_ckpt.storage.lease import TRAINER, holder_of
-from ray_ckpt.storage.scratch import dead_scratches
 from ray_ckpt.storage.trash import Trash
 
 

@@ -17,10 +17,10 @@ from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFou
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import ObjectInfo, Store
 from ray_ckpt.storage.commit import Remains
+from ray_ckpt.storage.disk.scratch import make_scratch, remove_scratch
 from ray_ckpt.storage.drafts import drafts_at
 from ray_ckpt.storage.listing import ASIDE, manifest_in, sizes_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.scratch import make_scratch, remove_scratch
 
 _FILES_AT_ONCE = 16
 """Most wait for an answer. How many parts of large ones are in memory is limited elsewhere."""

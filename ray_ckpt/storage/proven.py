@@ -9,7 +9,7 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_file
-from ray_ckpt.storage.posix import sync_file
+from ray_ckpt.storage.disk.posix import sync_file
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 

@@ -5,7 +5,7 @@ import os
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import find_damage
-from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.posix import translated
+from ray_ckpt.storage.disk.posix import translated
 
 
 def room_at(folder: Path) -> Room:

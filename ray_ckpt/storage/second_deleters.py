@@ -17,7 +17,7 @@ from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.findings import Finding, ok, problem
 from ray_ckpt.storage.backends import open_folder
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.disk.store import LocalStore
 
 _RAY_TRAIN = "checkpoint_manager_snapshot.json"
 _TITAN_KEEPS = 10

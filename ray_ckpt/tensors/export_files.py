@@ -14,7 +14,7 @@ from typing import Any
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
-from ray_ckpt.storage.posix import write_synced
+from ray_ckpt.storage.disk.posix import write_synced
 from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.model_card import license_of, model_card
 from ray_ckpt.tensors.run import CARD, CONFIG, INDEX, REFERENCE

@@ -26,7 +26,7 @@ from ray_ckpt.core.errors import ConfigError, IntegrityError, StateDictError
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.core.saving import HuggingFace
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.file_blocks import new_file
+from ray_ckpt.storage.disk.file_blocks import new_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export_files import described, write_companions
 from ray_ckpt.tensors.export_plan import ExportPlan, plan_model

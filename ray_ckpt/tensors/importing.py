@@ -22,7 +22,7 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import Source
 from ray_ckpt.core.manifest import Manifest, ModelEntry
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.hub_download import pinned
+from ray_ckpt.storage.hub.download import pinned
 from ray_ckpt.storage.listing import sizes_in
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.contents import Contents

@@ -24,7 +24,7 @@ from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.room import Room
 from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.posix import sync_folder, translated
+from ray_ckpt.storage.disk.posix import sync_folder, translated
 from ray_ckpt.storage.room import room_at, room_in
 
 Superseded = tuple[tuple[int, str], ...]

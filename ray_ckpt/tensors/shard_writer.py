@@ -18,7 +18,7 @@ from torch import Tensor
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import Blocks
 from ray_ckpt.storage.digests import STRONG_ALGORITHM
-from ray_ckpt.storage.ordered_write import OrderedWrite
+from ray_ckpt.storage.disk.ordered_write import OrderedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.frames import FRAMES, Frame

@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
-from ray_ckpt.storage.posix import sync_file, translated
+from ray_ckpt.storage.disk.posix import sync_file, translated
 from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.gate import Values
 from ray_ckpt.tensors.output_shards import OutputShard

@@ -23,7 +23,7 @@ from ray_ckpt.core.loading import Source
 from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
 from ray_ckpt.storage.backends import open_folder
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.hub_download import in_cache
+from ray_ckpt.storage.hub.download import in_cache
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.adapters import StateDictAdapter, make_adapter

@@ -8,7 +8,7 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import BASE, FromSources, LoadConfig, Source, Start
 from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.hub_download import pinned
+from ray_ckpt.storage.hub.download import pinned
 from ray_ckpt.tensors.choosing import Choice
 from ray_ckpt.tensors.contents import saves_adapter
 from ray_ckpt.tensors.converters import owners

@@ -33,7 +33,7 @@ from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
 from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
-from ray_ckpt.storage.posix import sync_file, translated, write_synced
+from ray_ckpt.storage.disk.posix import sync_file, translated, write_synced
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.index import model_keys, tensor_index
 from ray_ckpt.tensors.ranks import Phase

@@ -11,11 +11,11 @@ from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.storage.copies.publish import publish_export
 from tests.processes import run_python
 from tests.servers.hub import HubDouble
-from tests.storage.test_publish import make_export, publish
-from tests.storage.test_retire import publish_of
+from tests.storage.copies.test_publish import make_export, publish
+from tests.storage.copies.test_retire import publish_of
 
 Cli = Callable[..., Any]
 FOLDER = "exports/hf/step-5"

@@ -15,16 +15,16 @@ from ray_ckpt.core.findings import Finding, Level
 from ray_ckpt.core.garbage import ABANDONED_AFTER_S
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import MANAGER, Lease
-from ray_ckpt.storage.s3 import S3Store
-from ray_ckpt.storage.s3_checkup import look_at_bucket
+from ray_ckpt.storage.s3.checkup import look_at_bucket
+from ray_ckpt.storage.s3.store import S3Store
 from tests.cli.conftest import Answer
 from tests.disks import fill, small_file_system
 from tests.processes import run_python
 from tests.servers.hub import HubDouble
 from tests.servers.lesser_s3 import Lack, LesserS3
 from tests.servers.seaweed import S3Endpoint, client_of
+from tests.storage.copies.test_publish import make_export
 from tests.storage.steps import save_step
-from tests.storage.test_publish import make_export
 
 Cli = Callable[..., Answer]
 Row = Mapping[str, str]

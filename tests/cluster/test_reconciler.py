@@ -30,7 +30,7 @@ from ray_ckpt.core.wanted import export_action, purge_action, verify_action
 from ray_ckpt.storage import lease
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.disk.store import LocalStore
 from tests.roots import make_root
 from tests.servers.lesser_s3 import Lack, LesserS3
 from tests.servers.seaweed import S3Endpoint

@@ -19,10 +19,10 @@ from ray_ckpt.storage.beats import (
     read_beat,
     sweep_beats,
 )
+from ray_ckpt.storage.copies.publish import publish_export
 from ray_ckpt.storage.digests import find_damage
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.storage.publish import publish_export
-from tests.storage.test_publish import WEIGHTS, make_export
+from tests.storage.copies.test_publish import WEIGHTS, make_export
 from tests.waiting import wait_for
 
 KEY = running_key("c0ffee", 2)

@@ -19,7 +19,7 @@ from ray_ckpt.core.observation import READABLE
 from ray_ckpt.core.resume import plan_resume
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import RenameCommit
-from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.marker import MarkerCommit
 from tests.storage.steps import FILES, content_of, save_export, save_step
 

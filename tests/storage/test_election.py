@@ -17,10 +17,10 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConflictError, ObjectExistsError
 from ray_ckpt.storage import election
 from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.election import claims_dir, create_by_election
 from ray_ckpt.storage.lease import Holder
-from ray_ckpt.storage.local import LocalStore
-from ray_ckpt.storage.s3 import S3Store
+from ray_ckpt.storage.s3.store import S3Store
 from tests.servers.lesser_s3 import Lack, LesserS3
 from tests.waiting import wait_for
 

@@ -20,7 +20,7 @@ from ray_ckpt.core.errors import (
     UsageError,
 )
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.file_blocks import TEMPORARY
+from ray_ckpt.storage.disk.file_blocks import TEMPORARY
 from ray_ckpt.storage.fsspec_store import FsspecStore
 
 

@@ -19,11 +19,11 @@ from ray_ckpt.core.retention import CLOCK_SKEW_S
 from ray_ckpt.core.wanted import purge_action, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.disk.scratch import make_scratch, remove_scratch
 from ray_ckpt.storage.election import claims_dir
 from ray_ckpt.storage.garbage import find_garbage, remove_garbage
 from ray_ckpt.storage.lease import TRAINER, Lease
 from ray_ckpt.storage.readers import reading
-from ray_ckpt.storage.scratch import make_scratch, remove_scratch
 from tests.roots import snapshot
 from tests.storage.steps import save_export, save_step
 from tests.storage.test_commit_crash import FIRST, World, deaths, truth, worlds

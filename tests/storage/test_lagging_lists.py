@@ -15,16 +15,16 @@ from ray_ckpt.core.wanted import purge_action
 from ray_ckpt.storage import lease as lease_module
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.copies.publish import publish_export
+from ray_ckpt.storage.copies.retire import retire_copy
 from ray_ckpt.storage.garbage import find_garbage, remove_garbage
-from ray_ckpt.storage.publish import publish_export
 from ray_ckpt.storage.purging import purge_step
-from ray_ckpt.storage.retire import retire_copy
 from tests.servers.s3_proxy import S3Proxy
 from tests.servers.seaweed import S3Endpoint
+from tests.storage.copies.test_publish import make_export
+from tests.storage.copies.test_retire import publish_of
 from tests.storage.steps import FILES, content_of, empty_trash, save_step, stage
-from tests.storage.test_publish import make_export
 from tests.storage.test_purging import verified
-from tests.storage.test_retire import publish_of
 
 pytestmark = pytest.mark.s3
 NEW = {".metadata": b"new index", "__0_0.distcp": b"new weights", "hf_assets/b.json": b"new"}

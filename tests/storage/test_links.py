@@ -12,7 +12,7 @@ from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.disk.store import LocalStore
 from tests.roots import snapshot
 from tests.storage.steps import empty_trash, save_step
 

@@ -8,12 +8,12 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.observation import ExportView
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.copies.publish import publish_checkpoint, publish_export
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.storage.publish import publish_checkpoint, publish_export
 from tests.roots import flip_byte, make_root
 from tests.servers.hub import HubDouble
 from tests.servers.s3_proxy import S3Proxy
-from tests.storage.test_publish import make_export, publish
+from tests.storage.copies.test_publish import make_export, publish
 
 WEIGHTS = "exports/hf/step-5/model-00001-of-00001.safetensors"
 

@@ -22,10 +22,10 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_object
+from ray_ckpt.storage.disk.ordered_write import OrderedWrite
+from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.fsspec_store import FsspecStore
-from ray_ckpt.storage.local import LocalStore
-from ray_ckpt.storage.ordered_write import OrderedWrite
-from ray_ckpt.storage.s3 import S3Store
+from ray_ckpt.storage.s3.store import S3Store
 from tests.servers.seaweed import S3Endpoint
 
 LARGE_BYTES = 12 << 20

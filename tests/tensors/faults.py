@@ -141,7 +141,7 @@ def _path_of(descriptor: int) -> Path:
 
 def arm_s3(_: Path, number: int, act: Callable[[], None]) -> None:
     """From now on every change that an S3 store makes counts, except by threads of their own."""
-    from ray_ckpt.storage.s3 import S3Store
+    from ray_ckpt.storage.s3.store import S3Store
 
     countdown = Countdown(number, act)
 

@@ -28,7 +28,7 @@ TIMEOUT_S = 240.0
 _PRELOAD = [
     "torch.distributed.checkpoint",
     "ray_ckpt.tensors.manager",
-    "ray_ckpt.storage.s3",
+    "ray_ckpt.storage.s3.store",
     "tests.tensors.tiny",
 ]
 

@@ -26,7 +26,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
-from ray_ckpt.storage.file_blocks import new_file
+from ray_ckpt.storage.disk.file_blocks import new_file
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export import export_step

@@ -24,7 +24,7 @@ from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.manifest import ConverterEntry, Manifest, ModelEntry, NeededSource
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.file_blocks import new_file
+from ray_ckpt.storage.disk.file_blocks import new_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.adopt import adopt_step
 from ray_ckpt.tensors.converters import CONVERTERS, WHOLE_MODEL, ExportLayout

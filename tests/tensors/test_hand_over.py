@@ -12,7 +12,7 @@ EXPORT = """
 import logging, sys, threading
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.hand_over import handing_over
+from ray_ckpt.storage.copies.hand_over import handing_over
 from ray_ckpt.tensors.export import export_step
 from tests.waiting import wait_for
 
@@ -43,7 +43,7 @@ export_step(catalog, catalog.manifest(10), spec, crew=slowly)
 PUBLISH = """
 import sys
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.storage.copies.publish import publish_export
 catalog = open_catalog(sys.argv[1])
 print(publish_export(catalog, catalog.export("hf", 10), sys.argv[2]).location)
 """

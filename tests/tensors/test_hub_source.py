@@ -21,7 +21,7 @@ PUBLISH = """
 import sys
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.publish import publish_export
+from ray_ckpt.storage.copies.publish import publish_export
 from ray_ckpt.tensors.export import export_step
 catalog = open_catalog(sys.argv[1])
 export_step(catalog, catalog.manifest(10), ExportSpec(name="hf", dtype="float32"))

@@ -16,7 +16,7 @@ from ray_ckpt.tensors.model_card import license_of
 from tests.processes import run_python
 from tests.roots import make_root
 from tests.servers.hub import HubDouble
-from tests.storage.test_publish import PUBLISH
+from tests.storage.copies.test_publish import PUBLISH
 
 LLAMA = b"""---
 license: other

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jobs.corpus import EOS_ID, VOCAB_SIZE
 from jobs.decoder import Decoder, hf_config, init_weights
-from ray_ckpt.storage.file_blocks import new_file
+from ray_ckpt.storage.disk.file_blocks import new_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.converters import WHOLE_MODEL
 from ray_ckpt.tensors.converters.lora import LoRA

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
 from ray_ckpt.core.errors import IntegrityError
-from ray_ckpt.storage.local import LocalStore
+from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.tensors.framing import elements_at
 from ray_ckpt.tensors.reader import DcpReader
 from ray_ckpt.tensors.step_tensors import StepTensors, rows_of

@@ -1,0 +1,1 @@
+"""Repositories and buckets on the Hugging Face Hub, through huggingface_hub."""

@@ -1,0 +1,41 @@
+"""A file that can seek, of which ranges are fetched as they are read."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+
+class RangedFile(io.RawIOBase):
+    """A seekable file of `size_bytes`, of which `read_into(offset, buffer)` gets ranges."""
+
+    def __init__(self, read_into: Callable[[int, memoryview], None], size_bytes: int) -> None:
+        super().__init__()
+        self._read_into = read_into
+        self._size_bytes = size_bytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte comes from."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """The new place, counted from the start."""
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size_bytes}
+        self._at = max(0, starts[whence] + offset)
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """So many bytes came; fewer than there is room for only at the end."""
+        view = memoryview(buffer).cast("B")
+        num_bytes = max(0, min(view.nbytes, self._size_bytes - self._at))
+        self._read_into(self._at, view[:num_bytes])
+        self._at += num_bytes
+        return num_bytes
