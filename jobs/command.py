@@ -1,10 +1,14 @@
 """The edge that all jobs share: arguments in, configuration out, an exit code for scripts."""
 
 import argparse
+import ast
+import inspect
 import sys
+import textwrap
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ray_ckpt.core.config import load_toml
 from ray_ckpt.core.errors import ConfigError, RayCkptError
@@ -15,7 +19,9 @@ Config = TypeVar("Config")
 def parse(config_type: type[Config], doc: str | None) -> Config:
     """The configuration that `--config FILE` and `field=value` words describe."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc,
+        epilog=_fields_of(config_type),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, help="TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="on top of it")
@@ -28,6 +34,21 @@ def parse(config_type: type[Config], doc: str | None) -> Config:
         except OSError as error:
             raise ConfigError(f"cannot be read: {error.strerror}", where) from error
     return load_toml(config_type, text, where=where, overrides=arguments.overrides)
+
+
+def _fields_of(config_type: type[Any]) -> str:
+    """A line for each field: name, default, and what its docstring says."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_type))).body
+    assert isinstance(definition, ast.ClassDef)
+    lines = ["fields:"]
+    for field, then in pairwise([*definition.body, ast.Pass()]):
+        if not isinstance(field, ast.AnnAssign):
+            continue
+        default = f" = {ast.unparse(field.value)}" if field.value else ""
+        lines.append(f"  {ast.unparse(field.target)}: {ast.unparse(field.annotation)}{default}")
+        if isinstance(then, ast.Expr) and isinstance(then.value, ast.Constant):
+            lines.append(textwrap.indent(inspect.cleandoc(str(then.value.value)), " " * 6))
+    return "\n".join(lines)
 
 
 def run_job(main: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
 """Export one checkpoint to a Hugging Face folder, on the cluster, after training or beside it.
 
-ray job submit --working-dir . -- python -m jobs.export root=/runs/a step=500 name=hf-bf16
+ray job submit --working-dir . -- python -m jobs.export root=/runs/a to=hf://org/repo
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,11 @@ from jobs.command import parse, run_job
 from ray_ckpt.cluster.perform import perform_on_cluster
 from ray_ckpt.core import names
 from ray_ckpt.core.config import MAX_SHARD_BYTES, Device, Dtype, ExportFormat
+from ray_ckpt.core.errors import StepNotFoundError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.listing import newest_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +23,8 @@ class ExportConfig:
 
     root: str
     """Where the run keeps its checkpoints."""
-    step: int
-    """Which one."""
+    step: int | None = None
+    """Which one; without it the newest, which after training is the last."""
     name: str = "hf-bf16"
     """Folder under `exports/`."""
     dtype: Dtype = "bfloat16"
@@ -63,13 +65,16 @@ def main() -> None:
         allow_non_finite=config.allow_non_finite,
         allow_zeros=config.allow_zeros,
     )
-    checkpoint = catalog.checkpoint(config.step)
+    step = newest_step(catalog.store) if config.step is None else config.step
+    if step is None:
+        raise StepNotFoundError("no checkpoint is here yet", catalog.uri)
+    checkpoint = catalog.checkpoint(step)
     if config.to is None:
         action = export_action(checkpoint, spec)
     else:  # asked for at once: some destinations take files while others are made
         action = publish_action(checkpoint, spec, config.to)
     record = perform_on_cluster(catalog.uri, action, address="auto", told=print)
-    print(f"{catalog.uri}/{names.export_dir(config.name, config.step)}")
+    print(f"{catalog.uri}/{names.export_dir(config.name, step)}")
     if config.to is not None:
         print(record.result["location"])
 

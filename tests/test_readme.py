@@ -13,7 +13,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from jobs.train import TrainConfig
 from ray_ckpt.cli.main import VERBS, cli
+from ray_ckpt.core.config import load_toml
 from ray_ckpt.storage.backends import open_catalog
 from tests.waiting import PATIENCE_S, wait_for
 
@@ -179,3 +181,41 @@ def test_every_file_that_is_named_is_there() -> None:
     assert len(named) > 10
     missing = [name for name in named if not Path(name).exists() and "<" not in name]
     assert missing == []
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_message_that_is_explained_is_one_that_is_said() -> None:
+    source = "".join(path.read_text() for path in Path("ray_ckpt").rglob("*.py"))
+    rows = section("When something is wrong").splitlines()
+    cells = [row.split(" | ")[0] for row in rows if row.startswith("| `")]
+    said = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(said) > 15
+    assert [text for text in said if text not in source] == []
+
+
+def test_every_command_has_its_verb_and_its_options() -> None:
+    verbs = {verb.name: verb for verb in VERBS}
+    lines = re.findall(r"(?:`|^)ray-ckpt ([a-z-]+)([^`\n#]*)", README, flags=re.MULTILINE)
+    assert len(lines) > 50
+    for name, words in lines:
+        known = {option for parameter in verbs[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<=\s)--[a-z-]+", words)) <= known, f"{name}{words}"
+
+
+def test_the_policy_is_one_that_a_run_takes(tmp_path: Path) -> None:
+    (block,) = blocks("toml")
+    policy = load_toml(TrainConfig, block, where="README.md", overrides=["root=/r"]).lifecycle
+    assert policy.keep.latest == 3
+    assert [publish.to for publish in policy.publish] == ["s3://bucket/models", "/mnt/backup/a"]
+    assert policy.limits.total == 8
+
+
+def test_links_within_the_readme_lead_somewhere() -> None:
+    titles = re.findall(r"^##+ (.+)$", README, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    linked = set(re.findall(r"\]\(#([\w-]+)\)", README))
+    assert len(linked) > 10
+    assert linked <= anchors

@@ -1,5 +1,6 @@
 """Does several things in turn, so that a busy machine is unfair to none, and times them."""
 
+import gc
 import os
 import statistics
 import time
@@ -61,6 +62,8 @@ def interleaved(
 def _taken(act: Callable[[], object], prepare: Callable[[], object]) -> tuple[float, float]:
     """Wall and CPU seconds."""
     prepare()
+    gc.collect()
+    gc.freeze()  # nobody is to look through what the others have left
     wall_s, cpu_s = time.perf_counter(), _cpu_s()
     act()
     return time.perf_counter() - wall_s, _cpu_s() - cpu_s

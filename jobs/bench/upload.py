@@ -21,6 +21,7 @@ from typing import Any
 from jobs.bench.rows import LIMIT, OURS, Sent, rows_of
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.storage.disk.posix import write_synced
 from ray_ckpt.storage.marker import MarkerCommit
 from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.storage.s3.store import S3Store
@@ -109,7 +110,9 @@ def _many_back(root: str, small: Path, back: Path) -> dict[str, Way]:
     if _has("boto3"):
         ways["boto3.download_file, threads"] = lambda: _boto3_back(bucket, key, names, back)
     if _has("obstore"):
-        ways["obstore.get, threads"] = lambda: _obstore_back(bucket, key, names, back)
+        fetch = partial(_obstore_back, bucket, key, names, back)
+        ways["obstore.get, threads"] = partial(fetch, write=Path.write_bytes)
+        ways["obstore.get, threads, synced"] = partial(fetch, write=write_synced)
     return ways
 
 
@@ -154,11 +157,18 @@ def _boto3_back(bucket: str, key: str, names: Sequence[str], back: Path) -> None
             pass
 
 
-def _obstore_back(bucket: str, key: str, names: Sequence[str], back: Path) -> None:
+def _obstore_back(
+    bucket: str,
+    key: str,
+    names: Sequence[str],
+    back: Path,
+    *,
+    write: Callable[[Path, Any], object],
+) -> None:
     obstore, store = _obstore(bucket)
 
     def bring(name: str) -> None:
-        (back / name).write_bytes(obstore.get(store, f"{key}/{name}").bytes())
+        write(back / name, obstore.get(store, f"{key}/{name}").bytes())
 
     with ThreadPoolExecutor(_THREADS) as threads:
         for _ in threads.map(bring, names):
@@ -234,8 +244,10 @@ def _small_files(folder: Path, count: int) -> Path:
 
 
 def _emptied(folder: Path) -> None:
+    """Nobody's syncs are to wait for what others have left to write."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    os.sync()
 
 
 def _linked(source: Path, target: Path) -> None:

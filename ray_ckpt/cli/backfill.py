@@ -1,7 +1,8 @@
 """`ray-ckpt backfill`: a folder of old checkpoints gets all that new ones have."""
 
-import time
+import os
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,17 @@ from ray_ckpt.cli.output import (
 from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
-from ray_ckpt.core.pace import rest_s
 
 if TYPE_CHECKING:
-    from ray_ckpt.cluster.backfill import Filled
+    from ray_ckpt.cluster.backfill import Filled, Hands
 
 
 @click.command()
 @root_argument
+@click.option(
+    "--folders", metavar="PATTERN",
+    help="Folders with other names that are steps too, as in 'checkpoint_*'; step-N leads to them.",
+)  # fmt: skip
 @click.option("--family", help="The model's family, for exports: torchtitan_llama3, qwen3, ...")
 @click.option(
     "--hf-assets", type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 @json_option
 def backfill(
     root: str,
+    folders: str | None,
     family: str | None,
     hf_assets: Path | None,
     dtype: Dtype | None,
@@ -65,13 +70,15 @@ def backfill(
 ) -> None:
     """Adopt, verify, export and publish every checkpoint that lies in ROOT, the oldest first.
 
-    ROOT holds step-N folders of TorchTitan, Ray Train or plain DCP, or of ray_ckpt. Type it again
-    after a kill: what is done is not done again. One that cannot be done is named, and the next one
-    comes. Exit 1 if there was one.
+    ROOT holds step-N folders of TorchTitan, Ray Train or plain DCP, or of ray_ckpt; with --folders
+    also others, like checkpoint_000010, whose step is in the name or in Ray Train's own list. Type
+    it again after a kill: what is done is not done again. One that cannot be done is named, and the
+    next one comes. Exit 1 if there was one.
 
     Example: ray-ckpt backfill /old/run --family qwen3 --hf-assets /models/Qwen3-8B --dtype bfloat16
     """
-    from ray_ckpt.cluster.backfill import Backfill, backfill, strange_folders
+    from ray_ckpt.cluster.backfill import Backfill, backfill
+    from ray_ckpt.storage.foreign_folders import strange_folders
 
     if dtype is None and (destination or name or forms):
         raise ConfigError("no export is asked for", "--dtype", do="add --dtype bfloat16")
@@ -82,29 +89,39 @@ def backfill(
         spec = ExportSpec(name=title, dtype=dtype, flavors=flavors)
     catalog = open_root(root)
     asked = Backfill(
+        folders=folders,
         family=family,
         assets=hf_assets_in(hf_assets),
         export=spec,
         destination=destination,
         every_steps=every,
+        bytes_per_s=rate,
     )
-    done = list(_paced(backfill(catalog, asked, perform=perform), rate))
-    strange = strange_folders(catalog)
+    done = list(_told(backfill(catalog, asked, _hands())))
+    strange = [n for n in strange_folders(catalog.store) if not fnmatchcase(n, folders or "")]
     document = {"steps": [_row(filled) for filled in done], "no_steps": strange}
     emit(document, as_json=as_json, render=lambda: _print(document))
     if strange or any(filled.error for filled in done):
         raise click.exceptions.Exit(1)
 
 
-def _paced(steps: Iterator["Filled"], rate: int | None) -> Iterator["Filled"]:
-    """The same, each told at once, with a rest after those in which something was done."""
-    begun, num_bytes = time.monotonic(), 0
+def _hands() -> "Hands":
+    """The cluster that RAY_ADDRESS names, else this process."""
+    from ray_ckpt.cluster.backfill import Hands, take_here, take_on_cluster
+    from ray_ckpt.cluster.perform import connect
+
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        connect(address)
+    return Hands(take=take_on_cluster if address else take_here, perform=perform)
+
+
+def _told(steps: Iterator["Filled"]) -> Iterator["Filled"]:
+    """The same, each told at once."""
     for filled in steps:
         did = ", ".join(filled.did) or "nothing to do"
         say(f"step-{filled.step}: {filled.error.what if filled.error else did}")
         yield filled
-        num_bytes += filled.size_bytes if filled.did else 0
-        time.sleep(rest_s(num_bytes, time.monotonic() - begun, bytes_per_s=rate))
 
 
 def _row(filled: "Filled") -> dict[str, Any]:
@@ -128,4 +145,4 @@ def _print(document: dict[str, Any]) -> None:
     ]
     print_table(("step", "size", "done now", "not done"), rows)
     for name in document["no_steps"]:
-        click.echo(f"{name} is left alone: its name is no step's; rename it to step-N", err=True)
+        click.echo(f"{name} is left alone: its name is no step's; add --folders {name}", err=True)

@@ -20,12 +20,9 @@ from ray_ckpt.cli.output import (
     step_rows,
 )
 from ray_ckpt.core import names
-from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
-from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.resume import plan_resume
-from ray_ckpt.storage.digests import find_damage
 
 _LOOK = "what to type says ray-ckpt copies"
 
@@ -109,23 +106,13 @@ def show(root: str, step: int, as_json: bool) -> None:
 @json_option
 def verify(root: str, step: int | None, as_json: bool) -> None:
     """Recompute every digest and compare it with the manifest. Exit 1 if anything differs."""
-    from ray_ckpt.cluster.perform import verify_here
+    from ray_ckpt.cluster.checking import check_here
 
     catalog = open_root(root)
-    observed = catalog.observe()
-    views = observed.readable() if step is None else [catalog.checkpoint(step)]
-    findings: list[dict[str, Any]] = []
-    for view in views:
-        damage = catalog.damage(view.step)
-        if not damage:
-            verify_here(catalog, view)
-        findings.append(_finding(f"step-{view.step}", view.step, damage))
-    for export in observed.exports:
-        if step in (None, export.step):
-            folder = names.export_dir(export.name, export.step)
-            damage = find_damage(catalog.store, folder, export.manifest)
-            findings.append(_finding(folder, export.step, damage))
-    findings.extend(_unreadable(observed) if step is None else [])
+    findings: list[dict[str, Any]] = [
+        {"what": c.what, "step": c.step, "result": c.result, "damage": list(c.damage)}
+        for c in check_here(catalog, step)
+    ]
 
     def render() -> None:
         rows = [(f["what"], f["result"], "; ".join(f["damage"]) or "-") for f in findings]
@@ -186,29 +173,6 @@ def _started_from(manifest: Manifest) -> str:
     sources = manifest.lineage.started_from
     told = [f"{s.name} ({s.format}{f' of {s.run_id}' if s.run_id else ''})" for s in sources]
     return ", ".join(told) or "-"
-
-
-def _finding(what: str, step: int, damage: list[str]) -> dict[str, Any]:
-    result = "corrupt" if damage else "verified"
-    return {"what": what, "step": step, "result": result, "damage": damage}
-
-
-def _unreadable(observed: Observation) -> list[dict[str, Any]]:
-    """Steps that cannot be verified, so that none is passed over in silence."""
-    results = {
-        CheckpointState.FOREIGN: "foreign",
-        CheckpointState.QUARANTINED: "corrupt",
-    }
-    return [
-        {
-            "what": names.step_dir(view.step),
-            "step": view.step,
-            "result": results[view.state],
-            "damage": [view.problem or "it is in quarantine"],
-        }
-        for view in observed.checkpoints
-        if view.state in results
-    ]
 
 
 def _or_dash(value: object) -> str:

@@ -41,7 +41,7 @@ class Order:
 @click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
 @click.option(
     "--job", default="train", show_default=True, metavar="NAME",
-    help="Which of jobs/: train, export, publish, purge, reconcile; or a module of yours: a.b.",
+    help="Which of jobs/: train, export, publish, purge, backfill, ...; or a module of yours: a.b.",
 )  # fmt: skip
 @click.option("--address", metavar="URL", help="The cluster's dashboard; without it RAY_ADDRESS.")
 @click.option(

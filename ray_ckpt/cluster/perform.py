@@ -20,7 +20,7 @@ from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import StorageError, error_called
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import CheckpointView, Request
-from ray_ckpt.core.wanted import is_result, verify_action
+from ray_ckpt.core.wanted import is_result, manifest_of, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 
@@ -63,14 +63,22 @@ def verify_here(catalog: Catalog, checkpoint: CheckpointView) -> ActionRecord:
     Raises:
         IntegrityError: names each damaged file; storage is not touched.
     """
-    action = verify_action(checkpoint)
-    manifest = catalog.verify(checkpoint.step)
-    record = ActionRecord(action=action).started(time.time())
-    record = record.succeeded({"bytes": manifest.total_bytes}, time.time())
+    catalog.verify(checkpoint.step)
+    return record_verified(catalog, checkpoint)
+
+
+def record_verified(catalog: Catalog, checkpoint: CheckpointView) -> ActionRecord:
+    """The record says that every byte of the checkpoint has just been read and was as it should be.
+
+    Nothing is written to a root that may only be read: it can be verified all the same.
+    """
+    num_bytes = manifest_of(checkpoint).total_bytes
+    record = ActionRecord(action=verify_action(checkpoint)).started(time.time())
+    record = record.succeeded({"bytes": num_bytes}, time.time())
     try:
         catalog.records.write_action(record)
     except StorageError:
-        return record  # a root that may only be read can be verified all the same
+        return record
     return record
 
 
@@ -89,13 +97,18 @@ def perform_on_cluster(
     Raises:
         RayCkptError: the action is DEAD, for the reason that its record names.
     """
-    if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    connect(address)
     catalog = open_catalog(root)
     if action.kind is ActionKind.EXPORT and is_done(catalog, action):
         return catalog.records.action(action)
     _start_afresh(catalog, action)
     return _wait(catalog, action, verify, start_manager_job(root), told)
+
+
+def connect(address: str) -> None:
+    """From now on Ray works on the cluster there; no other one if it does on one already."""
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _wait(

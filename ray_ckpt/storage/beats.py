@@ -20,10 +20,10 @@ from pathlib import Path
 from ray_ckpt.core import names
 from ray_ckpt.core.beats import Beat
 from ray_ckpt.core.errors import ObjectNotFoundError, RayCkptError
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.memory import peak_rss_bytes
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.storage.read_once import at_once
 
 _START_FIELD = 19
 """Of /proc/<pid>/stat, counted after the program's name: clock ticks from boot to its start."""

@@ -8,7 +8,6 @@ Each may run twice and be killed anywhere: what a run finds done it leaves as it
 """
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.draft import Draft, Node
 from ray_ckpt.core.errors import IntegrityError, NodeLostError, UsageError
 from ray_ckpt.core.manifest import FileEntry, Manifest
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.lease import Guard
@@ -42,16 +42,13 @@ def gather(catalog: Catalog, save_id: str, node: Node, *, progress: Progress = U
     # each is read twice, to be digested and to be sent
     progress.begin("brings files", 2 * sum(entry.size_bytes for entry in missing.values()))
     send = partial(_send, catalog, draft, progress=progress)
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        jobs = [
-            threads.submit(send, path=Path(path), entry=entry) for path, entry in missing.items()
-        ]
-    return sum(job.result() for job in jobs)
+    return sum(at_once(lambda one: send(*one), missing.items(), num_threads=_NUM_THREADS))
 
 
 def _send(
-    catalog: Catalog, draft: Draft, *, path: Path, entry: FileEntry, progress: Progress
+    catalog: Catalog, draft: Draft, name: str, entry: FileEntry, *, progress: Progress
 ) -> int:
+    path = Path(name)
     found = describe_file(path, entry.path, entry.digest.partition(":")[0], progress=progress)
     if found != entry:
         raise IntegrityError(

@@ -18,8 +18,8 @@ from ray_ckpt.core.errors import ObjectNotFoundError, StorageError
 from ray_ckpt.core.events import Event, utc
 from ray_ckpt.core.history import Snapshot, changes, snapshot_of
 from ray_ckpt.core.observation import Observation
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import ObjectInfo, Store
-from ray_ckpt.storage.read_once import at_once
 
 log = logging.getLogger("ray_ckpt")
 MAX_WAITING = 256

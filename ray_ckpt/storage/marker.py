@@ -8,13 +8,14 @@ So a step can be saved anew beside the shards of an older save that is in the tr
 somebody else wrote (adopted ones) have no names of their own: all of their files are copied.
 """
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import ObjectInfo, Store
 from ray_ckpt.storage.commit import Remains
 from ray_ckpt.storage.disk.scratch import make_scratch, remove_scratch
@@ -60,18 +61,16 @@ class MarkerCommit:
 
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """Uploads the files, several at once; without a manifest nobody counts them."""
-        paths = [path for path in sorted(staging.rglob("*")) if path.is_file()]
-        if paths:
+        found = sorted(_files_in(staging))
+        if found:
             self.begin(folder)
 
-        def send(path: Path) -> None:
-            key = f"{folder}/{path.relative_to(staging).as_posix()}"
-            self._store.upload(path, key, progress=progress)
+        def send(name: str) -> None:
+            path = staging / name
+            self._store.upload(path, f"{folder}/{name}", progress=progress)
             path.unlink()
 
-        with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="ray_ckpt files") as threads:
-            # after an error what has begun ends, the rest never begins
-            list(threads.map(send, paths))
+        at_once(send, found, num_threads=_FILES_AT_ONCE)
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
         """Remaining files first, then the manifest, which must not be there yet."""
@@ -272,3 +271,10 @@ class MarkerCommit:
 def _shared_names(files: Iterable[str], save_id: str) -> list[str]:
     """Those that another save of the same step may use as well."""
     return [name for name in files if names.save_of_shard(name) != save_id]
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    """Names of all files below, with slashes."""
+    for base, _, files in os.walk(folder):
+        inside = os.path.relpath(base, folder)
+        yield from (name if inside == "." else f"{inside}/{name}" for name in files)

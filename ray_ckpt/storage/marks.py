@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ray_ckpt.core import names
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.listing import ASIDE
-from ray_ckpt.storage.read_once import at_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

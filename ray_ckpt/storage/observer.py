@@ -24,12 +24,13 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.wanted import verify_action
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import ObjectInfo, Store
 from ray_ckpt.storage.drafts import Drafts
 from ray_ckpt.storage.listing import ASIDE, Told, draft_view, told_aside, view_in_place
 from ray_ckpt.storage.marks import Mark, marks_of
 from ray_ckpt.storage.pins import read_pins
-from ray_ckpt.storage.read_once import ReadOnce, at_once
+from ray_ckpt.storage.read_once import ReadOnce
 from ray_ckpt.storage.records import Records, Run
 
 log = logging.getLogger("ray_ckpt")

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectNotFoundError
 from ray_ckpt.core.pins import Pin
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.read_once import at_once
 
 log = logging.getLogger("ray_ckpt")
 

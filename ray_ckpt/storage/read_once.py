@@ -1,25 +1,13 @@
 """Objects that are read again only once they have changed. Knows nothing of what they say."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from ray_ckpt.core.errors import ObjectNotFoundError
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import ObjectInfo, Store
 
 T = TypeVar("T")
-Item = TypeVar("Item")
-AT_ONCE = 16
-"""So many requests wait for a store's answers at the same time."""
-
-
-def at_once(ask: Callable[[Item], T], items: Iterable[Item]) -> list[T]:
-    """What `ask` returns for each item, in order; asked in several threads if there are many."""
-    items = list(items)
-    if len(items) < 2:
-        return [ask(item) for item in items]
-    with ThreadPoolExecutor(min(AT_ONCE, len(items))) as threads:
-        return list(threads.map(ask, items))
 
 
 class ReadOnce(Generic[T]):

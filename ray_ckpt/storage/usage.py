@@ -11,9 +11,9 @@ from ray_ckpt.core.copies import copies
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.usage import Kind, Owner, Owners, Split, Use, split, usage
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import told_in
-from ray_ckpt.storage.read_once import at_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,7 +137,7 @@ def test_what_cannot_be_done_is_named_and_the_rest_is_done(
     assert "step-10 is not whole: __0_0.distcp is damaged" in rows[10]["error"]
     assert rows[15]["did"] == ["adopted", "verified", "exported"]
     assert answer.json["no_steps"] == ["checkpoint_000005"]
-    assert "rename it to step-N" in cli("backfill", old).err
+    assert "add --folders checkpoint_000005" in cli("backfill", old).err
     assert snapshot(f"{old}/checkpoint_000005") == before
     (weights,) = Path(old, "exports/hf-bf16/step-15").glob("*.safetensors")
     assert "model.embed_tokens.weight" in load_file(weights)
@@ -163,3 +163,28 @@ def test_a_destination_that_says_no_ends_it_and_all_that_is_done_stays_done(
     rows = cli("ls", old, "--json").json
     assert [row["state"] for row in rows] == ["verified", "foreign", "foreign"]
     assert rows[0]["exports"] == ["hf-fp32"]
+
+
+@pytest.mark.parametrize("place", ["here", pytest.param("s3", marks=pytest.mark.s3)])
+def test_folders_with_other_names_become_steps_and_stay_what_they_are(
+    cli: Cli, old: str, place: str, request: pytest.FixtureRequest
+) -> None:
+    for step in STEPS:
+        Path(old, f"step-{step}").rename(Path(old, f"checkpoint_{step:06}"))
+    before = snapshot(old)
+    where = old
+    if place == "s3":
+        where = request.getfixturevalue("s3_root")
+        for name, data in before.items():
+            open_catalog(where).store.write(name, data)
+    answer = cli("backfill", where, "--folders", "checkpoint_*", "--json")
+    assert answer.code == 0, answer.err
+    assert told(answer) == {step: ["adopted", "verified"] for step in STEPS}
+    assert told(cli("backfill", where, "--folders", "checkpoint_*", "--json")) == {
+        step: [] for step in STEPS
+    }
+    store = open_catalog(where).store
+    assert {name: store.read(name) for name in before} == before
+    refused = cli("backfill", where, "--folders", "ckpt_*")
+    assert refused.code == 2
+    assert "no folder of a DCP checkpoint is called ckpt_*" in refused.err

@@ -26,7 +26,11 @@ def config(tmp_path: Path, root: str) -> Path:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (("--job", "trian"), 2, "use one of: export, publish, purge, reconcile, sample, train"),
+        (
+            ("--job", "trian"),
+            2,
+            "use one of: backfill, export, publish, purge, reconcile",
+        ),
         (("timeout_s",), 2, "'timeout_s' is no override"),
         (("--address", NOBODY), 3, "no Ray dashboard answers"),
     ],

@@ -114,6 +114,7 @@ def test_the_jobs_do_the_same_from_a_job_of_their_own(
         "export": f"root={root} step=10 name=hf to={tmp_path}/first",
         "publish": f"root={root} step=10 name=hf to={tmp_path}/second",
         "purge": f"root={root} keep.latest=2 keep.every_steps=10 apply=false",
+        "export ": f"root={root} name=of-the-newest",
     }
     outputs: dict[str, str] = {}
     for verb, arguments in commands.items():
@@ -125,5 +126,6 @@ def test_the_jobs_do_the_same_from_a_job_of_their_own(
     assert open_catalog(f"{tmp_path}/first").export("hf", 10).step == 10
     assert open_catalog(f"{tmp_path}/second").export("hf", 10).step == 10
     assert "keep  step-10: every 10 steps" in outputs["purge"]
+    assert f"{root}/exports/of-the-newest/step-40" in outputs["export "]
     names = {info.metadata["job_name"] for info in client.list_jobs() if info.metadata}
     assert any(name.startswith("manager of run-") for name in names)

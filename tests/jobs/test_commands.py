@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
 from tests.waiting import PATIENCE_S
 
-JOBS = ("train", "export", "publish", "purge", "reconcile", "sample")
+JOBS = ("train", "export", "publish", "purge", "reconcile", "verify", "backfill", "sample")
 
 
 def run(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +38,16 @@ def test_the_demo_config_is_valid_and_says_what_the_demo_says() -> None:
         ("train", ("root=/x", "save.every_stepz=5"), "did you mean 'every_steps'"),
         ("train", ("root=/x", "steps=many"), "expected int"),
         ("export", ("root=/nowhere", "step=1"), "step-1 is not there"),
+        ("export", ("root=/nowhere",), "no checkpoint is here yet"),
         ("purge", ("root=/nowhere", "keep.latest=1"), "at least 2"),
+        ("publish", ("root=/nowhere", "step=1", "to=/x"), "step-1 is not there"),
+        ("publish", ("root=/nowhere", "step=1", "to=/x", "verify=maybe"), "verify"),
+        ("reconcile", ("root=/nowhere", "timeout_s=soon"), "expected float"),
+        ("verify", ("root=/nowhere", "stpe=1"), "did you mean 'step'"),
+        ("verify", ("root=s3://",), "no bucket is named"),
+        ("backfill", ("root=/nowhere", "to=/x"), "add dtype=bfloat16"),
+        ("backfill", ("root=/nowhere", "hf_assets=/nowhere"), "there is no folder /nowhere"),
+        ("sample", (), "is missing"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_a_sentence(
@@ -47,6 +57,14 @@ def test_bad_input_ends_with_code_2_and_a_sentence(
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_shows_an_example_and_every_field(job: str) -> None:
+    done = run(job, "--help")
+    assert done.returncode == 0
+    assert f"python -m jobs.{job}" in done.stdout
+    assert re.search(r"fields:\n  \w+: str\n      \S.*\.", done.stdout)
 
 
 def test_every_job_is_in_the_readme() -> None:

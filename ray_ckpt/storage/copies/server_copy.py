@@ -8,10 +8,10 @@ that died, is not copied again.
 import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from ray_ckpt.core.errors import StorageError, StorageFullError, TransientError
 from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_object
 from ray_ckpt.storage.progress import Progress
@@ -37,9 +37,7 @@ def copy_on_server(
     if not isinstance(origin.store, S3Store) or not isinstance(target, S3Store):
         return list(entries)
     copying = _Copying(origin, origin.store, target, progress)
-    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="ray_ckpt files") as threads:
-        # after an error what has begun ends, the rest never begins
-        is_there = list(threads.map(copying.bring, entries))
+    is_there = at_once(copying.bring, entries, num_threads=_FILES_AT_ONCE)
     return [entry for entry, there in zip(entries, is_there, strict=True) if not there]
 
 

@@ -10,12 +10,12 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.digests import describe_file
 from ray_ckpt.storage.hub.client import hub_api, parse_hub
 from ray_ckpt.storage.hub.errors import translated
@@ -104,8 +104,7 @@ def _contents(api: Any, repository: str, revision: str) -> list[tuple[str, str]]
 
 def _prove(folder: Path, contents: Iterable[tuple[str, str]], source: str) -> None:
     present = [(folder / path, name) for path, name in contents if (folder / path).exists()]
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        found = list(threads.map(_name_of, *zip(*present, strict=True))) if present else []
+    found = at_once(lambda one: _name_of(*one), present, num_threads=_FILES_AT_ONCE)
     broken = [path for (path, name), actual in zip(present, found, strict=True) if name != actual]
     for path in broken:
         path.resolve().unlink()  # the cache links to where it keeps contents

@@ -10,7 +10,6 @@ each large one is fetched, sent and removed: no copy of the whole export lies on
 import contextlib
 import tempfile
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.core.observation import ExportView
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import STRONG_ALGORITHM
 from ray_ckpt.storage.disk.store import LocalStore
@@ -102,8 +102,7 @@ def sent(upload: Upload, export: ExportView, *, progress: Progress) -> list[Any]
         progress.advance(entry.size_bytes)
         return addition
 
-    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="ray_ckpt hub") as threads:
-        additions = list(threads.map(send, export.manifest.files))
+    additions = at_once(send, export.manifest.files, num_threads=_FILES_AT_ONCE)
     manifest = CommitOperationAdd(names.MANIFEST, export.manifest.to_json())
     return [*additions, manifest]
 

@@ -10,7 +10,7 @@ import io
 import socket
 import ssl
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import SplitResult
@@ -141,8 +141,16 @@ class _Line:
                 pairs = (line.partition(":") for line in lines)
                 return int(rest[:3]), {name.lower(): value.strip() for name, _, value in pairs}
 
-    def _lines(self) -> Iterator[str]:
-        """As far as the empty one."""
+    def _lines(self) -> Iterable[str]:
+        """As far as the empty one. Most heads come in one piece, which is taken apart at once."""
+        come = self._stream.peek()
+        end = come.find(b"\r\n\r\n")
+        if end < 0:
+            return self._lines_as_they_come()
+        self._stream.read(end + 4)
+        return come[:end].decode("latin-1").split("\r\n")
+
+    def _lines_as_they_come(self) -> Iterator[str]:
         while True:
             line = self._stream.readline(_MAX_LINE_BYTES)
             if not line.endswith(b"\n"):

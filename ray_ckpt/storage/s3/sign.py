@@ -5,6 +5,7 @@ costs this machine. `tests/storage/s3/test_sign.py` holds it against botocore's.
 "Authenticating Requests: Using the Authorization Header" in the S3 API reference.
 """
 
+import functools
 import hashlib
 import hmac
 from collections.abc import Mapping
@@ -58,6 +59,7 @@ def signed(request: Request, keys: Keys, now: datetime) -> dict[str, str]:
     return told
 
 
+@functools.lru_cache(maxsize=16)
 def _key(keys: Keys, day: str) -> bytes:
     key = f"AWS4{keys.secret_key}".encode()
     for part in (day, keys.region, "s3", "aws4_request"):
