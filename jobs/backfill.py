@@ -18,7 +18,7 @@ from ray_ckpt.core.actions import Action
 from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.tensors.run import HfAssets
 
@@ -57,7 +57,7 @@ class BackfillConfig:
 def main() -> None:
     """One step after the other; each is told."""
     config = parse(BackfillConfig, __doc__)
-    catalog = open_catalog(config.root)
+    catalog = open_root(config.root)
     assets = HfAssets.of_folder("", config.hf_assets).files if config.hf_assets else {}
     asked = Backfill(
         folders=config.folders,

@@ -13,7 +13,7 @@ from ray_ckpt.core.config import MAX_SHARD_BYTES, Device, Dtype, ExportFormat
 from ray_ckpt.core.errors import StepNotFoundError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.listing import newest_step
 
 
@@ -52,7 +52,7 @@ class ExportConfig:
 def main() -> None:
     """Ask the run's manager, and wait."""
     config = parse(ExportConfig, __doc__)
-    catalog = open_catalog(config.root)
+    catalog = open_root(config.root)
     spec = ExportSpec(
         name=config.name,
         dtype=config.dtype,

@@ -10,7 +10,7 @@ from ray_ckpt.cluster.perform import perform_on_cluster
 from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import publish_action
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.backends import open_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class PublishConfig:
 def main() -> None:
     """Ask the run's manager, and wait."""
     config = parse(PublishConfig, __doc__)
-    catalog = open_catalog(config.root)
+    catalog = open_root(config.root)
     spec = None
     if config.name is not None:
         recipe = catalog.export(config.name, config.step).manifest.lineage.recipe

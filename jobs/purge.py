@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.purge import apply_purge, plan_purge
 from ray_ckpt.core.policy import KeepConfig
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.backends import open_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,7 @@ class PurgeConfig:
 def main() -> None:
     """Plan, and carry out if asked to."""
     config = parse(PurgeConfig, __doc__)
-    catalog = open_catalog(config.root)
+    catalog = open_root(config.root)
     if config.apply:
         planned = apply_purge(catalog, config.keep, told=print)
     else:

@@ -8,13 +8,12 @@ For clusters that go away with the job that trains: the last job, or the first o
 import sys
 from dataclasses import dataclass
 
-import ray
-
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.drain import drain
 from ray_ckpt.cluster.executors import RayTasks
+from ray_ckpt.cluster.perform import connect
 from ray_ckpt.core.lifecycle import ActionState
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.backends import open_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +29,8 @@ class ReconcileConfig:
 def main() -> None:
     """Work, tell, and say what has failed for good."""
     config = parse(ReconcileConfig, __doc__)
-    catalog = open_catalog(config.root)
-    ray.init(address="auto")
+    catalog = open_root(config.root)
+    connect("auto")
     observed = drain(catalog, RayTasks(), timeout_s=config.timeout_s, told=print)
     dead = [r for r in observed.records.values() if r.state is ActionState.DEAD]
     for record in dead:

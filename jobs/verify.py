@@ -8,11 +8,10 @@ Ends with 1 if anything differs from its manifest.
 import sys
 from dataclasses import dataclass
 
-import ray
-
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.checking import check_on_cluster
-from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.cluster.perform import connect
+from ray_ckpt.storage.backends import open_root
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +27,8 @@ class VerifyConfig:
 def main() -> None:
     """Tell what was found of each, and what to do where something is damaged."""
     config = parse(VerifyConfig, __doc__)
-    catalog = open_catalog(config.root)
-    ray.init(address="auto")
+    catalog = open_root(config.root)
+    connect("auto")
     damaged = 0
     for found in check_on_cluster(catalog, config.step):
         print(f"{found.result} {found.what} {'; '.join(found.damage)}".rstrip(), flush=True)

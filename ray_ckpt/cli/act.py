@@ -9,18 +9,11 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import (
-    emit,
-    human_bytes,
-    json_option,
-    open_root,
-    print_table,
-    root_argument,
-    say,
-)
+from ray_ckpt.cli.output import emit, human_bytes, json_option, print_table, root_argument, say
 from ray_ckpt.core.errors import ConfigError, ForeignFolderError, IntegrityError, UsageError
 from ray_ckpt.core.pins import after, moment
 from ray_ckpt.core.policy import KeepConfig
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.lease import TRAINER, holder_of
 from ray_ckpt.storage.records import user_name
 

@@ -10,18 +10,11 @@ import click
 
 from ray_ckpt.cli.act import hf_assets_in
 from ray_ckpt.cli.export import EXPORT_NAMES, Size, flavors_of, perform
-from ray_ckpt.cli.output import (
-    emit,
-    human_bytes,
-    json_option,
-    open_root,
-    print_table,
-    root_argument,
-    say,
-)
+from ray_ckpt.cli.output import emit, human_bytes, json_option, print_table, root_argument, say
 from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
+from ray_ckpt.storage.backends import open_root
 
 if TYPE_CHECKING:
     from ray_ckpt.cluster.backfill import Filled, Hands

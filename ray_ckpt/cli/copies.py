@@ -4,11 +4,12 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import emit, json_option, open_root, print_table, root_argument
+from ray_ckpt.cli.output import emit, json_option, print_table, root_argument
 from ray_ckpt.core import copies as recorded
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.copy_states import CopyState
 from ray_ckpt.core.errors import StorageError
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.copies.copy_look import Made, look_at_copy
 
 

@@ -6,17 +6,11 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import (
-    emit,
-    human_bytes,
-    json_option,
-    open_root,
-    print_table,
-    root_argument,
-)
+from ray_ckpt.cli.output import emit, human_bytes, json_option, print_table, root_argument
 from ray_ckpt.core.garbage import duration
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.usage import Kind, Split
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.garbage import find_garbage
 from ray_ckpt.storage.usage import Usage, measure

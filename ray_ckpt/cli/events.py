@@ -8,8 +8,9 @@ from dataclasses import asdict
 
 import click
 
-from ray_ckpt.cli.output import json_option, open_root, print_table, root_argument
+from ray_ckpt.cli.output import json_option, print_table, root_argument
 from ray_ckpt.core.events import Event, utc
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.history import EventReader
 
 FOLLOW_S = 2.0

@@ -12,7 +12,6 @@ from ray_ckpt.cli.output import (
     emit,
     human_bytes,
     json_option,
-    open_root,
     print_table,
     root_argument,
     say,
@@ -25,6 +24,7 @@ from ray_ckpt.core.copy_policy import Proof
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.wanted import export_action, publish_action
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.copies.publish import refuse_hub
 

@@ -7,15 +7,9 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import (
-    emit,
-    human_bytes,
-    json_option,
-    open_root,
-    print_table,
-    root_argument,
-)
+from ray_ckpt.cli.output import emit, human_bytes, json_option, print_table, root_argument
 from ray_ckpt.core.errors import LeaseHeldError
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.garbage import Garbage, find_garbage, remove_garbage
 from ray_ckpt.storage.lease import MANAGER, Lease

@@ -1,6 +1,7 @@
 """Verbs that look and change nothing: ls, show, verify, resume-plan."""
 
 import json
+import os
 import time
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,6 @@ from ray_ckpt.cli.output import (
     human_bytes,
     json_option,
     lost_copies,
-    open_root,
     print_steps,
     print_table,
     root_argument,
@@ -23,6 +23,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.pins import Pin
 from ray_ckpt.core.resume import plan_resume
+from ray_ckpt.storage.backends import open_root
 
 _LOOK = "what to type says ray-ckpt copies"
 
@@ -106,12 +107,16 @@ def show(root: str, step: int, as_json: bool) -> None:
 @json_option
 def verify(root: str, step: int | None, as_json: bool) -> None:
     """Recompute every digest and compare it with the manifest. Exit 1 if anything differs."""
-    from ray_ckpt.cluster.checking import check_here
+    from ray_ckpt.cluster.checking import check_here, check_on_cluster
+    from ray_ckpt.cluster.perform import connect
 
-    catalog = open_root(root)
+    catalog, check = open_root(root), check_here
+    if address := os.environ.get("RAY_ADDRESS"):
+        connect(address)
+        check = check_on_cluster
     findings: list[dict[str, Any]] = [
         {"what": c.what, "step": c.step, "result": c.result, "damage": list(c.damage)}
-        for c in check_here(catalog, step)
+        for c in sorted(check(catalog, step), key=lambda c: (c.step, c.export or ""))
     ]
 
     def render() -> None:

@@ -5,7 +5,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,11 +15,9 @@ from rich.table import Table
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.copies import present_copies
 from ray_ckpt.core.copy_states import losses
-from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.resume import why_unusable
-from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.beats import all_beats
 from ray_ckpt.storage.catalog import Catalog
 
@@ -36,23 +33,6 @@ def complete_folder(
 root_argument = click.argument("root", shell_complete=complete_folder)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 step_option = click.option("--step", type=int, required=True, help="Which checkpoint.")
-
-
-def open_root(root: str) -> Catalog:
-    """The catalog of a root that is there.
-
-    Raises:
-        UsageError: a local root that does not exist: most likely a misspelt one.
-    """
-    catalog = open_catalog(root)
-    if "://" not in catalog.uri and not Path(catalog.uri).is_dir():
-        raise UsageError(
-            "no such folder",
-            catalog.uri,
-            "nothing was changed",
-            "check the spelling; a root appears with the first save",
-        )
-    return catalog
 
 
 def emit(document: Any, *, as_json: bool, render: Callable[[], None]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import emit, how_far, json_option, open_root, print_table, root_argument
+from ray_ckpt.cli.output import emit, how_far, json_option, print_table, root_argument
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.admission import Occupant, admit
 from ray_ckpt.core.breaker import resting
@@ -17,6 +17,7 @@ from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.policy import policy_of_toml
 from ray_ckpt.core.reconcile import Plan
 from ray_ckpt.core.reconcile import plan as plan_round
+from ray_ckpt.storage.backends import open_root
 
 _GONE = frozenset({CheckpointState.TRASHED, CheckpointState.PURGED})
 

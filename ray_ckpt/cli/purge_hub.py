@@ -6,14 +6,7 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import (
-    emit,
-    human_bytes,
-    json_option,
-    open_root,
-    print_table,
-    root_argument,
-)
+from ray_ckpt.cli.output import emit, human_bytes, json_option, print_table, root_argument
 from ray_ckpt.core import copies as recorded
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import ActionRecord
@@ -22,6 +15,7 @@ from ray_ckpt.core.copy_states import COPIED_AT
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.hub_purge import HubPurge, HubWish, Objects
 from ray_ckpt.core.observation import Observation
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.hub.client import parse_hub
 from ray_ckpt.storage.hub.purge import plan_purge_on_hub, purge_on_hub

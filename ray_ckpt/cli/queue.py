@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 import click
 
-from ray_ckpt.cli.output import emit, json_option, open_root, root_argument, say
+from ray_ckpt.cli.output import emit, json_option, root_argument, say
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.gathering import hosts_needed
 from ray_ckpt.core.lifecycle import GIVEN_UP, ActionKind, ActionState
 from ray_ckpt.core.observation import Command, Observation
 from ray_ckpt.core.reconcile import plan
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, holder_of
 from ray_ckpt.storage.records import who_asks

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import emit, human_bytes, json_option, open_root, root_argument
+from ray_ckpt.cli.output import emit, human_bytes, json_option, root_argument
 from ray_ckpt.cli.report_page import page
 from ray_ckpt.core import names
 from ray_ckpt.core.events import Event
 from ray_ckpt.core.report import make_report
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.disk.posix import translated
 from ray_ckpt.storage.history import EventReader
 from ray_ckpt.storage.secrets import without_secrets

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_ckpt.cli.interrupt import kept_interrupt
-from ray_ckpt.cli.output import human_bytes, json_option, open_root, root_argument
+from ray_ckpt.cli.output import human_bytes, json_option, root_argument
 from ray_ckpt.core.beats import Watch
 from ray_ckpt.core.copies import copies
 from ray_ckpt.core.errors import StorageError
@@ -28,6 +28,7 @@ from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import CheckpointView, Observation
 from ray_ckpt.core.reconcile import plan, seconds_of
 from ray_ckpt.core.watching import Going, Scene, document, news, scene
+from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.beats import all_beats
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.lease import MANAGER, TRAINER, holder_of

@@ -15,6 +15,7 @@ from ray_ckpt.cluster.perform import record_verified
 from ray_ckpt.cluster.priority import giving_way
 from ray_ckpt.cluster.ray_result import result_of
 from ray_ckpt.core import names
+from ray_ckpt.core.errors import StepNotFoundError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.storage.backends import open_catalog
@@ -48,8 +49,12 @@ class Checked:
 
 
 def check_here(catalog: Catalog, step: int | None = None) -> Iterator[Checked]:
-    """All of the root, or of one step; told as it goes."""
-    observed = catalog.observe()
+    """All of the root, or of one step; told as it goes.
+
+    Raises:
+        StepNotFoundError: there is nothing to check.
+    """
+    observed = _observed(catalog)
     yield from (_checked(catalog, each) for each in _to_check(catalog, observed, step))
     yield from _unreadable(observed) if step is None else ()
 
@@ -58,9 +63,10 @@ def check_on_cluster(catalog: Catalog, step: int | None = None) -> Iterator[Chec
     """The same by tasks of the cluster that this process is connected to; as they end.
 
     Raises:
+        StepNotFoundError: there is nothing to check.
         TransientError: a node was lost, and Ray has tried that task several times.
     """
-    observed = catalog.observe()
+    observed = _observed(catalog)
     left, running = list(_to_check(catalog, observed, step)), list[ray.ObjectRef]()
     options = options_of_helper()
     while left or running:
@@ -75,6 +81,16 @@ def check_on_cluster(catalog: Catalog, step: int | None = None) -> Iterator[Chec
 
 def _check_on_ray(root: str, what: Checked) -> Checked:
     return giving_way(lambda: _checked(open_catalog(root), what))
+
+
+def _observed(catalog: Catalog) -> Observation:
+    """Whoever has misspelt a prefix of a bucket is not told that all is well."""
+    observed = catalog.observe()
+    if not observed.checkpoints and not observed.exports:
+        raise StepNotFoundError(
+            "no checkpoint and no export is here", catalog.uri, do="check the spelling of the root"
+        )
+    return observed
 
 
 def _to_check(catalog: Catalog, observed: Observation, step: int | None) -> Iterator[Checked]:

@@ -1,6 +1,7 @@
 """Which backend a location belongs to. To add one: its module, and a line in `_BACKENDS`."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import UsageError
@@ -63,6 +64,23 @@ def open_catalog(uri: str) -> Catalog:
             f"no backend for {uri!r}", do="use a path, s3://, or another that fsspec writes to"
         )
     return _BACKENDS.get(scheme, _open_other)(uri)
+
+
+def open_root(root: str) -> Catalog:
+    """The catalog of a root that is there.
+
+    Raises:
+        UsageError: a local root that does not exist: most likely a misspelt one.
+    """
+    catalog = open_catalog(root)
+    if "://" not in catalog.uri and not Path(catalog.uri).is_dir():
+        raise UsageError(
+            "no such folder",
+            catalog.uri,
+            "nothing was changed",
+            "check the spelling; a root appears with the first save",
+        )
+    return catalog
 
 
 def _is_known(scheme: str) -> bool:

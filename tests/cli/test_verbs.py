@@ -82,6 +82,13 @@ def test_verify_finds_a_flipped_byte_and_changes_nothing(cli: Cli, run_root: str
     assert snapshot(run_root) == before
 
 
+def test_verify_of_nothing_is_no_good_news(cli: Cli, tmp_path: Path) -> None:
+    answer = cli("verify", tmp_path)
+    assert answer.code == 2
+    assert "no checkpoint and no export is here" in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_verify_names_a_missing_file(cli: Cli, run_root: str) -> None:
     (Path(run_root) / "step-30" / "__0_0.distcp").unlink()
     answer = cli("verify", run_root)
