@@ -1,5 +1,8 @@
 """Measure what ray_ckpt does on this machine: a table, and with --json one last line of JSON.
 
+python -m jobs.bench save         a training state is saved by two ranks: ours, DCP's, a raw write
+python -m jobs.bench async        the same beside training: how long it stands still, until durable
+python -m jobs.bench load         and loaded again
 python -m jobs.bench plan         plans the exports of two large models: names and shapes alone
 python -m jobs.bench integrity    what digests, the look for NaN and verifying on load cost
 python -m jobs.bench vote         what a save() that finds nothing due costs on two ranks
@@ -28,6 +31,7 @@ from jobs.bench.last import measure_last_saves
 from jobs.bench.manager import measure_looks
 from jobs.bench.models import KINDS
 from jobs.bench.plan import measure_plans
+from jobs.bench.save import measure_async_saves, measure_loads, measure_saves
 from jobs.bench.upload import measure_uploads
 from jobs.bench.vote import measure_votes
 
@@ -42,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="plan: fewer layers than the real models have")
     parser.add_argument("--nodes", type=int, default=8, help="plan: that make the export")
     parser.add_argument(
-        "--size-mb", type=int, default=512, help="weights; not of plan, vote and manager"
+        "--size-mb", type=int, default=512, help="of weights, or of the state that is saved"
     )
     parser.add_argument(
         "--kind",
@@ -82,16 +86,29 @@ def plan(parsed: argparse.Namespace) -> Sequence[Any]:
     return measure_plans(parsed.layers, num_nodes=parsed.nodes)
 
 
+def save(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of saves that training waits for; what was written is removed."""
+    return _in_a_folder(measure_saves, parsed)
+
+
+def save_async(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of saves beside training; what was written is removed."""
+    return _in_a_folder(measure_async_saves, parsed)
+
+
+def load(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of loads; what was written is removed."""
+    return _in_a_folder(measure_loads, parsed)
+
+
 def integrity(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows about trust; what was written is removed."""
-    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
-        return measure_integrity(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
+    return _in_a_folder(measure_integrity, parsed)
 
 
 def beside(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of training with and without a neighbour; what was written is removed."""
-    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
-        return measure_beside(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
+    return _in_a_folder(measure_beside, parsed)
 
 
 def export(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -118,8 +135,14 @@ def crew(parsed: argparse.Namespace) -> Sequence[Any]:
 
 def last(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of last saves; what was written is removed."""
+    return _in_a_folder(measure_last_saves, parsed)
+
+
+def _in_a_folder(
+    measure: Callable[..., Sequence[Any]], parsed: argparse.Namespace
+) -> Sequence[Any]:
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
-        return measure_last_saves(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
+        return measure(Path(folder), size_mb=parsed.size_mb, repeats=parsed.repeats)
 
 
 def upload(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -155,6 +178,9 @@ def manager(parsed: argparse.Namespace) -> Sequence[Any]:
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
+    "save": save,
+    "async": save_async,
+    "load": load,
     "plan": plan,
     "integrity": integrity,
     "vote": vote,

@@ -4,7 +4,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -23,6 +23,23 @@ class Timing:
     max_s: float
     cpu_s: float
     """The median, of this process with all its threads, and of processes it has waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Seconds of one time, or the two clocks when it began."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def begun(cls) -> "Taken":
+        """Now."""
+        return cls(time.perf_counter(), _cpu_s())
+
+    def until_now(self) -> "Taken":
+        """Since it began."""
+        return Taken(time.perf_counter() - self.wall_s, _cpu_s() - self.cpu_s)
 
 
 def in_turn(ways: Mapping[K, Callable[[], R]], repeats: int) -> dict[K, list[R]]:
@@ -47,26 +64,27 @@ def interleaved(
 ) -> list[Timing]:
     """The times of each way, in turn; `prepare` is called before each, and is not counted."""
     taken = in_turn({what: partial(_taken, act, prepare) for what, act in ways.items()}, repeats)
-    return [
-        Timing(
-            what=what,
-            min_s=min(wall_s for wall_s, _ in seconds),
-            median_s=statistics.median(wall_s for wall_s, _ in seconds),
-            max_s=max(wall_s for wall_s, _ in seconds),
-            cpu_s=statistics.median(cpu_s for _, cpu_s in seconds),
-        )
-        for what, seconds in taken.items()
-    ]
+    return [timing_of(what, each) for what, each in taken.items()]
 
 
-def _taken(act: Callable[[], object], prepare: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds."""
+def timing_of(what: str, taken: Sequence[Taken]) -> Timing:
+    """All times of one thing."""
+    return Timing(
+        what=what,
+        min_s=min(one.wall_s for one in taken),
+        median_s=statistics.median(one.wall_s for one in taken),
+        max_s=max(one.wall_s for one in taken),
+        cpu_s=statistics.median(one.cpu_s for one in taken),
+    )
+
+
+def _taken(act: Callable[[], object], prepare: Callable[[], object]) -> Taken:
     prepare()
     gc.collect()
     gc.freeze()  # nobody is to look through what the others have left
-    wall_s, cpu_s = time.perf_counter(), _cpu_s()
+    watch = Taken.begun()
     act()
-    return time.perf_counter() - wall_s, _cpu_s() - cpu_s
+    return watch.until_now()
 
 
 def _cpu_s() -> float:

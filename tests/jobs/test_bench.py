@@ -57,6 +57,24 @@ def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("what", "ways"),
+    [
+        ("save", ("raw write", "ray_ckpt", "dcp.save")),
+        ("async", ("ray_ckpt: stands still", "dcp.async_save: until durable")),
+        ("load", ("copy in memory", "ray_ckpt", "dcp.load")),
+    ],
+)
+def test_a_training_state_is_saved_and_loaded_by_two_ranks(
+    tmp_path: Path, what: str, ways: tuple[str, ...]
+) -> None:
+    words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
+    _, rows = measure(what, *words)
+    assert set(ways) <= {row["what"] for row in rows}
+    assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
     _, rows = measure("vote", "--repeats", "1")
     assert [row["what"].partition(" x ")[2] for row in rows] == [
