@@ -52,6 +52,10 @@ class Crank:
         self.until(lambda _: self._beats(kind))
         return self._beats(kind)[0]
 
+    def heard_of(self, action: Action) -> None:
+        """A task has begun with it, and `close` will find its process."""
+        self.until(lambda _: any(key == action.key for key, _ in all_beats(self.catalog.store)))
+
     def records(self, kind: ActionKind) -> list[ActionRecord]:
         found = self.catalog.records.actions().values()
         return [record for record in found if record.action.kind is kind]

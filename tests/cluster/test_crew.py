@@ -98,8 +98,8 @@ def test_free_slots_of_other_nodes_have_a_part_in_it(step_root: str, nodes: Node
 
 def test_without_a_free_slot_nobody_is_waited_for(step_root: str, ray_cluster: str) -> None:
     others = ray.util.placement_group([{IO_RESOURCE: 1.0}] * 2)
-    assert others.wait(30)
     try:
+        assert others.wait(30)
         assert wait_for(lambda: not ray.available_resources().get(IO_RESOURCE))
         made = _export(step_root, "export step-10 without", Slow(0.1))
     finally:

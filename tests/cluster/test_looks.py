@@ -10,6 +10,7 @@ import pytest
 from ray_ckpt.cluster.executors import RayTasks
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.copy_policy import PublishPolicy
+from ray_ckpt.core.copy_states import look_action
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.policy import ExportPolicy, LifecyclePolicy
 from ray_ckpt.core.wanted import publish_action, verify_action
@@ -57,4 +58,5 @@ def test_copies_elsewhere_and_new_steps_go_on_beside_a_dead_place(
     catalog.records.write_action(ActionRecord(action=asked, asked_by="me"))
     crank.until(lambda _: catalog.records.action(asked).state is ActionState.SUCCEEDED)
     assert states() == both
+    crank.heard_of(look_action(elsewhere.action))  # only then can it be ended
     dead.answers()

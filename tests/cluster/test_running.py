@@ -147,8 +147,8 @@ def test_a_task_that_waits_for_a_slot_is_told_of_and_not_given_up(
     make_root(root, (10,), LifecyclePolicy(limits=Limits(hung_after_s=1.0)))
     slots = [{IO_RESOURCE: 1.0}] * 2
     others = ray.util.placement_group(slots)
-    assert others.wait(30)
     try:
+        assert others.wait(30)
         manager = crank(root, RayTasks())
         seen = manager.until(lambda done: done.problems)
         assert seen.problems == ("verify step-10 waits for a slot of ckpt_io: 0 of 2 free",)
