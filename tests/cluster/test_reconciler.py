@@ -1,6 +1,5 @@
 """Rounds under a lease: who acts, who stands by, and what a paused manager may still do."""
 
-import itertools
 import shutil
 import signal
 import subprocess
@@ -240,9 +239,8 @@ def test_an_export_that_somebody_removes_while_it_is_copied_is_made_and_copied_a
         begins = removing(Threads.start, lambda _, attempt, __: "publish" in attempt.title)
         monkeypatch.setattr(Threads, "start", begins)
     else:
-        sent = itertools.count()
-        sends = removing(LocalStore.download, lambda *_: next(sent) == 1)
-        monkeypatch.setattr(LocalStore, "download", sends)
+        sends = removing(LocalStore.read, lambda key: key.endswith(".safetensors"))
+        monkeypatch.setattr(LocalStore, "read", sends)
     catalog = open_catalog(root)
     drain(catalog, Threads())
     assert removed == [moment]
