@@ -5,7 +5,6 @@ once more, into whole files; the names and permutations it gets from our adapter
 """
 
 import json
-import mmap
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -18,18 +17,14 @@ from torch import nn
 from torch.distributed.checkpoint._consolidate_hf_safetensors import (
     consolidate_safetensors_files_on_every_rank,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from jobs.assets import make_assets
 from jobs.bench.models import config_of
 from jobs.bench.timing import Timing, interleaved
-from jobs.bench.two_ranks import NUM_RANKS, on_two_ranks
-from jobs.corpus import VOCAB_SIZE
-from jobs.decoder import Decoder, DecoderConfig
+from jobs.bench.two_ranks import NUM_RANKS, on_two_ranks, sharded_decoder, write_raw
+from jobs.decoder import DecoderConfig
 from ray_ckpt import CheckpointManager, HuggingFace, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.core.config import Dtype
-from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
 from ray_ckpt.storage.disk.posix import sync_file
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, cast_floating
@@ -44,11 +39,7 @@ def measure_last_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Timi
 
 def _measured(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
     config = config_of(size_mb)
-    model = Decoder(config, VOCAB_SIZE)
-    mesh = init_device_mesh("cpu", (NUM_RANKS,))
-    for block in model.layers.values():
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = sharded_decoder(config)
     out = folder / "out"
     ways: dict[str, Callable[[], object]] = {}
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
@@ -71,13 +62,7 @@ def _clear(out: Path) -> None:
 def _raw(model: nn.Module, out: Path, dtype: Dtype) -> None:
     """Each rank writes as many bytes as it holds, past the page cache."""
     num_bytes = sum(p.numel() for p in model.parameters()) * TORCH_DTYPES[dtype].itemsize
-    share = num_bytes // NUM_RANKS
-    block = mmap.mmap(-1, FileBlocks.block_bytes)
-    file = new_file(out / f"rank-{dist.get_rank()}")
-    for number in range(-(-share // len(block))):
-        file.put(number, memoryview(block), min(len(block), share - number * len(block)))
-    file.finish(share)
-    dist.barrier()
+    write_raw(out, num_bytes // NUM_RANKS)
 
 
 def _ours(model: nn.Module, config: DecoderConfig, out: Path, dtype: Dtype) -> None:

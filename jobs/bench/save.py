@@ -5,7 +5,6 @@ when all bytes are on the disk; ours has digested them and committed the step by
 the files in the page cache; ours verifies every digest first.
 """
 
-import mmap
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,18 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from jobs.bench.models import config_of
-from jobs.bench.timing import Taken, Timing, in_turn, interleaved, timing_of
-from jobs.bench.two_ranks import NUM_RANKS, on_two_ranks
-from jobs.corpus import VOCAB_SIZE
-from jobs.decoder import Decoder
+from jobs.bench.timing import Taken, Timing, in_turn, interleaved, stopwatch, timing_of
+from jobs.bench.two_ranks import on_two_ranks, sharded_decoder, write_raw
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.core.saving import Mode
-from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
 
 
 def measure_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Timing]:
@@ -78,11 +72,11 @@ def _halves(
 ) -> tuple[Taken, Taken]:
     """What `begin` takes, and what it takes until what it returned has returned."""
     prepare()
-    watch = Taken.begun()
+    taken = stopwatch()
     wait = begin()
-    begun = watch.until_now()
+    begun = taken()
     wait()
-    return begun, watch.until_now()
+    return begun, taken()
 
 
 def _loads(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
@@ -105,11 +99,7 @@ class _Trained:
         torch.manual_seed(0)
         self._folder = folder
         self._steps = count(1)
-        self._model = Decoder(config_of(size_mb // 3), VOCAB_SIZE)
-        mesh = init_device_mesh("cpu", (NUM_RANKS,))
-        for block in self._model.layers.values():
-            fully_shard(block, mesh=mesh)
-        fully_shard(self._model, mesh=mesh)
+        self._model = sharded_decoder(config_of(size_mb // 3))
         self._optimizer = torch.optim.AdamW(self._model.parameters())
         for parameter in self._model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -177,14 +167,7 @@ class _Trained:
 
     def write_raw(self) -> None:
         """Each rank writes as many bytes as it holds, past the page cache."""
-        size_bytes = sum(tensor.nbytes for tensor in self._held)
-        block = mmap.mmap(-1, FileBlocks.block_bytes)
-        file = new_file(self._folder / f"raw/rank-{dist.get_rank()}")
-        for number in range(-(-size_bytes // len(block))):
-            left = size_bytes - number * len(block)
-            file.put(number, memoryview(block), min(len(block), left))
-        file.finish(size_bytes)
-        dist.barrier()
+        write_raw(self._folder / "raw", sum(tensor.nbytes for tensor in self._held))
 
     def copy(self) -> None:
         """Each rank copies what it holds, to memory that is there."""

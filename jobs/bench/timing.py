@@ -27,19 +27,16 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Seconds of one time, or the two clocks when it began."""
+    """Seconds of one time."""
 
     wall_s: float
     cpu_s: float
 
-    @classmethod
-    def begun(cls) -> "Taken":
-        """Now."""
-        return cls(time.perf_counter(), _cpu_s())
 
-    def until_now(self) -> "Taken":
-        """Since it began."""
-        return Taken(time.perf_counter() - self.wall_s, _cpu_s() - self.cpu_s)
+def stopwatch() -> Callable[[], Taken]:
+    """Whatever has been taken since now, each time it is asked."""
+    wall_s, cpu_s = time.perf_counter(), _cpu_s()
+    return lambda: Taken(time.perf_counter() - wall_s, _cpu_s() - cpu_s)
 
 
 def in_turn(ways: Mapping[K, Callable[[], R]], repeats: int) -> dict[K, list[R]]:
@@ -82,9 +79,9 @@ def _taken(act: Callable[[], object], prepare: Callable[[], object]) -> Taken:
     prepare()
     gc.collect()
     gc.freeze()  # nobody is to look through what the others have left
-    watch = Taken.begun()
+    taken = stopwatch()
     act()
-    return watch.until_now()
+    return taken()
 
 
 def _cpu_s() -> float:

@@ -1,5 +1,6 @@
 """Two processes that train together over gloo, for what a benchmark can only measure there."""
 
+import mmap
 import multiprocessing
 import tempfile
 from collections.abc import Callable
@@ -8,8 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from jobs.bench.timing import Timing
+from jobs.corpus import VOCAB_SIZE
+from jobs.decoder import Decoder, DecoderConfig
+from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
 
 NUM_RANKS = 2
 
@@ -33,6 +39,27 @@ def on_two_ranks(
         finally:
             for rank in ranks:
                 rank.join()
+
+
+def sharded_decoder(config: DecoderConfig) -> Decoder:
+    """One of these sizes under FSDP2, each block by itself; on both ranks."""
+    model = Decoder(config, VOCAB_SIZE)
+    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def write_raw(folder: Path, size_bytes: int) -> None:
+    """Each rank has written so many bytes to a file there, past the page cache, and synced it."""
+    block = mmap.mmap(-1, FileBlocks.block_bytes)
+    file = new_file(folder / f"rank-{dist.get_rank()}")
+    for number in range(-(-size_bytes // len(block))):
+        left = size_bytes - number * len(block)
+        file.put(number, memoryview(block), min(len(block), left))
+    file.finish(size_bytes)
+    dist.barrier()
 
 
 def _rank(

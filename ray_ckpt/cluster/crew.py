@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from ray_ckpt.cluster import nodes, priority
+from ray_ckpt.cluster.ray_result import raised_in
 from ray_ckpt.core.errors import ConflictError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
@@ -217,7 +218,7 @@ class _Work:
         try:
             ray.get(helper.task)
         except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            raise raised_in(error) from None
         except RayError as error:
             self._num_lost += 1
             self._left.append(helper.shard)

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from ray_ckpt.cluster import nodes, priority
 from ray_ckpt.cluster.attempts import Attempt
+from ray_ckpt.cluster.ray_result import raised_in
 from ray_ckpt.cluster.task_log import speak
 from ray_ckpt.cluster.tasks import Result, run_action
 from ray_ckpt.core.actions import Action
@@ -148,7 +149,7 @@ class _RayTask:
         try:
             return ray.get(self._task)
         except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+            raise raised_in(error) from None
         except OutOfMemory as error:
             why = "the task was killed: its node ran out of memory"
             raise DiedError(why, OutOfMemoryError) from error

@@ -4,6 +4,7 @@ Either way it is a request on storage first and a record at the end: whatever di
 next manager finishes it. All of it is safe to interrupt and to repeat.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -75,10 +76,8 @@ def record_verified(catalog: Catalog, checkpoint: CheckpointView) -> ActionRecor
     num_bytes = manifest_of(checkpoint).total_bytes
     record = ActionRecord(action=verify_action(checkpoint)).started(time.time())
     record = record.succeeded({"bytes": num_bytes}, time.time())
-    try:
+    with contextlib.suppress(StorageError):
         catalog.records.write_action(record)
-    except StorageError:
-        return record
     return record
 
 

@@ -97,6 +97,11 @@ def digest_of(data: bytes, algorithm: str = STRONG_ALGORITHM) -> str:
     return digest.text()
 
 
+def algorithm_of(entry: FileEntry) -> str:
+    """By which its digest was made."""
+    return entry.digest.partition(":")[0]
+
+
 def describe_file(
     path: Path, name: str, algorithm: str, *, progress: Progress = UNTOLD
 ) -> FileEntry:
@@ -163,7 +168,7 @@ def size_damage(entry: FileEntry, sizes: Mapping[str, int]) -> str | None:
 def _digest_damage(
     store: Store, folder: str, entry: FileEntry, *, progress: Progress
 ) -> str | None:
-    key, algorithm = f"{folder}/{entry.path}", entry.digest.partition(":")[0]
+    key, algorithm = f"{folder}/{entry.path}", algorithm_of(entry)
     try:
         found = describe_object(store, key, name=entry.path, algorithm=algorithm, progress=progress)
     except ObjectNotFoundError:

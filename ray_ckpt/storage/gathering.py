@@ -17,7 +17,7 @@ from ray_ckpt.core.errors import IntegrityError, NodeLostError, UsageError
 from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.storage.digests import algorithm_of, describe_file
 from ray_ckpt.storage.lease import Guard
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
@@ -49,7 +49,7 @@ def _send(
     catalog: Catalog, draft: Draft, name: str, entry: FileEntry, *, progress: Progress
 ) -> int:
     path = Path(name)
-    found = describe_file(path, entry.path, entry.digest.partition(":")[0], progress=progress)
+    found = describe_file(path, entry.path, algorithm_of(entry), progress=progress)
     if found != entry:
         raise IntegrityError(
             f"{entry.path} of step-{draft.step} is {found.digest}, the rank wrote {entry.digest}",

@@ -20,7 +20,7 @@ from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import Blocks, Store
 from ray_ckpt.storage.commit import Commit
-from ray_ckpt.storage.digests import describe_object
+from ray_ckpt.storage.digests import algorithm_of, describe_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 
@@ -92,7 +92,7 @@ class ExportParts:
         self._commit.drop_parts(self.export_id)
 
     def _is_intact(self, part: Part, progress: Progress) -> bool:
-        algorithm = part.entry.digest.partition(":")[0]
+        algorithm = algorithm_of(part.entry)
         name = part.entry.path
         try:
             found = describe_object(

@@ -10,7 +10,7 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.digests import describe_file, digest_of
+from ray_ckpt.storage.digests import algorithm_of, describe_file, digest_of
 from ray_ckpt.storage.disk.posix import sync_file, write_synced
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
@@ -91,8 +91,3 @@ def _bring_small(
 
 def _key(origin: Origin, entry: FileEntry) -> str:
     return f"{origin.folder}/{entry.path}"
-
-
-def algorithm_of(entry: FileEntry) -> str:
-    """By which its digest was made."""
-    return entry.digest.partition(":")[0]

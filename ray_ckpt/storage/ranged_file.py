@@ -2,7 +2,14 @@
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+
+def open_ranged(
+    read_into: Callable[[int, memoryview], None], size_bytes: int, *, block_bytes: int
+) -> BinaryIO:
+    """A `RangedFile`, read ahead in blocks."""
+    return cast(BinaryIO, io.BufferedReader(RangedFile(read_into, size_bytes), block_bytes))
 
 
 class RangedFile(io.RawIOBase):

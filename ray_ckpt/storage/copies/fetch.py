@@ -18,12 +18,12 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConflictError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.backends import open_folder
-from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.storage.digests import algorithm_of, describe_file
 from ray_ckpt.storage.disk.posix import make_folder, sync_file, sync_folder, write_synced
 from ray_ckpt.storage.hub.download import download, pinned
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.proven import Origin, algorithm_of, bring_all
+from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.storage.room import expect_room
 
 

@@ -13,9 +13,9 @@ from ray_ckpt.core.errors import StorageError, StorageFullError, TransientError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
-from ray_ckpt.storage.digests import describe_object
+from ray_ckpt.storage.digests import algorithm_of, describe_object
 from ray_ckpt.storage.progress import Progress
-from ray_ckpt.storage.proven import Origin, algorithm_of
+from ray_ckpt.storage.proven import Origin
 from ray_ckpt.storage.s3.store import S3Store
 
 log = logging.getLogger("ray_ckpt")

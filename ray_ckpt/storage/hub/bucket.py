@@ -8,12 +8,11 @@ what is replaced or deleted is gone.
 Everything goes by Xet, of which a bucket has nothing else: what is there is not sent again.
 """
 
-import io
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import quote
 
 from ray_ckpt.core import names
@@ -28,7 +27,7 @@ from ray_ckpt.storage.hub.client import hub_api
 from ray_ckpt.storage.hub.errors import translated
 from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.ranged_file import RangedFile
+from ray_ckpt.storage.ranged_file import open_ranged
 
 _BLOCK_BYTES = 1 << 20
 _BEYOND = 416
@@ -66,8 +65,8 @@ class BucketStore:
         info = self.stat(key)
         if info is None:
             raise self._missing(key)
-        stream = RangedFile(partial(self.read_into, key), info.size_bytes)
-        return cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
+        read_into = partial(self.read_into, key)
+        return open_ranged(read_into, info.size_bytes, block_bytes=_BLOCK_BYTES)
 
     @property
     def reads_at_once(self) -> int:

@@ -16,10 +16,9 @@ from typing import Any
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.at_once import at_once
-from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.storage.digests import algorithm_of, describe_file
 from ray_ckpt.storage.hub.client import hub_api, parse_hub
 from ray_ckpt.storage.hub.errors import translated
-from ray_ckpt.storage.proven import algorithm_of
 from ray_ckpt.storage.room import expect_room
 
 _WEIGHTS = (

@@ -23,6 +23,7 @@ from typing import Any
 
 from ray_ckpt.core.errors import RayCkptError, TransientError
 from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.storage.digests import algorithm_of
 from ray_ckpt.storage.s3.unfinished import Call, part_size
 
 WHOLE_BYTES = 5 << 30
@@ -44,7 +45,7 @@ def copy_object(
     if not entry.size_bytes:
         call("put_object", **target, Body=b"")
         return
-    algorithm = _ALGORITHMS.get(entry.digest.partition(":")[0])
+    algorithm = _ALGORITHMS.get(algorithm_of(entry))
     checksum = {"ChecksumAlgorithm": algorithm} if algorithm else {}
     if algorithm == "CRC64NVME":
         checksum["ChecksumType"] = "FULL_OBJECT"

@@ -4,11 +4,10 @@ Writes use `pipe_file` only, where sockets of our own do not serve: an open-for-
 publishes a truncated object when the code around it raises.
 """
 
-import io
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import (
@@ -25,7 +24,7 @@ from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.disk import posix
 from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.ranged_file import RangedFile
+from ray_ckpt.storage.ranged_file import open_ranged
 from ray_ckpt.storage.s3.blocks import S3Blocks
 from ray_ckpt.storage.s3.connection import S3Connection
 from ray_ckpt.storage.s3.copy import copy_object, is_equal
@@ -94,8 +93,8 @@ class S3Store:
         info = self.stat(key)
         if info is None:
             raise self._not_there(key)
-        stream = RangedFile(partial(self.read_into, key), info.size_bytes)
-        return cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
+        read_into = partial(self.read_into, key)
+        return open_ranged(read_into, info.size_bytes, block_bytes=_BLOCK_BYTES)
 
     @property
     def reads_at_once(self) -> int:

@@ -21,18 +21,6 @@ KEY = "exports/hf/latest"
 
 
 @pytest.fixture
-def catalog(root: str) -> Catalog:
-    return open_catalog(root)
-
-
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3), "bucket"])
-def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param != "folder":
-        return str(request.getfixturevalue(f"{request.param}_root"))
-    return str(tmp_path / "copies")
-
-
-@pytest.fixture
 def exports(catalog: Catalog, destination: str) -> list[ExportView]:
     """Of steps 5 and 7; both are at the destination."""
     made = [make_export(catalog, 5), make_export(catalog, 7, b"newer")]

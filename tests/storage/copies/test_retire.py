@@ -22,18 +22,6 @@ OLD, NEW = "exports/hf/step-5", "exports/hf/step-7"
 
 
 @pytest.fixture
-def catalog(root: str) -> Catalog:
-    return open_catalog(root)
-
-
-@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.s3), "bucket"])
-def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param != "folder":
-        return str(request.getfixturevalue(f"{request.param}_root"))
-    return str(tmp_path / "copies")
-
-
-@pytest.fixture
 def old(catalog: Catalog, destination: str) -> ExportView:
     """Step 5, of which a copy is at the destination, and a newer one of step 7."""
     old, new = make_export(catalog, 5), make_export(catalog, 7, b"newer")
