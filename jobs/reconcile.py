@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.drain import drain
 from ray_ckpt.cluster.executors import RayTasks
-from ray_ckpt.cluster.perform import connect
+from ray_ckpt.cluster.reach import connect_aloud
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.storage.backends import open_root
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Work, tell, and say what has failed for good."""
     config = parse(ReconcileConfig, __doc__)
     catalog = open_root(config.root)
-    connect("auto")
+    connect_aloud("auto")
     observed = drain(catalog, RayTasks(), timeout_s=config.timeout_s, told=print)
     dead = [r for r in observed.records.values() if r.state is ActionState.DEAD]
     for record in dead:

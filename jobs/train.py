@@ -37,6 +37,7 @@ from ray_ckpt import (
     TrainingState,
 )
 from ray_ckpt.cluster.connect import start_manager_job
+from ray_ckpt.cluster.reach import connect_aloud
 from ray_ckpt.cluster.train import NodeWatch, Reporter, run_owner, this_node
 from ray_ckpt.core.config import at_least, build
 from ray_ckpt.core.errors import ConfigError
@@ -231,7 +232,7 @@ def main() -> None:
         naming = Naming.of(make_assets(config.model), converters=())
         for source in config.load.start.sources:
             open_source(source, naming)
-    ray.init(address="auto")
+    connect_aloud("auto")
     start_manager_job(config.root)
     make_trainer(config, train_worker, name=name).fit()
     print(f"training is done; its checkpoints: ray-ckpt ls {catalog.uri}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.checking import check_on_cluster
-from ray_ckpt.cluster.perform import connect
+from ray_ckpt.cluster.reach import connect
 from ray_ckpt.storage.backends import open_root
 
 

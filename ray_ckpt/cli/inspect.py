@@ -108,7 +108,7 @@ def show(root: str, step: int, as_json: bool) -> None:
 def verify(root: str, step: int | None, as_json: bool) -> None:
     """Recompute every digest and compare it with the manifest. Exit 1 if anything differs."""
     from ray_ckpt.cluster.checking import check_here, check_on_cluster
-    from ray_ckpt.cluster.perform import connect
+    from ray_ckpt.cluster.reach import connect
 
     catalog, check = open_root(root), check_here
     if address := os.environ.get("RAY_ADDRESS"):

@@ -5,20 +5,18 @@ next manager finishes it. All of it is safe to interrupt and to repeat.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import ray
-
 from ray_ckpt.cluster.connect import start_manager_job
 from ray_ckpt.cluster.drain import POLL_S, Told, work_on
+from ray_ckpt.cluster.reach import connect
 from ray_ckpt.cluster.reconciler import Round
 from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.copy_policy import Proof
-from ray_ckpt.core.errors import StorageError, TransientError, error_called
+from ray_ckpt.core.errors import StorageError, error_called
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.observation import CheckpointView, Request
 from ray_ckpt.core.wanted import is_result, manifest_of, verify_action
@@ -102,25 +100,6 @@ def perform_on_cluster(
         return catalog.records.action(action)
     _start_afresh(catalog, action)
     return _wait(catalog, action, verify, start_manager_job(root), told)
-
-
-def connect(address: str) -> None:
-    """From now on Ray works on the cluster there; no other one if it does on one already.
-
-    Raises:
-        TransientError: no cluster answers.
-    """
-    if ray.is_initialized():
-        return
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise TransientError(
-            f"no Ray cluster answers: {str(error).partition('. ')[0]}",
-            address,
-            "nothing was asked for; every committed step is as it was",
-            "is it up? ray status; a job of a cluster: ray-ckpt submit FILE --job NAME",
-        ) from error
 
 
 def _wait(

@@ -9,6 +9,7 @@ import pytest
 from ray_ckpt.core.config import load_toml
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
+from tests.roots import make_root
 from tests.waiting import PATIENCE_S
 
 JOBS = ("train", "export", "publish", "purge", "reconcile", "verify", "backfill", "sample")
@@ -69,6 +70,42 @@ def test_help_shows_an_example_and_every_field(job: str) -> None:
     assert done.returncode == 0
     assert f"python -m jobs.{job}" in done.stdout
     assert re.search(r"fields:\n  \w+: str\n      \S.*\.", done.stdout)
+
+
+ON_A_CLUSTER = {
+    "train": ("num_workers=1",),
+    "reconcile": (),
+    "verify": (),
+    "backfill": (),
+    "export": (),
+    "publish": ("step=20", "to=/nowhere"),
+}
+
+
+@pytest.mark.parametrize("job", ON_A_CLUSTER)
+def test_without_a_cluster_it_says_where_it_looked_and_how_to_start_one(
+    job: str, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_root(root, (10, 20))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    done = run(job, f"root={root}", *ON_A_CLUSTER[job])
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "no Ray cluster answers" in done.stderr
+    assert "where: 127.0.0.1:1\n" in done.stderr
+    assert "every committed step is as it was" in done.stderr
+    assert "ray status --address 127.0.0.1:1; or ray start --head" in done.stderr
+
+
+def test_the_address_of_a_dashboard_is_told_from_that_of_a_cluster(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_root(root, (10, 20))
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    done = run("verify", f"root={root}")
+    assert done.returncode == 2, done.stderr
+    assert "RAY_ADDRESS names a dashboard, which takes jobs alone" in done.stderr
+    assert "ray-ckpt submit FILE --job NAME" in done.stderr
 
 
 def test_every_job_is_in_the_readme() -> None:
