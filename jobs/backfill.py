@@ -13,7 +13,8 @@ from pathlib import Path
 
 from jobs.command import parse, run_job
 from ray_ckpt.cluster.backfill import Backfill, Hands, backfill, take_on_cluster
-from ray_ckpt.cluster.perform import connect, perform_on_cluster
+from ray_ckpt.cluster.perform import perform_on_cluster
+from ray_ckpt.cluster.reach import connect
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.config import Dtype
 from ray_ckpt.core.errors import ConfigError
@@ -31,6 +32,8 @@ class BackfillConfig:
     """Where the old checkpoints lie."""
     folders: str | None = None
     """Folders with other names that are steps too, as in `checkpoint_*`."""
+    again: bool = False
+    """Of these also the ones that were taken before and whose step was purged since."""
     family: str | None = None
     """The model's family, for exports: `torchtitan_llama3`, `qwen3`."""
     hf_assets: str | None = None
@@ -61,6 +64,7 @@ def main() -> None:
     assets = HfAssets.of_folder("", config.hf_assets).files if config.hf_assets else {}
     asked = Backfill(
         folders=config.folders,
+        again=config.again,
         family=config.family,
         assets=assets,
         export=ExportSpec(name=config.name, dtype=config.dtype) if config.dtype else None,
@@ -71,8 +75,7 @@ def main() -> None:
     connect("auto")
     failed = 0
     for filled in backfill(catalog, asked, Hands(take=take_on_cluster, perform=_perform)):
-        told = filled.error or ", ".join(filled.did) or "nothing to do"
-        print(f"step-{filled.step}: {told}", flush=True)
+        print(filled, flush=True)
         failed += filled.error is not None
     sys.exit(1 if failed else 0)
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     "--folders", metavar="PATTERN",
     help="Folders with other names that are steps too, as in 'checkpoint_*'; step-N leads to them.",
 )  # fmt: skip
+@click.option(
+    "--again", is_flag=True,
+    help="Also folders that were taken before and whose step was purged since.",
+)  # fmt: skip
 @click.option("--family", help="The model's family, for exports: torchtitan_llama3, qwen3, ...")
 @click.option(
     "--hf-assets", type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 def backfill(
     root: str,
     folders: str | None,
+    again: bool,
     family: str | None,
     hf_assets: Path | None,
     dtype: Dtype | None,
@@ -65,8 +70,8 @@ def backfill(
 
     ROOT holds step-N folders of TorchTitan, Ray Train or plain DCP, or of ray_ckpt; with --folders
     also others, like checkpoint_000010, whose step is in the name or in Ray Train's own list. Type
-    it again after a kill: what is done is not done again. One that cannot be done is named, and the
-    next one comes. Exit 1 if there was one.
+    it again after a kill: what is done is not done again, and what was purged since stays purged.
+    One that cannot be done is named, and the next one comes. Exit 1 if there was one.
 
     Example: ray-ckpt backfill /old/run --family qwen3 --hf-assets /models/Qwen3-8B --dtype bfloat16
     """
@@ -83,6 +88,7 @@ def backfill(
     catalog = open_root(root)
     asked = Backfill(
         folders=folders,
+        again=again,
         family=family,
         assets=hf_assets_in(hf_assets),
         export=spec,
@@ -101,7 +107,7 @@ def backfill(
 def _hands() -> "Hands":
     """The cluster that RAY_ADDRESS names, else this process."""
     from ray_ckpt.cluster.backfill import Hands, take_here, take_on_cluster
-    from ray_ckpt.cluster.perform import connect
+    from ray_ckpt.cluster.reach import connect
 
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -112,8 +118,7 @@ def _hands() -> "Hands":
 def _told(steps: Iterator["Filled"]) -> Iterator["Filled"]:
     """The same, each told at once."""
     for filled in steps:
-        did = ", ".join(filled.did) or "nothing to do"
-        say(f"step-{filled.step}: {filled.error.what if filled.error else did}")
+        say(str(filled))
         yield filled
 
 
@@ -123,6 +128,7 @@ def _row(filled: "Filled") -> dict[str, Any]:
         "bytes": filled.size_bytes,
         "did": list(filled.did),
         "error": str(filled.error) if filled.error else None,
+        "left": filled.left,
     }
 
 
@@ -132,7 +138,7 @@ def _print(document: dict[str, Any]) -> None:
             f"step-{row['step']}",
             human_bytes(row["bytes"]),
             ", ".join(row["did"]) or "-",
-            (row["error"] or "-").partition("\n")[0],
+            (row["error"] or row["left"] or "-").partition("\n")[0],
         )
         for row in document["steps"]
     ]

@@ -32,6 +32,7 @@
         elections/<key>/<token>.json   object stores: somebody is about to create an object
         probes/                        object stores: what that is found out with; empty
         hub/<org>/<repository>.json    content of copies that went from there and is not free yet
+        taken/<folder>.json            a folder of others that a step leads to, or once led to
         quarantine/step-500.<save id>/ damaged, never deleted by a policy
 
 Keys are relative to the root and separated by "/", on every backend.
@@ -65,6 +66,7 @@ STAGING = f"{PRIVATE}/staging"
 TRASH = f"{PRIVATE}/trash"
 QUARANTINE = f"{PRIVATE}/quarantine"
 HUB = f"{PRIVATE}/hub"
+TAKEN = f"{PRIVATE}/taken"
 
 BUCKETS = "hf://buckets/"
 """How buckets on the Hub begin: stores of files, where `hf://org/repo` has commits."""
@@ -133,6 +135,11 @@ def is_word(name: str) -> bool:
 def hub_key(repository: str) -> str:
     """What is still to be removed from a repository on the Hub, `org/name`."""
     return f"{HUB}/{repository}.json"
+
+
+def taken_key(folder: str) -> str:
+    """Key of the note that a folder of others, directly in the root, has become a step once."""
+    return f"{TAKEN}/{folder}.json"
 
 
 def manifest_key(folder: str) -> str:

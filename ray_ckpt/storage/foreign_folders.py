@@ -1,7 +1,8 @@
 """Checkpoint folders whose names are no step's: `step-<n>` leads to the same bytes as well.
 
 By hard links on a disk, by copies of the service's own on an object store. The folder itself stays
-as it is, for whoever else knows it by its name: Ray Train must find what it has listed.
+as it is, for whoever else knows it by its name: Ray Train must find what it has listed. A note says
+that it was taken, so that a step that was purged since is not made of it once more.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def take_folder(store: Store, folder: str, step: int) -> bool:
     """Whether it was still to do that all of the folder's files lie in `step-<n>` as well.
 
     Again after a kill it goes on; `.metadata` comes last, without which nobody takes the step for
-    a checkpoint.
+    a checkpoint, and after it the note that it was taken.
 
     Raises:
         ConflictError: another checkpoint is that step.
@@ -69,10 +70,22 @@ def take_folder(store: Store, folder: str, step: int) -> bool:
                 "both are as they were",
                 f"move one of them to another root, or give {folder} another number",
             )
+        _note(store, folder, step)
         return False
     for name in sorted(wanted, key=lambda name: name == names.METADATA):
         _lead_to(store, f"{folder}/{name}", f"{target}/{name}")
+    _note(store, folder, step)
     return True
+
+
+def was_taken(store: Store, folder: str) -> bool:
+    """Whether the folder has become a step once, which may be gone since."""
+    return store.stat(names.taken_key(folder)) is not None
+
+
+def _note(store: Store, folder: str, step: int) -> None:
+    if not was_taken(store, folder):
+        store.write(names.taken_key(folder), f'{{"step": {step}}}\n'.encode())
 
 
 def _lead_to(store: Store, source: str, target: str) -> None:

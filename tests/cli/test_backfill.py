@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.trash import Trash
 from tests.cli.conftest import Answer
 from tests.roots import TINY, flip_byte, snapshot
 from tests.waiting import PATIENCE_S, wait_for
@@ -188,3 +190,54 @@ def test_folders_with_other_names_become_steps_and_stay_what_they_are(
     refused = cli("backfill", where, "--folders", "ckpt_*")
     assert refused.code == 2
     assert "no folder of a DCP checkpoint is called ckpt_*" in refused.err
+
+
+@pytest.mark.parametrize("place", ["here", pytest.param("s3", marks=pytest.mark.s3)])
+def test_a_step_that_was_purged_since_is_told_of_and_taken_again_only_if_it_is_asked_for(
+    cli: Cli, old: str, place: str, request: pytest.FixtureRequest
+) -> None:
+    for step in STEPS:
+        Path(old, f"step-{step}").rename(Path(old, f"checkpoint_{step:06}"))
+    where = old
+    if place == "s3":
+        where = request.getfixturevalue("s3_root")
+        for name, data in snapshot(old).items():
+            open_catalog(where).store.write(name, data)
+    words = ("backfill", where, "--folders", "checkpoint_*")
+    assert cli(*words).code == 0
+    assert cli("purge", where, "--keep-latest", 2, "--apply").code == 0
+    answer = cli(*words, "--json")
+    assert (answer.code, told(answer)) == (0, {step: [] for step in STEPS})
+    in_trash = f"it is in the trash; ray-ckpt undo {where} 5 brings it back"
+    assert [row["left"] for row in answer.json["steps"]] == [in_trash, None, None]
+
+    catalog = open_catalog(where)
+    trash = Trash(catalog.store, catalog.commit, catalog.records)
+    (trashed,) = trash.expired(older_than_s=0.0, now=time.time() + 1)
+    trash.erase(trashed)
+    for record in catalog.records.actions().values():
+        catalog.records.forget_action(record.action)
+    answer = cli(*words)
+    purged = "it was taken before and purged since; with --again it is taken once more"
+    assert (answer.code, answer.out.splitlines()[0]) == (0, f"step-5\t0 B\t-\t{purged}")
+    assert f"step-5: {purged}" in answer.err
+    assert [row["step"] for row in cli("ls", where, "--json").json] == [10, 15]
+
+    assert told(cli(*words, "--again", "--json"))[5] == ["adopted", "verified"]
+    assert [row["step"] for row in cli("ls", where, "--json").json] == [5, 10, 15]
+
+
+def test_a_folder_that_cannot_become_its_step_is_named_and_the_others_are_done(
+    cli: Cli, old: str
+) -> None:
+    other = {"weight": torch.ones(3)}
+    dcp.save(other, checkpoint_id=f"{old}/checkpoint_000005", no_dist=True)
+    Path(old, "step-10").rename(Path(old, "checkpoint_000010"))
+    answer = cli("backfill", old, "--folders", "checkpoint_*", "--json")
+    assert answer.code == 1
+    assert told(answer) == {step: ["adopted", "verified"] for step in STEPS}
+    errors = {row["step"]: row["error"] for row in answer.json["steps"] if row["error"]}
+    assert list(errors) == [5]
+    assert "step-5 is there, and is not checkpoint_000005" in errors[5]
+    assert "step-5: adopted, verified; step-5 is there" in answer.err
+    assert "move one of them to another root" in answer.err
