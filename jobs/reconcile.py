@@ -12,6 +12,7 @@ from jobs.command import parse, run_job
 from ray_ckpt.cluster.drain import drain
 from ray_ckpt.cluster.executors import RayTasks
 from ray_ckpt.cluster.reach import connect_aloud
+from ray_ckpt.core.config import at_least
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.storage.backends import open_root
 
@@ -24,6 +25,9 @@ class ReconcileConfig:
     """Where the run keeps its checkpoints."""
     timeout_s: float | None = None
     """Seconds after which the job gives up; what is left stays asked for."""
+
+    def __post_init__(self) -> None:
+        at_least(0, timeout_s=self.timeout_s)
 
 
 def main() -> None:

@@ -4,7 +4,14 @@ from typing import Any
 
 import click
 
-from ray_ckpt.cli.output import emit, json_option, print_table, root_argument
+from ray_ckpt.cli.output import (
+    emit,
+    json_option,
+    print_table,
+    refuse_unknown,
+    root_argument,
+    say,
+)
 from ray_ckpt.core import copies as recorded
 from ray_ckpt.core.actions import ActionRecord
 from ray_ckpt.core.copy_states import CopyState
@@ -23,6 +30,7 @@ def copies(root: str, step: int | None, as_json: bool) -> None:
     Exit 1 if one is stale, gone, or cannot be looked at. Nothing is changed.
     """
     catalog = open_root(root)
+    refuse_unknown(catalog, step)
     found = sorted(recorded.copies(catalog.observe()), key=lambda record: record.action.step)
     rows = [_row(catalog.uri, record) for record in found if step in (None, record.action.step)]
     columns = ("what", "state", "why", "do")
@@ -31,6 +39,8 @@ def copies(root: str, step: int | None, as_json: bool) -> None:
         as_json=as_json,
         render=lambda: print_table(columns, [[row[c] or "-" for c in columns] for row in rows]),
     )
+    if not rows:
+        say("no copy was made")
     if any(row["state"] != CopyState.PRESENT for row in rows):
         raise click.exceptions.Exit(1)
 

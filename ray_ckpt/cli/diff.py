@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ray_ckpt.cli.bar import byte_bar
-from ray_ckpt.cli.output import complete_folder, emit, json_option, print_table
+from ray_ckpt.cli.output import Number, complete_folder, emit, json_option, print_table
 
 if TYPE_CHECKING:
     from ray_ckpt.tensors.comparing import Compared, Comparison
@@ -25,7 +25,7 @@ _COLUMNS = ("tensor", "differs in", "largest", "at", "elements", "holds")
     help="Only names like this, as in 'layers.0.*'. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--tolerance", type=click.FloatRange(min=0), metavar="DIFFERENCE",
+    "--tolerance", type=Number(min=0), metavar="DIFFERENCE",
     help="Values so far apart count as equal, and so do other types.",
 )  # fmt: skip
 @json_option

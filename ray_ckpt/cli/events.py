@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import click
 
-from ray_ckpt.cli.output import json_option, print_table, root_argument
+from ray_ckpt.cli.output import json_option, print_table, refuse_unknown, root_argument, say
 from ray_ckpt.core.events import Event, utc
 from ray_ckpt.storage.backends import open_root
 from ray_ckpt.storage.history import EventReader
@@ -26,17 +26,21 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @json_option
 def events(root: str, step: int | None, since: str | None, follow: bool, as_json: bool) -> None:
     """Tell what happened, oldest first; with --json one object a line."""
-    oldest = "" if since is None else utc(time.time() - _age_s(since))
-    reader = EventReader(open_root(root).store, since=oldest)
+    oldest = "" if since is None else utc(max(0.0, time.time() - _age_s(since)))
+    catalog = open_root(root)
+    reader = EventReader(catalog.store, since=oldest)
 
-    def show() -> None:
+    def show() -> bool:
         found = [event for event in reader.read() if step in (None, event.step)]
         if as_json or follow:
             _print_lines(found, as_json=as_json)
         elif found:
             print_table(_COLUMNS, [_row(event) for event in found])
+        return bool(found)
 
-    show()
+    if not show():
+        refuse_unknown(catalog, step)
+        say("nothing was told of it" if since is None else f"nothing was told within {since}")
     while follow:
         time.sleep(FOLLOW_S)
         show()

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ray_ckpt.cli.output import (
+    Number,
     emit,
     human_bytes,
     json_option,
@@ -84,7 +85,7 @@ _create_option = click.option(
     help="Where merges are computed; cpu is the default.",
 )  # fmt: skip
 @click.option(
-    "--logits-within", type=click.FloatRange(min=0), metavar="DIFFERENCE",
+    "--logits-within", type=Number(min=0), metavar="DIFFERENCE",
     help="Compare the logits of the run's prompt with the recorded ones, as in 0.02.",
 )  # fmt: skip
 @click.option(

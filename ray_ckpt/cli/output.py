@@ -1,6 +1,7 @@
 """How answers look: a table on a terminal, tab-separated lines in a pipe, JSON where asked for."""
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -18,6 +19,7 @@ from ray_ckpt.core.copy_states import losses
 from ray_ckpt.core.lifecycle import ActionState
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.resume import why_unusable
+from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.beats import all_beats
 from ray_ckpt.storage.catalog import Catalog
 
@@ -30,9 +32,37 @@ def complete_folder(
     return [CompletionItem(incomplete, type="dir")]
 
 
+class Number(click.FloatRange):
+    """A number that can be counted with: `nan` is below and above nothing, and passes any range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As it is."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number", param, ctx)
+        return number
+
+
 root_argument = click.argument("root", shell_complete=complete_folder)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 step_option = click.option("--step", type=int, required=True, help="Which checkpoint.")
+
+
+def refuse_unknown(catalog: Catalog, step: int | None) -> None:
+    """Nothing, if no step is named, or the root holds or remembers it.
+
+    Raises:
+        StepNotFoundError: most likely it is misspelt; names the steps that are there.
+    """
+    if step is None:
+        return
+    observed = catalog.observe()
+    known = {view.step for view in observed.checkpoints}
+    known |= {record.action.step for record in observed.records.values()}
+    if step not in known:
+        raise step_errors.not_readable(catalog.uri, step, observed)
 
 
 def emit(document: Any, *, as_json: bool, render: Callable[[], None]) -> None:

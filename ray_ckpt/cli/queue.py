@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from ray_ckpt.cli.output import emit, json_option, root_argument, say
+from ray_ckpt.cli.output import Number, emit, json_option, refuse_unknown, root_argument, say
 from ray_ckpt.core.actions import Action
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.gathering import hosts_needed
@@ -21,7 +21,7 @@ from ray_ckpt.storage.records import who_asks
 
 @click.command()
 @root_argument
-@click.option("--timeout", "timeout_s", type=float, help="Give up after so many seconds.")
+@click.option("--timeout", "timeout_s", type=Number(min=0), help="Give up after so many seconds.")
 @json_option
 def drain(root: str, timeout_s: float | None, as_json: bool) -> None:
     """Finish everything that ROOT's policy and requests ask for, then return.
@@ -78,6 +78,7 @@ _OF_STEP = click.option("--step", type=int, help="Only actions about this checkp
 def retry(root: str, step: int | None, kind: str | None, as_json: bool) -> None:
     """Give actions that failed, were cancelled or wait for another try a fresh start, now."""
     catalog = open_root(root)
+    refuse_unknown(catalog, step)
     waiting = (ActionState.RETRY_WAIT, ActionState.BLOCKED)
     records = catalog.records.actions().values()
     chosen = [
@@ -101,6 +102,7 @@ def cancel(root: str, step: int | None, kind: str | None, as_json: bool) -> None
     if step is None and kind is None:
         raise UsageError("cancel what?", "", "nothing was cancelled", "give --step, --kind or both")
     catalog = open_root(root)
+    refuse_unknown(catalog, step)
     now = time.time()
     observed = catalog.observe().at(now)
     open_records = [

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ray_ckpt.cli.interrupt import kept_interrupt
-from ray_ckpt.cli.output import human_bytes, json_option, root_argument
+from ray_ckpt.cli.output import Number, human_bytes, json_option, root_argument
 from ray_ckpt.core.beats import Watch
 from ray_ckpt.core.copies import copies
 from ray_ckpt.core.errors import StorageError
@@ -44,7 +44,7 @@ _STYLES = {"saving": "yellow", "committed": "cyan", "verified": "green", "trashe
 @root_argument
 @click.option("--once", is_flag=True, help="One look, and the end.")
 @click.option(
-    "--every", "every_s", type=click.FloatRange(min=0.1), default=2.0, show_default=True,
+    "--every", "every_s", type=Number(min=0.1), default=2.0, show_default=True,
     metavar="SECONDS", help="Between two looks.",
 )  # fmt: skip
 @json_option

@@ -7,6 +7,7 @@ and no environment: the text of a TOML file and the overrides come in as argumen
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -134,6 +135,8 @@ def _scalar(expected: Any, value: Any, *, where: str) -> Any:
     if not isinstance(expected, type) or type(value) is not expected:
         wanted = getattr(expected, "__name__", str(expected))
         raise ConfigError(f"expected {wanted}, got {type(value).__name__} {value!r}", where)
+    if isinstance(value, float) and math.isnan(value):  # it would pass every comparison
+        raise ConfigError("expected float, got nan", where)
     return value
 
 

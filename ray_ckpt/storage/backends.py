@@ -7,6 +7,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import RenameCommit
+from ray_ckpt.storage.disk.posix import translated
 from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.fsspec_store import FsspecStore
 from ray_ckpt.storage.hub.bucket import BucketStore
@@ -70,16 +71,21 @@ def open_root(root: str) -> Catalog:
     """The catalog of a root that is there.
 
     Raises:
-        UsageError: a local root that does not exist: most likely a misspelt one.
+        UsageError: a local root that does not exist, most likely a misspelt one, or is a file.
+        AuthorizationError: this user may not look.
     """
     catalog = open_catalog(root)
-    if "://" not in catalog.uri and not Path(catalog.uri).is_dir():
-        raise UsageError(
-            "no such folder",
-            catalog.uri,
-            "nothing was changed",
-            "check the spelling; a root appears with the first save",
-        )
+    if "://" in catalog.uri:
+        return catalog
+    path = Path(catalog.uri)
+    with translated(path):
+        if not path.is_dir():
+            raise UsageError(
+                "a file is here, and no folder" if path.exists() else "no such folder",
+                catalog.uri,
+                "nothing was changed",
+                "check the spelling; a root appears with the first save",
+            )
     return catalog
 
 

@@ -190,6 +190,8 @@ class Catalog:
             raise ConfigError(
                 f"{name!r} cannot name a pin", do="use letters, digits, '.', '_' and '-'"
             )
+        if not reason.strip():
+            raise ConfigError("the pin says no reason", "reason", do="say why the step must stay")
         self.manifest(step)
         pinned_at = datetime.now(UTC).isoformat(timespec="seconds")
         pin = Pin(name=name, reason=reason, pinned_at=pinned_at, until=until)
@@ -202,8 +204,14 @@ class Catalog:
         return read_pins(self.store, folder, sizes_in(self.store, folder))
 
     def unpin(self, step: int, *, name: str | None = None) -> list[str]:
-        """Names of the pins that are gone now: the one called `name`, or all of them."""
+        """Names of the pins that are gone now: the one called `name`, or all of them.
+
+        Raises:
+            StepNotFoundError: no such step is here, nor pins of one that was.
+        """
         files = sizes_in(self.store, names.step_dir(step))
+        if not files:
+            raise step_errors.not_readable(self.uri, step, self.observe())
         pins = sorted(pin for file in files if (pin := names.parse_pin(file)))
         present = [pin for pin in pins if name in (None, pin)]
         self.store.delete([names.pin_key(step, pin) for pin in present])

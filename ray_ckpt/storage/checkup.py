@@ -81,6 +81,8 @@ def _of_error(error: RayCkptError, where: str) -> Finding:
 
 
 def _of_missing_folder(folder: Path) -> Finding:
+    if folder.exists():
+        return problem("a file is here, and no folder", str(folder), "name another place")
     parent = next(parent for parent in folder.parents if parent.exists())
     if os.access(parent, os.W_OK | os.X_OK):
         return ok("not there yet; the first to write makes it", str(folder))

@@ -46,7 +46,12 @@ class Trash:
         }
         if not trashed:
             uri = self._store.uri
-            raise StepNotFoundError(f"the trash holds no step-{step}", uri, step_errors.UNCHANGED)
+            raise StepNotFoundError(
+                f"the trash holds no step-{step}",
+                uri,
+                step_errors.UNCHANGED,
+                f"ray-ckpt ls {uri}    (shows what is trashed)",
+            )
         newest = max(trashed)
         if self._store.stat(names.manifest_key(names.step_dir(step))) is None:
             self._clear_dead_save(step)

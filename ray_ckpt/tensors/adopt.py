@@ -18,6 +18,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import ForeignFolderError, IntegrityError, ObjectNotFoundError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Lineage, Manifest, ModelEntry
+from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_object
 from ray_ckpt.storage.listing import sizes_in
@@ -92,6 +93,8 @@ def _read_metadata(catalog: Catalog, step: int) -> Metadata:
     try:
         return read_foreign_metadata(catalog.store.read(f"{folder}/{names.METADATA}"), where)
     except ObjectNotFoundError as error:
+        if not sizes_in(catalog.store, folder):
+            raise step_errors.not_readable(catalog.uri, step, catalog.observe()) from error
         raise ForeignFolderError(
             f"step-{step} holds no {names.METADATA}: it is no finished DCP checkpoint",
             where,

@@ -22,10 +22,44 @@ from tests.roots import flip_byte, make_root, snapshot
 from tests.waiting import PATIENCE_S
 
 Cli = Callable[..., Answer]
+OF_A_ROOT = (
+    ("ls",),
+    ("watch", "--once"),
+    ("show", 10),
+    ("verify",),
+    ("resume-plan",),
+    ("plan",),
+    ("events",),
+    ("report",),
+    ("adopt",),
+    ("backfill",),
+    ("export", "--step", 10),
+    ("publish", "--step", 10, "--checkpoint", "--to", "/nowhere"),
+    ("copies",),
+    ("pin", 10, "--reason", "x"),
+    ("unpin", 10),
+    ("purge",),
+    ("purge-hub", "hf://org/repo", "--keep-latest", 3),
+    ("undo", 10),
+    ("du",),
+    ("gc",),
+    ("save-now",),
+    ("drain",),
+    ("retry",),
+    ("cancel", "--step", 10),
+)
 
 
 @pytest.fixture
 def run_root(root: str) -> str:
+    make_root(root, (10, 20, 30, 40))
+    return root
+
+
+@pytest.fixture(scope="module")
+def same_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """For those who change nothing."""
+    root = str(tmp_path_factory.mktemp("same") / "run")
     make_root(root, (10, 20, 30, 40))
     return root
 
@@ -266,6 +300,18 @@ def test_adopt_takes_over_a_plain_dcp_folder(cli: Cli, root: str) -> None:
         (("export", "{root}", "--step", 99), 2, "step-99 is not there"),
         (("pin", "{root}", 99, "--reason", "x"), 2, "step-99 is not there"),
         (("undo", "{root}", 10), 2, "the trash holds no step-10"),
+        (("unpin", "{root}", 99), 2, "committed steps: 10, 20, 30, 40"),
+        (("adopt", "{root}", "--step", 99), 2, "committed steps: 10, 20, 30, 40"),
+        (("copies", "{root}", "--step", 99), 2, "committed steps: 10, 20, 30, 40"),
+        (("events", "{root}", "--step", 99), 2, "committed steps: 10, 20, 30, 40"),
+        (("retry", "{root}", "--step", 99), 2, "committed steps: 10, 20, 30, 40"),
+        (("cancel", "{root}", "--step", 99), 2, "committed steps: 10, 20, 30, 40"),
+        (("pin", "{root}", 10, "--reason", " "), 2, "say why the step must stay"),
+        (("drain", "{root}", "--timeout", "nan"), 2, "'nan' is no number"),
+        (("drain", "{root}", "--timeout", -1), 2, "x>=0"),
+        (("watch", "{root}", "--every", "inf"), 2, "'inf' is no number"),
+        (("copies", "{root}"), 0, "no copy was made"),
+        (("events", "{root}", "--since", "0s"), 0, "nothing was told within 0s"),
         (("ls", "{root}-misspelt"), 2, "no such folder"),
         (("ls", "tape://host/x"), 2, "no backend"),
         (("export", "{root}", "--step", 10, "--name", "step-1"), 2, "cannot be a folder name"),
@@ -274,13 +320,40 @@ def test_adopt_takes_over_a_plain_dcp_folder(cli: Cli, root: str) -> None:
     ],
 )
 def test_bad_input_gets_a_clear_error_and_changes_nothing(
-    cli: Cli, run_root: str, arguments: tuple[object, ...], code: int, says: str
+    cli: Cli, same_root: str, arguments: tuple[object, ...], code: int, says: str
 ) -> None:
-    before = snapshot(run_root)
-    answer = cli(*(str(a).replace("{root}", run_root) for a in arguments))
+    before = snapshot(same_root)
+    answer = cli(*(str(a).replace("{root}", same_root) for a in arguments))
     assert answer.code == code
     assert says in answer.err
-    assert snapshot(run_root) == before
+    assert snapshot(same_root) == before
+
+
+def test_an_age_before_all_time_is_the_whole_story(cli: Cli, same_root: str) -> None:
+    assert cli("events", same_root, "--since", f"{10**20}d").out == cli("events", same_root).out
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("{root}-misspelt", "no such folder"),
+        ("{file}", "a file is here, and no folder"),
+        ("hf://org/repo", "a repository on the Hub is no root"),
+        ("https://host/x", "no backend"),
+        ("s3://", "no bucket is named"),
+    ],
+)
+@pytest.mark.parametrize("verb", OF_A_ROOT, ids=lambda verb: verb[0])
+def test_a_place_that_is_no_root_is_told_by_every_verb(
+    cli: Cli, tmp_path: Path, verb: tuple[object, ...], place: str, says: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    root = place.format(root=tmp_path / "run", file=tmp_path / "file")
+    answer = cli(verb[0], root, *verb[1:])
+    assert answer.code == 2
+    assert says in answer.err
+    assert "  do:    " in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_folder_without_manifest_is_named_with_the_way_out(cli: Cli, run_root: str) -> None:

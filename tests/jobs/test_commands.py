@@ -45,6 +45,8 @@ def test_the_demo_config_is_valid_and_says_what_the_demo_says() -> None:
         ("publish", ("root=tests", "step=1", "to=/x"), "step-1 is not there"),
         ("publish", ("root=/nowhere", "step=1", "to=/x", "verify=maybe"), "verify"),
         ("reconcile", ("root=/nowhere", "timeout_s=soon"), "expected float"),
+        ("reconcile", ("root=/nowhere", "timeout_s=nan"), "expected float, got nan"),
+        ("reconcile", ("root=/nowhere", "timeout_s=-1"), "timeout_s must be at least 0"),
         ("verify", ("root=/nowhere", "stpe=1"), "did you mean 'step'"),
         ("verify", ("root=s3://",), "no bucket is named"),
         ("verify", ("root=/nowhere",), "no such folder"),
