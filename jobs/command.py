@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ray_ckpt.core.config import load_toml
-from ray_ckpt.core.errors import ConfigError, RayCkptError
+from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.storage.disk.config_file import config_text
 
 Config = TypeVar("Config")
 
@@ -29,10 +30,7 @@ def parse(config_type: type[Config], doc: str | None) -> Config:
     text, where = "", "command line"
     if arguments.config is not None:
         where = str(arguments.config)
-        try:
-            text = arguments.config.read_text()
-        except OSError as error:
-            raise ConfigError(f"cannot be read: {error.strerror}", where) from error
+        text = config_text(arguments.config)
     return load_toml(config_type, text, where=where, overrides=arguments.overrides)
 
 

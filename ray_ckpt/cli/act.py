@@ -89,6 +89,8 @@ def pin(
     as_json: bool,
 ) -> None:
     """Keep a checkpoint from every purge, for ever or for a while."""
+    if not reason.strip():
+        raise ConfigError("the pin says no reason", "--reason", do="say why the step must stay")
     end = _end(duration, until)
     made = open_root(root).pin(step, name=name or _user(), reason=reason, until=end)
     document = {"step": step, "name": made.name, "reason": made.reason, "until": made.until}

@@ -14,6 +14,7 @@ from ray_ckpt.core.policy import LifecyclePolicy, policy_of_toml
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.checkup import look_at_destination, look_at_root
+from ray_ckpt.storage.disk.config_file import config_text
 
 _COLUMNS = ("level", "where", "what", "do")
 
@@ -41,7 +42,7 @@ def doctor(
     observed = _observed(catalog)
     policy = observed.policy if observed else LifecyclePolicy()
     if policy_file is not None:
-        policy = policy_of_toml(policy_file.read_text(encoding="utf-8"), where=str(policy_file))
+        policy = policy_of_toml(config_text(policy_file), where=str(policy_file))
     found = look_at_root(catalog)
     for place in dict.fromkeys([*destinations, *(publish.to for publish in policy.publish)]):
         found += look_at_destination(place, copy_bytes=_largest_copy(observed))

@@ -17,6 +17,7 @@ from ray_ckpt.cli.output import (
     print_steps,
     print_table,
     root_argument,
+    say,
     step_rows,
 )
 from ray_ckpt.core import names
@@ -48,6 +49,8 @@ def ls(root: str, as_json: bool) -> None:
                 )
 
     emit(step_rows(observed), as_json=as_json, render=render)
+    if not observed.checkpoints and not observed.exports:
+        say(f"no checkpoint is in {catalog.uri} yet")
 
 
 @click.command()

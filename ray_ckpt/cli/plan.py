@@ -18,6 +18,7 @@ from ray_ckpt.core.policy import policy_of_toml
 from ray_ckpt.core.reconcile import Plan
 from ray_ckpt.core.reconcile import plan as plan_round
 from ray_ckpt.storage.backends import open_root
+from ray_ckpt.storage.disk.config_file import config_text
 
 _GONE = frozenset({CheckpointState.TRASHED, CheckpointState.PURGED})
 
@@ -37,8 +38,8 @@ def plan(root: str, policy_file: Path | None, as_json: bool) -> None:
     catalog = open_root(root)
     observed = catalog.observe()
     if policy_file is not None:
-        text = policy_file.read_text(encoding="utf-8")
-        observed = replace(observed, policy=policy_of_toml(text, where=str(policy_file)))
+        policy = policy_of_toml(config_text(policy_file), where=str(policy_file))
+        observed = replace(observed, policy=policy)
     planned = plan_round(observed, now=time.time())
     planned = _with_limits(planned, observed, now=time.time())
     planned = _with_progress(planned, how_far(catalog, observed))

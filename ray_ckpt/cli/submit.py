@@ -18,6 +18,7 @@ from ray_ckpt.cli.output import emit, json_option
 from ray_ckpt.core.config import parse_toml
 from ray_ckpt.core.errors import ConfigError, RayCkptError, UsageError
 from ray_ckpt.core.names import run_name, step_dir
+from ray_ckpt.storage.disk.config_file import config_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ def _module(job: str, working_dir: Path | None) -> str:
 
 def _root(config: Path, overrides: Sequence[str]) -> str:
     """What the file and the words after it say; the last one counts. As its manager names it."""
-    document = parse_toml(config.read_text(encoding="utf-8"), where=str(config))
+    document = parse_toml(config_text(config), where=str(config))
     said = [word.removeprefix("root=") for word in overrides if word.startswith("root=")]
     root = said[-1].strip("'\"") if said else document.get("root")
     if not isinstance(root, str) or not root:

@@ -22,6 +22,7 @@ from ray_ckpt.core.observation import CheckpointView, Request
 from ray_ckpt.core.wanted import is_result, manifest_of, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.copies.publish import refuse_no_place
 
 
 def perform_here(
@@ -36,9 +37,11 @@ def perform_here(
     `verify` says what is to prove that a copy is whole.
 
     Raises:
+        UsageError: nothing can be copied to such a destination; nothing is asked for.
         RayCkptError: it failed, for the reason that its record names. If that may pass, it is still
             asked for.
     """
+    _refuse_no_place(action)
     _start_afresh(catalog, action)
     _ask(catalog, action, verify)
     concerned = {needed.key for needed in _chain(action)}
@@ -92,8 +95,10 @@ def perform_on_cluster(
     What failed before gets a fresh start, and a copy that was made before is looked for again.
 
     Raises:
+        UsageError: nothing can be copied to such a destination; nothing is asked for.
         RayCkptError: the action is DEAD, for the reason that its record names.
     """
+    _refuse_no_place(action)
     connect(address)
     catalog = open_catalog(root)
     if action.kind is ActionKind.EXPORT and is_done(catalog, action):
@@ -118,6 +123,11 @@ def _wait(
         said = states
         time.sleep(POLL_S)
     return catalog.records.action(action)
+
+
+def _refuse_no_place(action: Action) -> None:
+    if action.destination is not None:
+        refuse_no_place(action.destination)
 
 
 def _ask(catalog: Catalog, action: Action, verify: Proof) -> None:

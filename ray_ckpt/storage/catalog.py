@@ -190,8 +190,6 @@ class Catalog:
             raise ConfigError(
                 f"{name!r} cannot name a pin", do="use letters, digits, '.', '_' and '-'"
             )
-        if not reason.strip():
-            raise ConfigError("the pin says no reason", "reason", do="say why the step must stay")
         self.manifest(step)
         pinned_at = datetime.now(UTC).isoformat(timespec="seconds")
         pin = Pin(name=name, reason=reason, pinned_at=pinned_at, until=until)

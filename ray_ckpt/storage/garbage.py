@@ -14,7 +14,6 @@ Only names of ours are looked at, symbolic links are never followed, and whateve
 its grace stays. To remove twice is harmless: whoever dies in between, the next one ends it.
 """
 
-import contextlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -216,14 +215,16 @@ def _copies(catalog: Catalog, observed: Observation, now: float) -> Iterator[Gar
             folders.setdefault(action.destination or "", set()).add(folder_of(action))
     for destination, begun in sorted(folders.items()):
         if not names.is_repository(destination):
-            yield from _at(open_catalog(destination), begun, now)
+            yield from _at(destination, begun, now)
 
 
-def _at(target: Catalog, folders: Collection[str], now: float) -> Iterator[Garbage]:
+def _at(destination: str, folders: Collection[str], now: float) -> Iterator[Garbage]:
     """Nothing where the destination cannot be looked at: whoever publishes there hears of it."""
-    found: list[Remains] = []
-    with contextlib.suppress(RayCkptError):
+    try:
+        target = open_catalog(destination)
         found = target.commit.remains()
+    except RayCkptError:
+        return
     for remains in found:
         why = why_dead(remains.attempt, now - remains.changed_at, trainer=None)
         if why is not None and (names.is_copy(remains.attempt) or remains.folder in folders):

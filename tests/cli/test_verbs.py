@@ -312,6 +312,13 @@ def test_adopt_takes_over_a_plain_dcp_folder(cli: Cli, root: str) -> None:
         (("watch", "{root}", "--every", "inf"), 2, "'inf' is no number"),
         (("copies", "{root}"), 0, "no copy was made"),
         (("events", "{root}", "--since", "0s"), 0, "nothing was told within 0s"),
+        (("plan", "{root}", "--policy", sys.executable), 2, "is no UTF-8, so it is no TOML"),
+        (("doctor", "{root}", "--policy", sys.executable), 2, "is no UTF-8, so it is no TOML"),
+        (("fetch", "{root}/step-10", "/proc/x"), 2, "No such file or directory"),
+        (("export", "{root}", "--step", 10, "--to", ""), 2, "no backend for ''"),
+        (("export", "{root}", "--step", 10, "--to", "hf://org"), 2, "names no repository"),
+        (("export", "{root}", "--step", 10, "--to", sys.executable), 2, "a file is here"),
+        (("submit", sys.executable), 2, "is no UTF-8, so it is no TOML"),
         (("ls", "{root}-misspelt"), 2, "no such folder"),
         (("ls", "tape://host/x"), 2, "no backend"),
         (("export", "{root}", "--step", 10, "--name", "step-1"), 2, "cannot be a folder name"),
@@ -327,6 +334,18 @@ def test_bad_input_gets_a_clear_error_and_changes_nothing(
     assert answer.code == code
     assert says in answer.err
     assert snapshot(same_root) == before
+
+
+def test_where_no_store_answers_the_address_is_to_be_checked(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    answer = cli("ls", "s3://bucket/run")
+    assert answer.code == 3
+    assert 'Could not connect to the endpoint URL: "http://127.0.0.1:1/bucket' in answer.err
+    assert "check the address: AWS_ENDPOINT_URL" in answer.err
 
 
 def test_an_age_before_all_time_is_the_whole_story(cli: Cli, same_root: str) -> None:

@@ -56,6 +56,7 @@ def test_a_task_says_now_and_then_how_far_it_is(
 
 
 def test_a_task_says_why_it_failed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ray_ckpt")
     with pytest.raises(ValueError), TaskLog("/runs/a", ATTEMPT).lines():
         raise ValueError("no room")
     assert said(caplog)[-1].endswith("verify step-30, attempt 2 failed: no room")

@@ -35,6 +35,7 @@ def test_the_demo_config_is_valid_and_says_what_the_demo_says() -> None:
     ("job", "arguments", "says"),
     [
         ("train", ("--config", "missing.toml"), "cannot be read"),
+        ("train", ("--config", sys.executable), "is no UTF-8, so it is no TOML"),
         ("train", (), "'root' is missing"),
         ("train", ("root=/x", "save.every_stepz=5"), "did you mean 'every_steps'"),
         ("train", ("root=/x", "steps=many"), "expected int"),

@@ -12,11 +12,12 @@ import pytest
 
 from ray_ckpt.core import names
 from ray_ckpt.core.actions import Action, ActionRecord
+from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.garbage import ABANDONED_AFTER_S, GRACE_S
 from ray_ckpt.core.lifecycle import ActionKind
 from ray_ckpt.core.retention import CLOCK_SKEW_S
-from ray_ckpt.core.wanted import purge_action, verify_action
+from ray_ckpt.core.wanted import publish_action, purge_action, verify_action
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.disk.scratch import make_scratch, remove_scratch
@@ -187,6 +188,19 @@ def test_records_stay_while_anything_is_left_of_the_checkpoint(catalog: Catalog)
     assert set(catalog.records.actions()) == {verified[s].key for s in (1, 2, 3)} | {copied.key}
     logs = {names.parse_log(info.key) for info in catalog.store.list_objects(names.LOGS)}
     assert logs == {verified[step].key for step in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("place", ["", "https://host/x", "/proc/x"])
+def test_a_copy_that_was_begun_at_no_place_is_in_nobodys_way(root: str, place: str) -> None:
+    """A manager tidies up: what it raised here would end every round of it."""
+    catalog = open_catalog(root)
+    save_step(catalog, 5)
+    copy = publish_action(catalog.checkpoint(5), None, place)
+    failed = UsageError("no backend")
+    catalog.records.write_action(
+        ActionRecord(action=copy).started(1.0).failed(failed, 1.0, jitter=0.0)
+    )
+    assert garbage(catalog) == {}
 
 
 @pytest.mark.parametrize("skew_s", [-CLOCK_SKEW_S, CLOCK_SKEW_S])

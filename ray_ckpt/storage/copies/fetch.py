@@ -19,7 +19,13 @@ from ray_ckpt.core.errors import ConflictError, ObjectExistsError, UsageError
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.backends import open_folder
 from ray_ckpt.storage.digests import algorithm_of, describe_file
-from ray_ckpt.storage.disk.posix import make_folder, sync_file, sync_folder, write_synced
+from ray_ckpt.storage.disk.posix import (
+    make_folder,
+    sync_file,
+    sync_folder,
+    translated,
+    write_synced,
+)
 from ray_ckpt.storage.hub.download import download, pinned
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.progress import UNTOLD, Progress
@@ -40,7 +46,8 @@ def fetch(source: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         raise ObjectExistsError(
             "something is there already", str(target), "it is untouched", "choose another folder"
         )
-    make_folder(target.absolute().parent)
+    with translated(target):
+        make_folder(target.absolute().parent)
     with _attempt(target.absolute()) as attempt:
         if names.is_repository(source):
             progress.begin(f"fetches {source}")
@@ -58,7 +65,8 @@ def fetch(source: str, target: Path, *, progress: Progress = UNTOLD) -> None:
 def _attempt(target: Path) -> Generator[Path]:
     """The private folder, held by this process alone; it stays if the work inside fails."""
     attempt = target.with_name(f".{target.name}.fetching")
-    attempt.mkdir(exist_ok=True)
+    with translated(target):
+        attempt.mkdir(exist_ok=True)
     descriptor = os.open(attempt, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,14 +8,18 @@
 A path or a prefix is a root like any other then.
 """
 
+from pathlib import Path
+
 from ray_ckpt.core import names
 from ray_ckpt.core.copy_policy import INSTEAD_OF_HUB, NOT_ON_HUB, Proof
 from ray_ckpt.core.errors import UsageError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import ExportView
+from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.copies.cargo import Published, cargo_of, cargo_of_checkpoint
 from ray_ckpt.storage.copies.root_copy import copy_to_root
+from ray_ckpt.storage.hub.client import parse_hub
 from ray_ckpt.storage.hub.repository import publish_to_hub
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
@@ -66,6 +70,24 @@ def publish_checkpoint(
     refuse_hub(destination)
     cargo = cargo_of_checkpoint(manifest, catalog.uri)
     return copy_to_root(catalog, cargo, destination, verify=verify, progress=progress)
+
+
+def refuse_no_place(destination: str) -> None:
+    """Nothing, if its name could be a destination's; nobody is asked there.
+
+    Must come before anything is asked for: whatever is asked is tried, and recorded.
+
+    Raises:
+        UsageError: it is no place for copies.
+    """
+    if names.is_repository(destination):
+        parse_hub(destination)
+        return
+    uri = open_catalog(destination).uri
+    if Path(uri).is_file():
+        raise UsageError(
+            "a file is here, and no folder", uri, "nothing was sent", "name another place"
+        )
 
 
 def refuse_hub(destination: str) -> None:

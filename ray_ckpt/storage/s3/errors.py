@@ -129,6 +129,10 @@ _WORDS: Mapping[Kind, str] = {
     ThrottledError: "the store asks to be asked less often",
 }
 _TRY_AGAIN = "run the same command again; what was sent already is not sent twice"
+_NOBODY_THERE = (
+    "check the address: AWS_ENDPOINT_URL, AWS_REGION, and that the server is up; then the same "
+    "command again"
+)
 _CURES: Mapping[Kind, str] = {
     AuthorizationError: "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, the "
     "bucket's policy and this host's clock, then the same command again",
@@ -156,7 +160,7 @@ def translated(where: str) -> Generator[None]:
         code = _code(answer)
         told = f" ({code})" if code and code not in str(error) else ""
         text = f"{_WORDS.get(kind, 'the store failed')}: {without_secrets(str(error))}{told}"
-        cure = _CURES.get(kind, "")
+        cure = _NOBODY_THERE if _is_a(error, "EndpointConnectionError") else _CURES.get(kind, "")
         if kind is ThrottledError:
             wait_s = retry_after_s(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
             raise ThrottledError(text, where, do=cure, retry_after_s=wait_s) from error
