@@ -138,15 +138,19 @@ def _of_clocks(store: Store, told_at: float, before: float, after: float) -> Fin
     return ok("its clock and this host's agree", store.uri)
 
 
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
 def _room_for(store: Store, copy_bytes: int) -> Iterator[Finding]:
     free_bytes = store.free_bytes() if Path(store.uri).is_dir() else None
     if free_bytes is None:
         return
     if free_bytes < 2 * copy_bytes:
-        text = f"{free_bytes} bytes are free, the largest copy has {copy_bytes}"
+        text = f"{_gb(free_bytes)} are free, the largest copy has {_gb(copy_bytes)}"
         yield problem(f"no room for two copies: {text}", store.uri, "free space there")
     else:
-        yield ok(f"{free_bytes} bytes are free", store.uri)
+        yield ok(f"{_gb(free_bytes)} are free", store.uri)
 
 
 def _of_the_run(catalog: Catalog) -> Iterator[Finding]:
@@ -156,7 +160,7 @@ def _of_the_run(catalog: Catalog) -> Iterator[Finding]:
     if full is not None:
         yield problem(full, catalog.uri, f"ray-ckpt gc {catalog.uri} --apply")
     elif observed.free_bytes is not None:
-        yield ok(f"{observed.free_bytes} bytes are free", catalog.uri)
+        yield ok(f"{_gb(observed.free_bytes)} are free", catalog.uri)
     yield _of_manager(catalog, observed)
 
 

@@ -52,10 +52,12 @@ class Records:
         """The run, or None for a root that no run has written to, or whose record is damaged."""
         where = f"{self._store.uri}/{names.RUN}"
         try:
-            document: dict[str, Any] = json.loads(self._store.read(names.RUN))
-            document = {"run_id": document["run_id"], "policy": document["policy"]}
+            text = self._store.read(names.RUN)
         except ObjectNotFoundError:
             return None
+        try:
+            document: dict[str, Any] = json.loads(text)
+            document = {"run_id": document["run_id"], "policy": document["policy"]}
         except (ValueError, KeyError, TypeError) as error:
             if not self._is_run_damaged:
                 log.warning("%s cannot be read, so everything is kept: %r", where, error)

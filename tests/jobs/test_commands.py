@@ -118,6 +118,12 @@ def test_every_job_is_in_the_readme() -> None:
     assert all(f"jobs/{job}.py" in readme for job in JOBS)
 
 
+def test_a_trainer_whose_root_is_a_file_hears_that_alone() -> None:
+    done = run("train", "root=README.md")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: not usable as a place for checkpoints: Not a directory")
+
+
 def test_a_second_trainer_on_the_same_root_is_refused_before_anything_starts(root: str) -> None:
     lease = Lease(open_catalog(root).store, "trainer", owner="somebody else")
     lease.acquire()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import IntegrityError, UsageError
+from ray_ckpt.core.errors import IntegrityError, StorageError, UsageError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.backends import open_catalog
@@ -126,6 +126,12 @@ def test_a_key_that_leaves_the_root_is_never_deleted(
     with pytest.raises(UsageError, match="is no key"):
         catalog.store.delete([key])
     assert snapshot(str(elsewhere)) == PRECIOUS
+
+
+def test_where_nobody_may_look_for_a_link_nothing_is_deleted(catalog: Catalog) -> None:
+    """As in a folder of another user; here a name that is longer than any may be."""
+    with pytest.raises(StorageError, match="File name too long"):
+        catalog.store.delete(["x" * 300])
 
 
 def test_a_root_that_is_a_link_is_a_root(catalog: Catalog, tmp_path: Path) -> None:

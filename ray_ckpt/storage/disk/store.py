@@ -61,7 +61,9 @@ class LocalStore:
             if part in ("", ".", ".."):
                 raise UsageError(f"{key!r} is no key", self.uri, _UNTOUCHED)
             path = path / part
-            if path.is_symlink():
+            with translated(path):
+                is_link = path.is_symlink()
+            if is_link:
                 raise UsageError(
                     "a symbolic link is here, and what it points to is not ours to move or remove",
                     str(path),
