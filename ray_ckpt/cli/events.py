@@ -40,7 +40,7 @@ def events(root: str, step: int | None, since: str | None, follow: bool, as_json
 
     if not show():
         refuse_unknown(catalog, step)
-        say("nothing was told of it" if since is None else f"nothing was told within {since}")
+        say("nothing was told here yet" if since is None else f"nothing was told within {since}")
     while follow:
         time.sleep(FOLLOW_S)
         show()

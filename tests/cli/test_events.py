@@ -56,7 +56,7 @@ def test_events_of_one_step_or_of_late(cli: Cli, told: str) -> None:
 
 
 def test_a_root_without_events_tells_nothing(cli: Cli, tmp_path) -> None:
-    assert cli("events", tmp_path) == Answer(0, "", "")
+    assert cli("events", tmp_path) == Answer(0, "", "nothing was told here yet\n")
 
 
 def test_an_age_that_is_none_is_refused(cli: Cli, tmp_path) -> None:

@@ -35,7 +35,7 @@ def test_a_config_survives_being_written_as_plain_values(last: ModelOnly | Huggi
     [
         ({"every_steps": 0}, "every_steps must be at least 1, got 0"),
         ({"every_s": 0}, "every_s must be more than 0 seconds, got 0"),
-        ({"every_s": float("nan")}, "every_s must be more than 0 seconds, got nan"),
+        ({"every_s": float("nan")}, "expected float, got nan"),
         ({"sigterm_notice_s": -1}, "sigterm_notice_s must be more than 0 seconds"),
         ({"timeout_s": 0}, "timeout_s must be more than 0 seconds"),
         ({"local_dir": "disk"}, "local_dir must be an absolute path, got 'disk'"),
