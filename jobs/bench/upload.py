@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,9 @@ def measure_uploads(
     prepare = partial(_linked, small, scratch)
     many = _many(root, small, scratch)
     rows += rows_of("many up", many, repeats, num_small * SMALL_BYTES, prepare=prepare)
-    back = folder / "many"
-    prepare = partial(_emptied, back)
+    back = _NewFolders(folder / "many")
     many = _many_back(root, small, back)
-    rows += rows_of("many down", many, repeats, num_small * SMALL_BYTES, prepare=prepare)
+    rows += rows_of("many down", many, repeats, num_small * SMALL_BYTES, prepare=back.make)
     return rows
 
 
@@ -99,20 +99,23 @@ def _many(root: str, small: Path, scratch: Path) -> dict[str, Way]:
     return ways
 
 
-def _many_back(root: str, small: Path, back: Path) -> dict[str, Way]:
+def _many_back(root: str, small: Path, back: "_NewFolders") -> dict[str, Way]:
     bucket, key = _split(root, "many")
     names = [path.name for path in sorted(small.iterdir())]
     entries = [describe_file(small / name, name, "crc64nvme") for name in names]
     ways: dict[str, Way] = {
-        OURS: lambda: bring_all(_origin(root), entries, back),
-        "s3fs.get": lambda: _s3fs().get(f"{bucket}/{key}", str(back / "all"), recursive=True),
+        OURS: lambda: bring_all(_origin(root), entries, back.now),
+        "s3fs.get": lambda: _s3fs().get(f"{bucket}/{key}", str(back.now / "all"), recursive=True),
     }
     if _has("boto3"):
-        ways["boto3.download_file, threads"] = lambda: _boto3_back(bucket, key, names, back)
+        ways["boto3.download_file, threads"] = lambda: _boto3_back(bucket, key, names, back.now)
     if _has("obstore"):
-        fetch = partial(_obstore_back, bucket, key, names, back)
-        ways["obstore.get, threads"] = partial(fetch, write=Path.write_bytes)
-        ways["obstore.get, threads, synced"] = partial(fetch, write=write_synced)
+
+        def bring(write: Callable[[Path, Any], object]) -> None:
+            _obstore_back(bucket, key, names, back.now, write=write)
+
+        ways["obstore.get, threads"] = lambda: bring(Path.write_bytes)
+        ways["obstore.get, threads, synced"] = lambda: bring(write_synced)
     return ways
 
 
@@ -243,15 +246,28 @@ def _small_files(folder: Path, count: int) -> Path:
     return folder
 
 
-def _emptied(folder: Path) -> None:
-    """Nobody's syncs are to wait for what others have left to write."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    os.sync()
+class _NewFolders:
+    """One for each time: where ext4 has just deleted files, a new one costs ten times as much.
+
+    It passes over every inode that became free a moment ago.
+    """
+
+    def __init__(self, below: Path) -> None:
+        self._below = below
+        self._numbers = count()
+        self.now = below
+        """The newest."""
+
+    def make(self) -> None:
+        """Nobody's syncs are to wait for what others have left to write."""
+        self.now = self._below / str(next(self._numbers))
+        self.now.mkdir(parents=True)
+        os.sync()
 
 
 def _linked(source: Path, target: Path) -> None:
     """Ours takes files away once they are sent: it gets links to them."""
-    _emptied(target)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
     for path in source.iterdir():
         (target / path.name).hardlink_to(path)

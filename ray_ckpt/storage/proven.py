@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import FileEntry
@@ -52,7 +51,7 @@ def bring_all(
     large = [entry for entry in entries if entry.size_bytes > _SMALL_BYTES]
     for parent in {(target / entry.path).parent for entry in entries}:
         parent.mkdir(parents=True, exist_ok=True)
-    at_once(partial(_bring_small, origin, target, Lock(), progress=progress), small)
+    at_once(partial(_bring_small, origin, target=target, progress=progress), small)
     at_once(
         partial(_bring, origin, target=target, progress=progress),
         large,
@@ -77,15 +76,13 @@ def _bring(origin: Origin, entry: FileEntry, *, target: Path, progress: Progress
     sync_file(path)
 
 
-def _bring_small(
-    origin: Origin, target: Path, creating: Lock, entry: FileEntry, *, progress: Progress
-) -> None:
+def _bring_small(origin: Origin, entry: FileEntry, *, target: Path, progress: Progress) -> None:
     """The same, proven before it is written."""
     data = origin.store.read(_key(origin, entry))
     digest = digest_of(data, algorithm_of(entry))
     if (len(data), digest) != (entry.size_bytes, entry.digest):
         raise origin.damaged(entry, digest)
-    write_synced(target / entry.path, data, creating=creating)
+    write_synced(target / entry.path, data)
     progress.advance(2 * entry.size_bytes)
 
 

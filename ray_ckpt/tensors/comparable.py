@@ -23,12 +23,13 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 from ray_ckpt.storage.readers import reading
+from ray_ckpt.tensors.chunks import BLOCK_BYTES
 from ray_ckpt.tensors.export_plan import plan_export
 from ray_ckpt.tensors.hf_reader import HfFolder
 from ray_ckpt.tensors.reader import DcpReader
 from ray_ckpt.tensors.recording import Recording
 from ray_ckpt.tensors.sources import split
-from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, StepTensors
+from ray_ckpt.tensors.step_tensors import StepTensors
 from ray_ckpt.tensors.transforms import TORCH_DTYPES
 from ray_ckpt.tensors.views import View
 

@@ -25,11 +25,11 @@ from torch.futures import Future
 from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError, UsageError
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.listing import sizes_in
+from ray_ckpt.tensors.chunks import bytes_of
 from ray_ckpt.tensors.fqn import told
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.safetensors_file import DTYPES
 from ray_ckpt.tensors.source_files import SourceFiles
-from ray_ckpt.tensors.step_tensors import bytes_of
 
 _SUFFIX = ".safetensors"
 _AGAIN = "download or export the folder again"

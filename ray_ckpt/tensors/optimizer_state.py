@@ -41,7 +41,8 @@ class OptimizerState:
         """What a source that holds these keys is to supply, with memory to read it into.
 
         State is asked for even where the optimizer has none yet; but not for a parameter that the
-        source knows and holds no state of. The optimizers are as they were.
+        source knows and holds no state of. The memory is an optimizer's own where it has state of
+        every parameter. The optimizers are as they were.
         """
         stateless = _beginnings(held, _GROUPS) - _beginnings(held, _STATE)
         return self._flat([_with_state(o) for o in self._optimizers], stateless=stateless)
@@ -93,11 +94,13 @@ class OptimizerState:
 
 
 def _with_state(optimizer: Optimizer) -> dict[str, Any]:
-    """The state dict it would have after a step in which every parameter has a gradient.
+    """Its state dict, or the one it would have after a step with gradients of every parameter.
 
     Torch makes one by a step with gradients and a learning rate of zero.
     """
     parameters = [p for group in optimizer.param_groups for p in group[_PARAMS]]
+    if all(optimizer.state.get(parameter) for parameter in parameters):
+        return optimizer.state_dict()
     state, gradients = optimizer.state, [parameter.grad for parameter in parameters]
     optimizer.state = defaultdict(dict)
     for parameter in parameters:

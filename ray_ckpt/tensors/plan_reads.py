@@ -4,9 +4,9 @@ Each shard is made by itself: what two of them are made of is read for both, whe
 Knows nothing of chunks: what frames them in the step's files is not counted.
 """
 
+from ray_ckpt.tensors.chunks import BLOCK_BYTES
 from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.output_shards import OutputShard
-from ray_ckpt.tensors.step_tensors import BLOCK_BYTES
 from ray_ckpt.tensors.views import View
 
 

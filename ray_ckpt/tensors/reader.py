@@ -1,34 +1,49 @@
 """DCP's reader over any store: nothing is unpickled before its hash matched the manifest."""
 
 import contextlib
+import copy
+import functools
 import io
 import os
 import pickle
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, StorageReader
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    FileSystemReader,
+    LoadPlan,
+    LoadPlanner,
+    StorageReader,
+)
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.futures import Future
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
 from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
 from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.tensors.chunks import Chunk, Chunks
 from ray_ckpt.tensors.index import read_foreign_metadata
+from ray_ckpt.tensors.item_reads import read_items, read_values
 from ray_ckpt.tensors.ranks import causes, expect_one_process, ours, sentence
 
 _BUFFER_BYTES = 1 << 16
+_READS_AT_ONCE = 2
+"""At least: on a disk one of them is copied while the other waits."""
 
 
 class DcpReader(FileSystemReader):
@@ -53,11 +68,56 @@ class DcpReader(FileSystemReader):
             IntegrityError: its SHA-256 is not the manifest's, or, in a foreign folder, it names
                 anything but torch's own metadata types.
         """
-        data = self._store.read(f"{self.path}/{names.METADATA}")
-        metadata = self._unpickled(data)
+        metadata = self._metadata
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    @functools.cached_property
+    def _metadata(self) -> Metadata:
+        return self._unpickled(self._store.read(f"{self.path}/{names.METADATA}"))
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """The index that the plan is made from."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._index = metadata.state_dict_metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Tensors straight into place, values together; what is framed in another way by torch."""
+        tensors = [
+            (item, chunk) for item in plan.items if (chunk := self._chunk_of(item)) is not None
+        ]
+        # by where they lie: a disk reads ahead
+        tensors.sort(key=lambda read: (read[1].key, read[1].begin))
+        chunks = Chunks(self._store)
+        num_threads = max(_READS_AT_ONCE, self._store.reads_at_once)
+        of_each = at_once(chunks.elements_at, [c for _, c in tensors], num_threads=num_threads)
+        plain = [read for read, at in zip(tensors, of_each, strict=True) if at is not None]
+        read_items(chunks, plain, planner, num_threads=num_threads)
+        values = [
+            (item, self.storage_data[item.storage_index])
+            for item in plan.items
+            if item.type is LoadItemType.BYTE_IO and self._is_bare(item)
+        ]
+        read_values(self._store, str(self.path), values, planner)
+        done = {id(item) for item, _ in (*plain, *values)}
+        others = [item for item in plan.items if id(item) not in done]
+        return super().read_data(replace(plan, items=others), planner)
+
+    def _is_bare(self, item: ReadItem) -> bool:
+        return not getattr(self.storage_data[item.storage_index], "transform_descriptors", None)
+
+    def _chunk_of(self, item: ReadItem) -> Chunk | None:
+        """What the item is read from; None for what is no tensor."""
+        entry = self._index[item.storage_index.fqn]
+        if item.type is LoadItemType.BYTE_IO or not isinstance(entry, TensorStorageMetadata):
+            return None
+        stored = self.storage_data[item.storage_index]
+        offsets = item.storage_index.offset
+        sizes = next(c.sizes for c in entry.chunks if offsets is None or c.offsets == offsets)
+        return Chunk.of(str(self.path), stored, sizes, entry.properties.dtype)
 
     def _unpickled(self, data: bytes) -> Metadata:
         if self._digest is None:
@@ -88,6 +148,8 @@ class _Planner(DefaultLoadPlanner):
         self._progress = progress
         self._where = str(getattr(reader, "uri", ""))
         self._runs_pickles = bool(getattr(reader, "runs_pickles", False))
+        self._loaded: dict[bytes, Any] = {}
+        """Values by their pickles: a hyper-parameter is there once for each parameter."""
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """Torch calls this once a piece has arrived."""
@@ -96,8 +158,10 @@ class _Planner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """One value that is no tensor, in its place."""
         name = read_item.dest_index.fqn
+        pickled = value.getvalue()
         try:
-            loaded = torch.load(value, weights_only=not self._runs_pickles)
+            if pickled not in self._loaded:
+                self._loaded[pickled] = torch.load(value, weights_only=not self._runs_pickles)
         except pickle.UnpicklingError as error:
             raise IntegrityError(
                 f"{name} holds a pickle that is more than plain values; it was not run",
@@ -105,6 +169,7 @@ class _Planner(DefaultLoadPlanner):
                 "storage was not changed; the model may hold some of the step's tensors",
                 f"exclude its part from loading: LoadConfig(exclude=({name.partition('.')[0]!r},))",
             ) from error
+        loaded = copy.deepcopy(self._loaded[pickled])
         set_element(self.original_state_dict, self.mappings[name], loaded)
 
 

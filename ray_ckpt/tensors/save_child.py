@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     StorageMeta,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ray_ckpt.tensors.ranks import Phase, expect_one_process
+from ray_ckpt.tensors.save_planner import ValueSavePlanner
 from ray_ckpt.tensors.save_wire import (
     Answer,
     Join,
@@ -162,7 +162,7 @@ class _Server:
         return self._group is None or dist.get_rank(self._group) == 0
 
 
-class _StagedPlanner(DefaultSavePlanner):
+class _StagedPlanner(ValueSavePlanner):
     """Plans what `packed` made: flat already, DTensors and foreign classes described."""
 
     def __init__(self, mappings: dict[str, Any]) -> None:

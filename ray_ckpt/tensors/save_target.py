@@ -44,6 +44,11 @@ class SaveTarget(Protocol):
         """Where alone the files lie that this rank writes; None for the root."""
         ...
 
+    @property
+    def sends_at_once(self) -> bool:
+        """Whether the files are read again as soon as they are written."""
+        ...
+
     def staging(self, attempt: str) -> Path:
         """The folder that this rank writes to."""
         ...
@@ -92,6 +97,11 @@ class IntoRoot:
     catalog: Catalog
     becomes: Becomes = "committed"
     node: None = None
+
+    @property
+    def sends_at_once(self) -> bool:
+        """To an object store."""
+        return not self.catalog.commit.is_staging_shared
 
     def staging(self, attempt: str) -> Path:
         """The root's staging area; on an object store a folder of this process."""
@@ -147,6 +157,7 @@ class OntoNodes:
     folder: Path
     """The run's own on the node's disk; each save has one in it."""
     becomes: Becomes = "staged"
+    sends_at_once: bool = False
 
     def staging(self, attempt: str) -> Path:
         """Shared by the ranks of one node."""

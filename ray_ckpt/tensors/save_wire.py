@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from ray_ckpt.core.errors import SaveError
 from ray_ckpt.tensors.ranks import Phase
+from ray_ckpt.tensors.save_planner import is_simple, pickled
 from ray_ckpt.tensors.staging import Slot, Stager, empty, tensor_at
 from ray_ckpt.tensors.writer import SaveJob, no_note
 
@@ -145,18 +146,9 @@ def _is_here(value: Any) -> bool:
 def _described(key: str, value: Any) -> Any:
     if isinstance(value, DTensor):
         return Sharded.of(key, value)
-    if isinstance(value, Tensor) or _is_simple(value):
+    if isinstance(value, Tensor) or is_simple(value):
         return value
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return Serialized(data=buffer.getvalue())
-
-
-def _is_simple(value: Any) -> bool:
-    """Whether every interpreter knows the value's classes."""
-    if type(value) in (list, tuple):
-        return all(map(_is_simple, value))
-    return value is None or type(value) in (bool, int, float, complex, str, bytes)
+    return Serialized(data=pickled(value))
 
 
 class _Packer(pickle.Pickler):

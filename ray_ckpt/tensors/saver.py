@@ -20,6 +20,7 @@ from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.saving import Mode
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Phase, Ranks
+from ray_ckpt.tensors.save_planner import ValueSavePlanner
 from ray_ckpt.tensors.save_process import SaveProcess
 from ray_ckpt.tensors.staging import HostMemory, Stager
 from ray_ckpt.tensors.stopwatch import Stopwatch
@@ -113,6 +114,7 @@ class Saver:
             dcp_save(
                 state_dict,
                 storage_writer=writer,
+                planner=ValueSavePlanner(),
                 process_group=self._ranks.group,
                 no_dist=self._ranks.group is None,
             )

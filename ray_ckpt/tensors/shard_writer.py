@@ -20,13 +20,13 @@ from ray_ckpt.storage.base import Blocks
 from ray_ckpt.storage.digests import STRONG_ALGORITHM
 from ray_ckpt.storage.disk.ordered_write import OrderedWrite
 from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.tensors.chunks import BLOCK_BYTES, bytes_of
 from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.frames import FRAMES, Frame
 from ray_ckpt.tensors.gate import Values
 from ray_ckpt.tensors.output_shards import OutputShard
 from ray_ckpt.tensors.read_ahead import ahead
 from ray_ckpt.tensors.recording import Output
-from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, bytes_of
 from ray_ckpt.tensors.views import View
 
 

@@ -21,13 +21,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, describe_file
 from ray_ckpt.storage.disk.posix import sync_file, translated
+from ray_ckpt.tensors.chunks import BLOCK_BYTES, bytes_of
 from ray_ckpt.tensors.export_plan import ExportPlan
 from ray_ckpt.tensors.gate import Values
 from ray_ckpt.tensors.output_shards import OutputShard
 from ray_ckpt.tensors.ranks import Ranks, raise_first
 from ray_ckpt.tensors.recording import Output
 from ray_ckpt.tensors.safetensors_file import header, in_file_order
-from ray_ckpt.tensors.step_tensors import BLOCK_BYTES, bytes_of
 from ray_ckpt.tensors.views import View
 
 _SHORTEST_RUN = 64

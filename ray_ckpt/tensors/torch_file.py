@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,7 +34,9 @@ class TorchFrame:
         self.specs = specs
         self._crc_of: dict[str, int] = {}
         self._crc = 0
-        with _without_data(specs) as path, path.open("rb") as file:
+        with FakeTensorMode():
+            tensors = {n: torch.empty(spec.shape, dtype=spec.dtype) for n, spec in specs.items()}
+        with _without_data(tensors) as path, path.open("rb") as file:
             places = _places(path, file, len(specs))
             self.front = _read(file, 0, places[0] if places else path.stat().st_size)
             ends = [at + spec.size_bytes for at, spec in zip(places, specs.values(), strict=True)]
@@ -77,15 +79,26 @@ def specs_in_torch_file(file: BinaryIO) -> dict[str, TensorSpec]:
     }
 
 
+def around(spec: TensorSpec) -> tuple[bytes, bytes]:
+    """What `torch.save` writes before and behind the elements of one contiguous tensor.
+
+    Their CRC-32 is left out, as by `torch.serialization.set_crc32_options(False)`.
+    """
+    with FakeTensorMode():
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+    with _without_data(tensor) as path, path.open("rb") as file:
+        [begin] = _places(path, file, 1)
+        end = begin + spec.size_bytes
+        return _read(file, 0, begin), _read(file, end, path.stat().st_size)
+
+
 @contextmanager
-def _without_data(specs: Mapping[str, TensorSpec]) -> Generator[Path]:
-    """The file as it will be, with nothing where its tensors will stand."""
+def _without_data(value: Any) -> Generator[Path]:
+    """The file as it will be, with nothing where the tensors in `value` will stand."""
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-") as folder:
-        path = Path(folder) / "weights"
-        with FakeTensorMode():
-            tensors = {n: torch.empty(spec.shape, dtype=spec.dtype) for n, spec in specs.items()}
+        path = Path(folder) / "archive"
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(tensors, path)
+            torch.save(value, path)
         yield path
 
 

@@ -8,23 +8,26 @@
 An error on any rank reaches all of them through DCP, and nothing becomes visible.
 """
 
-import contextlib
-import io
+import itertools
 import logging
-import os
-from collections.abc import Callable, Generator, Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    DEFAULT_SUFFIX,
+    _StorageInfo,
+    _StoragePrefix,
+)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-from typing_extensions import Buffer
 
 from ray_ckpt.core import names
 from ray_ckpt.core.draft import Draft, Place, merged
@@ -32,12 +35,13 @@ from ray_ckpt.core.errors import StorageError
 from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
 from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.catalog import Catalog
-from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_file, new_digest
-from ray_ckpt.storage.disk.posix import sync_file, translated, write_synced
+from ray_ckpt.storage.digests import STRONG_ALGORITHM, digest_of
+from ray_ckpt.storage.disk.posix import translated, write_synced
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.index import model_keys, tensor_index
 from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_target import IntoRoot, SaveTarget, Superseded
+from ray_ckpt.tensors.shard_file import new_shard, on_the_host
 
 log = logging.getLogger("ray_ckpt")
 
@@ -110,14 +114,13 @@ class CommittingWriter(FileSystemWriter):
     """A DCP storage writer for exactly one save."""
 
     def __init__(self, job: SaveJob) -> None:
-        super().__init__(job.attempt, single_file_per_rank=True, sync_files=True)
+        super().__init__(job.attempt)
         self._job = job
         self._target = job.goes_to
         self._staging: Path | None = None
         self._superseded: Superseded = ()
         self._tied: dict[str, str] = {}
         """Of all ranks: in a pipeline each knows its own part of the model."""
-        self.fs = _DigestingFileSystem()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Makes the staging folder; here, where DCP carries a rank's error to all of them."""
@@ -148,20 +151,42 @@ class CommittingWriter(FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Shards written, synced and handed over; each result knows its file's digest."""
         with translated(self._folder_of_attempt):
-            results = super().write_data(plan, planner).value()
-        files = cast(_DigestingFileSystem, self.fs).described
+            results = self._written(plan, planner)
         self._target.contribute(self._folder_of_attempt, self._folder)
-        broken = {
-            item.index
-            for item in plan.items
-            if item.type != WriteItemType.BYTE_IO and not self._is_sound(item, planner)
-        }
         described: Future[list[WriteResult]] = Future()
-        described.set_result(
-            [self._described(r, files, is_finite=r.index not in broken) for r in results]
-        )
+        described.set_result(results)
         self._job.note(self._job.attempt, Phase.WRITTEN)
         return described
+
+    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        """All items of this rank, in one file: small values first, then the tensors."""
+        if not plan.items:
+            return []
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        is_value = [item.type == WriteItemType.BYTE_IO for item in plan.items]
+        values = list(itertools.compress(plan.items, is_value))
+        tensors = [i for i, is_none in zip(plan.items, is_value, strict=True) if not is_none]
+        places: dict[MetadataIndex, tuple[int, int]] = {}
+        path = self._folder_of_attempt / name
+        with new_shard(path, past_the_cache=not self._target.sends_at_once) as shard:
+            for item in values:
+                places[item.index] = shard.add(planner.resolve_data(item))
+            for tensor, item in on_the_host(tensors, planner):
+                places[item.index] = shard.add(tensor)
+            entry = shard.close()
+        place = self._place(name)
+        broken = {item.index for item in tensors if not self._is_sound(item, planner)}
+        return [
+            _DescribedResult(
+                index=index,
+                size_in_bytes=length,
+                storage_data=_StorageInfo(name, begin, length),
+                file=entry,
+                is_finite=index not in broken,
+                place=place,
+            )
+            for index, (begin, length) in places.items()
+        ]
 
     def _is_sound(self, item: WriteItem, planner: SavePlanner) -> bool:
         """Whether a weight is finite everywhere; optimizers may hold what they like."""
@@ -172,14 +197,13 @@ class CommittingWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the coordinator, after every rank has written: the step is committed."""
         described = [cast(_DescribedResult, result) for rank in results for result in rank]
-        plain = [[_plain(cast(_DescribedResult, r)) for r in rank] for rank in results]
         # torch 2.11 fills them into a copy, 2.13 into the very object
-        metadata.storage_data = {r.index: r.storage_data for rank in plain for r in rank}
+        metadata.storage_data = {r.index: r.storage_data for r in described}
+        metadata.storage_meta = self.storage_meta()
+        metadata.version = CURRENT_DCP_VERSION
         with translated(self._folder_of_attempt):
-            super().finish(metadata, plain)
-            # torch syncs it while its bytes are still in the stream's buffer
-            sync_file(self._folder_of_attempt / names.METADATA)
-            extra = [self._describe_metadata(), *self._write_assets()]
+            files = {names.METADATA: pickle.dumps(metadata), **self._assets()}
+            extra = [self._write(name, data) for name, data in files.items()]
         shards = {result.file.path: result.file for result in described if result.file}
         manifest = replace(
             self._job.draft,
@@ -235,102 +259,21 @@ class CommittingWriter(FileSystemWriter):
         folder = str(self._folder_of_attempt)
         return None if node is None else Place(node=node, folder=folder, files=(name,))
 
-    def _described(
-        self, result: WriteResult, files: Mapping[str, FileEntry], *, is_finite: bool
-    ) -> _DescribedResult:
-        name = result.storage_data.relative_path
-        return _DescribedResult(
-            index=result.index,
-            size_in_bytes=result.size_in_bytes,
-            storage_data=result.storage_data,
-            file=files[name],
-            is_finite=is_finite,
-            place=self._place(name),
-        )
+    def _assets(self) -> dict[str, bytes]:
+        return {f"{names.ASSETS}/{name}": data for name, data in self._job.assets.items()}
 
-    def _describe_metadata(self) -> FileEntry:
-        return describe_file(
-            self._folder_of_attempt / names.METADATA, names.METADATA, STRONG_ALGORITHM
-        )
-
-    def _write_assets(self) -> list[FileEntry]:
-        folder = self._folder_of_attempt / names.ASSETS
-        for name, data in self._job.assets.items():
-            folder.mkdir(exist_ok=True)
-            write_synced(folder / name, data)
-        return [
-            describe_file(folder / name, f"{names.ASSETS}/{name}", STRONG_ALGORITHM)
-            for name in self._job.assets
-        ]
+    def _write(self, name: str, data: bytes) -> FileEntry:
+        path = self._folder_of_attempt / name
+        path.parent.mkdir(exist_ok=True)
+        write_synced(path, data)
+        digest = digest_of(data, STRONG_ALGORITHM)
+        return FileEntry(path=name, size_bytes=len(data), digest=digest)
 
     def _model_entry(self, metadata: Metadata) -> ModelEntry:
         keys = model_keys(metadata, self._job.reserved)
         return replace(self._model, keys=keys, tied=self._tied)
 
 
-class _DigestingFileSystem(FileSystem):
-    """DCP's own file system, with a digest of every file written."""
-
-    def __init__(self) -> None:
-        self.described: dict[str, FileEntry] = {}
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase]:
-        """A stream that computes the digest in the pass that writes."""
-        with super().create_stream(path, mode) as raw:
-            if mode != "wb" or Path(path).suffix == ".tmp":
-                yield raw
-                return
-            stream = _DigestingStream(raw)
-            yield stream
-            name = Path(path).name
-            self.described[name] = FileEntry(
-                path=name, size_bytes=stream.size_bytes, digest=stream.digest.text()
-            )
-
-
-class _DigestingStream(io.RawIOBase):
-    """Passes writes on and digests them; sequential only, which is how DCP writes."""
-
-    def __init__(self, raw: io.IOBase) -> None:
-        self._raw: Any = raw
-        self.digest = new_digest(SHARD_ALGORITHM)
-        self.size_bytes = 0
-
-    def write(self, data: Buffer) -> int:
-        """All of `data`, always."""
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        self.size_bytes += len(view)
-        self._raw.write(view)
-        return len(view)
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.size_bytes
-
-    def flush(self) -> None:
-        """Also the wrapped stream."""
-        if not self._raw.closed:
-            self._raw.flush()
-
-    def fileno(self) -> int:
-        """Of the wrapped file, flushed, so that DCP can sync it."""
-        self._raw.flush()
-        return int(self._raw.fileno())
-
-    def close(self) -> None:
-        """The wrapped stream stays open: whoever opened it closes it."""
-        self.flush()
-        super().close()
-
-
 def _num_bytes(plan: SavePlan) -> int:
     """Bytes of the tensors that a rank is to write; the rest of a save is small."""
     return sum(item.tensor_storage_size() or 0 for item in plan.items)
-
-
-def _plain(result: _DescribedResult) -> WriteResult:
-    return WriteResult(
-        index=result.index, size_in_bytes=result.size_in_bytes, storage_data=result.storage_data
-    )

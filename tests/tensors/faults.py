@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class Countdown:
     def write(self, write: Callable[[Any], int], data: Any) -> int:
         """Half of the data, if this is the change."""
         if self.change():
-            write(memoryview(data).cast("B")[: len(data) // 2])
+            view = memoryview(data).cast("B")
+            write(view[: view.nbytes // 2])
             self._act()
         return write(data)
 
@@ -93,10 +95,12 @@ class _Watch:
         self._root = root
         self._countdown = countdown
         self._open, self._fsync = io.open, os.fsync
+        self._write, self._pwrite = os.write, os.pwrite
 
     def begin(self) -> None:
         io.open = builtins.open = self._opened
         os.fsync = self._synced
+        os.write, os.pwrite = self._written, self._written_at
         sys.addaudithook(self._audited)
 
     def _opened(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -108,6 +112,21 @@ class _Watch:
         if self._counts(_path_of(descriptor)):
             self._countdown.tick()
         self._fsync(descriptor)
+
+    def _written(self, descriptor: int, data: Any) -> int:
+        if not self._counts(_path_of(descriptor)):
+            return self._write(descriptor, data)
+        return self._countdown.write(partial(self._write, descriptor), data)
+
+    def _written_at(self, descriptor: int, data: Any, offset: int) -> int:
+        def write(data: Any) -> int:
+            return self._pwrite(descriptor, data, offset)
+
+        return (
+            self._countdown.write(write, data)
+            if self._counts(_path_of(descriptor))
+            else write(data)
+        )
 
     def _audited(self, event: str, args: tuple[Any, ...]) -> None:
         is_opened = event == "open" and isinstance(args[2], int) and bool(args[2] & _WRITING)

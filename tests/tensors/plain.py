@@ -26,9 +26,10 @@ from ray_ckpt.storage.commit import RenameCommit
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.run import HfAssets, Run
+from ray_ckpt.tensors.shard_file import ShardFile
 from ray_ckpt.tensors.staging import Stager
 from ray_ckpt.tensors.states import TrainingState, TrainState
-from ray_ckpt.tensors.writer import CommittingWriter, _DigestingStream
+from ray_ckpt.tensors.writer import CommittingWriter
 
 NEVER = SaveConfig(every_steps=1_000_000)
 EVERY_STEP = SaveConfig(every_steps=1, when_busy="wait")
@@ -36,7 +37,7 @@ EVERY_STEP_SYNC = SaveConfig(every_steps=1, mode="sync")
 MOMENTS: dict[str, tuple[type, str]] = {
     "staging": (Stager, "stage"),
     "planning": (CommittingWriter, "prepare_local_plan"),
-    "writing": (_DigestingStream, "write"),
+    "writing": (ShardFile, "add"),
     "written": (RenameCommit, "contribute"),
     "finishing": (CommittingWriter, "finish"),
     "committing": (Catalog, "commit_step"),

@@ -54,6 +54,18 @@ def test_what_plain_torch_wrote_is_adopted_and_read_with_equal_values(
     assert after == before
 
 
+def test_what_torch_wrote_without_checksums_is_adopted(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        with pytest.warns(UserWarning, match="save in a single process"):
+            dcp.save({"weight": torch.ones(4, 2)}, checkpoint_id=tmp_path / "step-5")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    catalog = open_catalog(str(tmp_path))
+    manifest = adopt_step(catalog, 5)
+    assert read_tensors(catalog, manifest, ["weight"])["weight"].eq(1).all()
+
+
 def test_a_step_whose_manifest_was_lost_is_adopted_and_resumed_from(
     saved_run: SavedRun, saved_root: Path
 ) -> None:

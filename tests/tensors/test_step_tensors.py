@@ -22,9 +22,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.storage.disk.store import LocalStore
+from ray_ckpt.tensors.chunks import rows_of
 from ray_ckpt.tensors.framing import elements_at
 from ray_ckpt.tensors.reader import DcpReader
-from ray_ckpt.tensors.step_tensors import StepTensors, rows_of
+from ray_ckpt.tensors.step_tensors import StepTensors
 from tests.tensors.ranks import run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -166,7 +167,7 @@ def test_rows_cover_a_chunk_once_and_in_order() -> None:
     expected = torch.arange(60).reshape(size)[1:3, 2:4, 0:3].reshape(-1).tolist()
     found: list[int] = []
     for rows in rows_of(size, chunk, 2):
-        assert rows.begin_in_chunk == len(found)
+        assert rows.begin_in_part == len(found)
         for row in range(rows.count):
             begin = rows.begin + row * rows.apart
             found += range(begin, begin + rows.width)

@@ -5,6 +5,7 @@ The blocks would only push out of the cache what somebody needs, and cost anothe
 
 import contextlib
 import errno
+import fcntl
 import os
 import uuid
 from pathlib import Path
@@ -17,9 +18,13 @@ _ALIGNMENT = 4096
 """Of addresses, offsets and lengths in a write that passes by the page cache."""
 
 
-def new_file(path: Path) -> "FileBlocks":
-    """A file that is there, under this name, once it is finished."""
-    return FileBlocks(path, beside=path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}"))
+def new_file(path: Path, *, past_the_cache: bool = True) -> "FileBlocks":
+    """A file that is there, under this name, once it is finished.
+
+    Not `past_the_cache` is for one that is read again at once.
+    """
+    beside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    return FileBlocks(path, beside=beside, past_the_cache=past_the_cache)
 
 
 class FileBlocks:
@@ -28,12 +33,12 @@ class FileBlocks:
     block_bytes = 8 << 20
     puts_at_once = 1
 
-    def __init__(self, path: Path, *, beside: Path) -> None:
+    def __init__(self, path: Path, *, beside: Path, past_the_cache: bool = True) -> None:
         self._path = path
         self._beside = beside
         with translated(path):
             make_folder(path.parent)
-            self._descriptor, self._is_direct = _open(beside)
+            self._descriptor, self._is_direct = _open(beside, past_the_cache=past_the_cache)
 
     def put(self, number: int, block: memoryview, num_bytes: int) -> None:
         """Whole pages past the page cache; what is too much is cut off in the end."""
@@ -42,9 +47,25 @@ class FileBlocks:
         left, offset = block[:num_bytes], number * self.block_bytes
         with translated(self._path):
             while left.nbytes:
-                done = os.pwrite(self._descriptor, left, offset)
+                done = self._write(left, offset)
                 offset += done
                 left = left[done:]
+
+    def _write(self, data: memoryview, offset: int) -> int:
+        """So many bytes are written.
+
+        A write past the page cache that ends early, at a limit, leaves a rest that only a plain one
+        can take, and say what is wrong; some file systems refuse all of them.
+        """
+        try:
+            return os.pwrite(self._descriptor, data, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._is_direct:
+                raise
+        self._is_direct = False
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return os.pwrite(self._descriptor, data, offset)
 
     def finish(self, size_bytes: int) -> None:
         """Synced, then linked: unlike a rename, a link never replaces."""
@@ -64,10 +85,10 @@ class FileBlocks:
             self._descriptor = -1
 
 
-def _open(path: Path) -> tuple[int, bool]:
+def _open(path: Path, *, past_the_cache: bool) -> tuple[int, bool]:
     """A descriptor, and whether writes to it pass by the page cache."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    direct = getattr(os, "O_DIRECT", 0)
+    direct = getattr(os, "O_DIRECT", 0) if past_the_cache else 0
     try:
         return os.open(path, flags | direct, 0o666), bool(direct)
     except OSError as error:

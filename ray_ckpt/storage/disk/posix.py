@@ -31,9 +31,6 @@ _CURES: dict[type[StorageError], str] = {
 }
 
 
-_FREELY = contextlib.nullcontext()
-
-
 def kind_of(error: OSError, *, other: type[StorageError] = TransientError) -> type[StorageError]:
     """Which of ours an error of an operating system is, here or at a server."""
     return _KINDS.get(error.errno or 0, other)
@@ -89,18 +86,13 @@ def translated(where: Path) -> Generator[None]:
         raise kind(text, str(where), do=_CURES.get(kind, "")) from error
 
 
-def write_synced(
-    path: Path, data: bytes, *, creating: contextlib.AbstractContextManager[object] = _FREELY
-) -> None:
-    """The file holds `data`, on the device.
-
-    Threads that create many files in one folder had better take turns, by a lock that is held while
-    `creating`: in the kernel they would wait for each other by spinning.
-    """
-    with creating:
-        file = path.open("wb", buffering=0)
-    with file:
+def write_synced(path: Path, data: bytes) -> None:
+    """The file holds `data`, on the device."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
         left = memoryview(data)
         while left.nbytes:
-            left = left[file.write(left) :]
-        os.fsync(file.fileno())
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

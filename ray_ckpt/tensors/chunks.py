@@ -1,0 +1,205 @@
+"""What one rank held of a tensor, as DCP stores it, and its elements read straight into place.
+
+Elements are numbered in row-major order. A part of a tensor lies in it as rows of equal width:
+
+    [4, 6] split by rows      one row of 12 elements from 0 on, one from 12 on
+    [4, 6] split by columns   4 rows of 3 elements, 6 apart, from 0 on; 4 from 3 on
+"""
+
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.storage.base import Store
+from ray_ckpt.tensors.framing import HEAD_BYTES, elements_at
+
+BLOCK_BYTES = 8 << 20
+"""Of one read: large enough for a disk and for a request to S3, small enough to be held often."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Where it lies, and what it is."""
+
+    key: str
+    """Of the file."""
+    begin: int
+    """First byte of the chunk's zip file."""
+    length: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_plain: bool
+    """Written by `torch.save` and nothing around it."""
+
+    @classmethod
+    def of(
+        cls, folder: str, stored: _StorageInfo, shape: Sequence[int], dtype: torch.dtype
+    ) -> "Chunk":
+        """As DCP's index says it."""
+        return cls(
+            key=f"{folder}/{stored.relative_path}",
+            begin=stored.offset,
+            length=stored.length,
+            shape=tuple(shape),
+            dtype=dtype,
+            is_plain=not getattr(stored, "transform_descriptors", None),
+        )
+
+
+class Chunks:
+    """The chunks of one store; threads may share it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._elements: dict[tuple[str, int], int | None] = {}
+
+    def elements_at(self, chunk: Chunk) -> int | None:
+        """The byte of the file at which its elements begin, in order.
+
+        None if they are framed in another way.
+        """
+        where = chunk.key, chunk.begin
+        if where not in self._elements:
+            head = bytearray(min(HEAD_BYTES, chunk.length))
+            self._store.read_into(chunk.key, chunk.begin, memoryview(head))
+            at = elements_at(bytes(head), chunk.shape, chunk.dtype) if chunk.is_plain else None
+            self._elements[where] = None if at is None else chunk.begin + at
+        return self._elements[where]
+
+    def read(self, chunk: Chunk, begin: int, into: Tensor) -> None:
+        """The elements from number `begin` on, as many as there are in `into`, which is contiguous.
+
+        Raises:
+            IntegrityError: the chunk cannot be read, or holds another tensor than the index says.
+        """
+        at = self.elements_at(chunk)
+        if at is None:
+            into.copy_(self._loaded(chunk)[begin : begin + into.numel()])
+            return
+        self._store.read_into(chunk.key, at + begin * into.element_size(), bytes_of(into))
+
+    def _loaded(self, chunk: Chunk) -> Tensor:
+        """All elements of a chunk that is framed in another way, in order."""
+        data = bytearray(chunk.length)
+        self._store.read_into(chunk.key, chunk.begin, memoryview(data))
+        try:
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise IntegrityError(
+                f"a chunk cannot be read: {error}", f"{self._store.uri}/{chunk.key}"
+            ) from error
+        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (
+            chunk.shape,
+            chunk.dtype,
+        ):
+            raise IntegrityError(
+                f"a chunk is to hold {chunk.dtype} {chunk.shape}, and does not",
+                f"{self._store.uri}/{chunk.key}",
+            )
+        return tensor.reshape(-1)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Elements of a tensor that lie one after the other in a part of it."""
+
+    begin: int
+    """Of the first one in the tensor."""
+    begin_in_part: int
+    count: int
+    width: int
+    apart: int
+    """From the beginning of one row to that of the next, in the tensor."""
+
+    @property
+    def end(self) -> int:
+        """Behind the last one in the tensor."""
+        return self.begin + (self.count - 1) * self.apart + self.width
+
+    def within(self, begin: int, end: int) -> Iterator["Rows"]:
+        """What of them lies in `begin` to `end`: whole rows together, cut ones by themselves."""
+        first = max(0, -(-(begin - self.begin) // self.apart))
+        behind = min(self.count, (end - self.begin - self.width) // self.apart + 1)
+        if first > 0:
+            yield from self._cut(first - 1, begin, end)
+        if first < behind:
+            yield self.rows(first, behind - first)
+        if max(first, behind) < self.count:
+            yield from self._cut(max(first, behind), begin, end)
+
+    def _cut(self, index: int, begin: int, end: int) -> Iterator["Rows"]:
+        at = self.begin + index * self.apart
+        left, right = max(begin - at, 0), min(end - at, self.width)
+        if left < right:
+            yield self._part(index, 1, left, right - left)
+
+    def rows(self, first: int, count: int) -> "Rows":
+        """So many of them, from number `first` on."""
+        return self._part(first, count, 0, self.width)
+
+    def _part(self, index: int, count: int, left: int, width: int) -> "Rows":
+        return Rows(
+            begin=self.begin + index * self.apart + left,
+            begin_in_part=self.begin_in_part + index * self.width + left,
+            count=count,
+            width=width,
+            apart=self.apart,
+        )
+
+
+def rows_of(size: Sequence[int], part: ChunkStorageMetadata, split: int) -> Iterator[Rows]:
+    """Where in a tensor the elements of a part lie, which is whole behind dimension `split`."""
+    inner = math.prod(size[split + 1 :])
+    width = part.sizes[split] * inner if size else 1
+    left = part.offsets[split] * inner if size else 0
+    apart = math.prod(size[split:])
+    if width == 0 or math.prod(part.sizes) == 0:
+        return
+    begin_in_part = 0
+    for first, count in _leading(size[:split], part):
+        yield Rows(
+            begin=first * apart + left,
+            begin_in_part=begin_in_part,
+            count=count,
+            width=width,
+            apart=apart,
+        )
+        begin_in_part += count * width
+
+
+def _leading(size: Sequence[int], part: ChunkStorageMetadata) -> Iterator[tuple[int, int]]:
+    """Runs of what the dimensions in front number, the last of them the fastest: first, count."""
+    if not size:
+        yield 0, 1
+        return
+    whole = len(size) - 1
+    while whole > 0 and part.sizes[whole] == size[whole]:
+        whole -= 1
+    below = math.prod(size[whole + 1 :])
+    ranges = [range(o, o + n) for o, n in zip(part.offsets, part.sizes, strict=True)]
+    for outer in itertools.product(*ranges[:whole]):
+        first = 0
+        for index, length in zip(outer, size, strict=False):
+            first = first * length + index
+        first = first * size[whole] + part.offsets[whole]
+        yield first * below, part.sizes[whole] * below
+
+
+def split_dimension(size: Sequence[int], parts: Sequence[ChunkStorageMetadata]) -> int:
+    """The last dimension of which some part holds not all; 0 if all are whole."""
+    cut = [d for part in parts for d, n in enumerate(part.sizes) if n != size[d]]
+    return max(cut, default=0)

@@ -1,0 +1,114 @@
+"""One rank's shard of a DCP step: items one after the other, each as torch frames it, in one pass.
+
+    a dense tensor    front and end of the zip file that `torch.save` would write, made once for
+                      each dtype and shape, and between them the elements as they lie in memory
+    anything else     by torch itself
+
+The file is digested while it is written, and passes by the page cache. The zip's own CRC-32 of
+the elements is left out, as `torch.serialization.set_crc32_options(False)` does it: it would take
+longer than the write, torch never looks at it, and the manifest has a digest of every byte.
+"""
+
+import contextlib
+import functools
+import io
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import SavePlanner
+from torch.distributed.checkpoint.filesystem import _OverlappingCpuLoader, _SerialCpuLoader
+from torch.distributed.checkpoint.planner import WriteItem
+from typing_extensions import Buffer
+
+from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.storage.digests import SHARD_ALGORITHM
+from ray_ckpt.storage.disk.file_blocks import new_file
+from ray_ckpt.storage.disk.ordered_write import OrderedWrite
+from ray_ckpt.tensors.chunks import bytes_of
+from ray_ckpt.tensors.recording import TensorSpec
+from ray_ckpt.tensors.torch_file import around
+
+_BYTES_IN_FLIGHT = 64 << 20
+"""On their way from a GPU while others are written."""
+
+
+class ShardFile:
+    """A new file at `path`; it is there, whole and synced, once `close` has returned."""
+
+    def __init__(self, path: Path, *, past_the_cache: bool) -> None:
+        blocks = new_file(path, past_the_cache=past_the_cache)
+        self._file = OrderedWrite(blocks, name=path.name, algorithm=SHARD_ALGORITHM)
+
+    def add(self, item: io.BytesIO | Tensor) -> tuple[int, int]:
+        """Where the item begins, and its length, in bytes."""
+        begin = self._file.size_bytes
+        if isinstance(item, io.BytesIO):
+            self._file.write(item.getbuffer())
+        elif is_plain(item):
+            front, behind = _frame(item.dtype, tuple(item.shape))
+            for piece in (memoryview(front), bytes_of(item), memoryview(behind)):
+                self._file.write(piece)
+        else:
+            torch.save(item, cast(Any, _Stream(self._file)))
+        return begin, self._file.size_bytes - begin
+
+    def close(self) -> FileEntry:
+        """The file's entry in a manifest."""
+        return self._file.close()
+
+    def discard(self) -> None:
+        """The file is not there."""
+        self._file.discard()
+
+
+@contextlib.contextmanager
+def new_shard(path: Path, *, past_the_cache: bool) -> Generator[ShardFile]:
+    """A shard that the block fills; nothing is left of it after an error."""
+    shard = ShardFile(path, past_the_cache=past_the_cache)
+    try:
+        yield shard
+    except BaseException:
+        shard.discard()
+        raise
+
+
+def on_the_host(
+    items: Iterable[WriteItem], planner: SavePlanner
+) -> Iterator[tuple[Tensor, WriteItem]]:
+    """The tensors of these items; from a GPU some come while others are looked at."""
+    loader = (
+        _OverlappingCpuLoader(planner.resolve_data, inflight_threshhold=_BYTES_IN_FLIGHT)
+        if torch.cuda.is_available()
+        else _SerialCpuLoader(planner.resolve_data)
+    )
+    for item in items:
+        loader.add(item.tensor_storage_size() or 0, item)
+    loader.start_loading()
+    yield from cast(Iterator[tuple[Tensor, WriteItem]], loader.values())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its elements lie in memory as they are, in order and without gaps."""
+    is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_quantized
+    return is_dense and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+
+
+@functools.lru_cache(maxsize=1024)
+def _frame(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    return around(TensorSpec(shape=shape, dtype=dtype))
+
+
+class _Stream(io.RawIOBase):
+    """What torch writes is the next of the file."""
+
+    def __init__(self, file: OrderedWrite) -> None:
+        self._file = file
+
+    def write(self, data: Buffer) -> int:
+        """All of `data`, always."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        return len(view)

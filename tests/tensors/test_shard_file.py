@@ -1,0 +1,114 @@
+"""What a rank writes of a step is what `torch.save` would have written, but for a checksum."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.tensors.shard_file import is_plain, new_shard
+from tests.tensors.plain import save_steps
+
+DENSE = {
+    "float32": torch.arange(6.0).reshape(2, 3),
+    "bfloat16": torch.arange(12).bfloat16(),
+    "float8": torch.arange(8.0).to(torch.float8_e4m3fn),
+    "bool": torch.tensor([True, False]),
+    "complex64": torch.tensor([1 + 2j, 3j]),
+    "int64 scalar": torch.tensor(7),
+    "no elements": torch.zeros(0, 3),
+    "more than a block": torch.arange(3_000_000, dtype=torch.float32),
+}
+OTHERS = {
+    "turned": torch.arange(6.0).reshape(2, 3).t(),
+    "conjugate": torch.tensor([1 + 2j]).conj(),
+}
+
+
+@pytest.fixture(params=[True, False], ids=["past the cache", "cached"])
+def past_the_cache(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+def test_every_item_is_what_was_given(tmp_path: Path, past_the_cache: bool) -> None:
+    values = {**DENSE, **OTHERS}
+    path = tmp_path / "__0_0.distcp"
+    with new_shard(path, past_the_cache=past_the_cache) as shard:
+        places = {name: shard.add(tensor) for name, tensor in values.items()}
+        places["value"] = shard.add(io.BytesIO(b"a pickle"))
+        entry = shard.close()
+    data = path.read_bytes()
+    assert entry == describe_file(path, path.name, "crc64nvme")
+    assert sum(length for _, length in places.values()) == len(data) == entry.size_bytes
+    begin, length = places.pop("value")
+    assert data[begin : begin + length] == b"a pickle"
+    for name, (begin, length) in places.items():
+        found: Tensor = torch.load(io.BytesIO(data[begin : begin + length]), weights_only=True)
+        assert found.dtype == values[name].dtype and found.stride() == values[name].stride(), name
+        assert torch.equal(_comparable(found), _comparable(values[name])), name
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+@pytest.mark.parametrize("name", list(DENSE))
+def test_an_item_is_torchs_own_without_checksum(tmp_path: Path, name: str) -> None:
+    with new_shard(tmp_path / "shard", past_the_cache=False) as shard:
+        shard.add(DENSE[name])
+        shard.close()
+    made, saved = (tmp_path / "shard").read_bytes(), _saved(DENSE[name])
+    # the CRC-32 of the elements, and an id that torch makes of it
+    other = [at for at, (a, b) in enumerate(zip(made, saved, strict=True)) if a != b]
+    assert len(other) <= 4 * 4 + 40
+    elements = DENSE[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    assert made.count(elements) >= 1 and made[:4] == b"PK\x03\x04"
+
+
+def _saved(value: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def test_only_dense_tensors_are_framed_here() -> None:
+    assert all(map(is_plain, DENSE.values()))
+    assert not any(map(is_plain, OTHERS.values()))
+
+
+def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        new_shard(tmp_path / "shard", past_the_cache=True) as shard,
+    ):
+        shard.add(DENSE["more than a block"])
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_plain_dcp_reads_a_step(tmp_path: Path) -> None:
+    save_steps(tmp_path, 3)
+    state = {"weight": torch.zeros(8, 4), "bias": torch.zeros(4)}
+    dcp.load(state, checkpoint_id=tmp_path / "step-3", no_dist=True)
+    assert state["weight"].eq(3).all() and state["bias"].eq(3).all()
+
+
+def test_a_file_and_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with new_shard(tmp_path / "shard", past_the_cache=True) as shard:
+        shard.add(DENSE["float32"])
+        shard.close()
+    assert synced[0].startswith(".tmp-") and synced[-1] == tmp_path.name
