@@ -1,8 +1,8 @@
-"""How what was sent or fetched in several ways is told: ours beside the best of the others."""
+"""How what was done in several ways is told: ours beside the best of the others, and the limit."""
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 from jobs.bench.timing import Timing, interleaved
 
@@ -24,6 +24,29 @@ class Sent:
     mb_per_s: float
     ratio: float
     """Of the best peer's median to this one's: above 1 is faster than all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared(Timing):
+    """One way to do a thing that this machine limits."""
+
+    times_limit: float
+    """Of the limit's median: 1 is as fast as the machine."""
+    ratio: float
+    """Of the other's median to this one's: above 1 is faster than it."""
+
+
+def compared(timings: Sequence[Timing], *, limit: str, peer: str) -> list[Compared]:
+    """The same times, each with its distance to these two, which are among them by their names."""
+    medians = {timing.what: timing.median_s for timing in timings}
+    return [
+        Compared(
+            **asdict(timing),
+            times_limit=timing.median_s / medians[limit],
+            ratio=medians[peer] / timing.median_s,
+        )
+        for timing in timings
+    ]
 
 
 def rows_of(

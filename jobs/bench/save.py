@@ -19,33 +19,45 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from jobs.bench.models import config_of
+from jobs.bench.rows import OURS, Compared, compared
 from jobs.bench.timing import Taken, Timing, in_turn, interleaved, stopwatch, timing_of
 from jobs.bench.two_ranks import on_two_ranks, sharded_decoder, write_raw
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.core.saving import Mode
 
+_RAW, _COPY = "raw write", "copy in memory"
+_SAVE, _ASYNC_SAVE, _LOAD = "dcp.save", "dcp.async_save", "dcp.load"
+_STILL, _DURABLE = "stands still", "until durable"
 
-def measure_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Timing]:
+
+def measure_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
     """Rank 0's times; the state has about `size_mb` megabytes on both ranks together."""
-    return on_two_ranks(partial(_saves, size_mb, repeats), below=folder)
+    timings = on_two_ranks(partial(_saves, size_mb, repeats), below=folder)
+    return compared(timings, limit=_RAW, peer=_SAVE)
 
 
-def measure_async_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Timing]:
+def measure_async_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
     """The same of saves beside training: how long it stands still, and until the step is safe."""
-    return on_two_ranks(partial(_async_saves, size_mb, repeats), below=folder)
+    timings = on_two_ranks(partial(_async_saves, size_mb, repeats), below=folder)
+    rows: list[Compared] = []
+    for half, limit, other in ((_STILL, _COPY, _RAW), (_DURABLE, _RAW, _COPY)):
+        its = [t for t in timings if t.what.endswith(half) and not t.what.startswith(other)]
+        rows += compared(its, limit=f"{limit}: {half}", peer=f"{_ASYNC_SAVE}: {half}")
+    return rows
 
 
-def measure_loads(folder: Path, *, size_mb: int, repeats: int) -> list[Timing]:
+def measure_loads(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
     """The same of loading it."""
-    return on_two_ranks(partial(_loads, size_mb, repeats), below=folder)
+    timings = on_two_ranks(partial(_loads, size_mb, repeats), below=folder)
+    return compared(timings, limit=_COPY, peer=_LOAD)
 
 
 def _saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
     trained = _Trained(size_mb, folder)
     ways: dict[str, Callable[[], object]] = {
-        "raw write": trained.write_raw,
-        "ray_ckpt": trained.save,
-        "dcp.save": trained.save_with_dcp,
+        _RAW: trained.write_raw,
+        OURS: trained.save,
+        _SAVE: trained.save_with_dcp,
     }
     with trained:
         return interleaved(ways, repeats, prepare=trained.clear)
@@ -54,15 +66,16 @@ def _saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
 def _async_saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
     trained = _Trained(size_mb, folder, mode="async")
     ways: dict[str, Callable[[], Callable[[], object]]] = {
-        "copy in memory": trained.begin_copy,
-        "ray_ckpt": trained.begin_save,
-        "dcp.async_save": trained.begin_save_with_dcp,
+        _COPY: trained.begin_copy,
+        _RAW: trained.begin_raw_write,
+        OURS: trained.begin_save,
+        _ASYNC_SAVE: trained.begin_save_with_dcp,
     }
     with trained:
         taken = in_turn({w: partial(_halves, b, trained.clear) for w, b in ways.items()}, repeats)
     return [
         timing_of(f"{what}: {half}", [both[number] for both in halves])
-        for number, half in enumerate(("stands still", "until durable"))
+        for number, half in enumerate((_STILL, _DURABLE))
         for what, halves in taken.items()
     ]
 
@@ -85,9 +98,9 @@ def _loads(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
         trained.save()
         trained.save_with_dcp()
         ways: dict[str, Callable[[], object]] = {
-            "copy in memory": trained.copy,
-            "ray_ckpt": trained.manager.load,
-            "dcp.load": trained.load_with_dcp,
+            _COPY: trained.copy,
+            OURS: trained.manager.load,
+            _LOAD: trained.load_with_dcp,
         }
         return interleaved(ways, repeats, prepare=dist.barrier)
 
@@ -141,6 +154,10 @@ class _Trained:
         """All that has to be done before training may go on."""
         self.copy()
         return lambda: None
+
+    def begin_raw_write(self) -> Callable[[], object]:
+        """All that has to be done until the bytes are safe."""
+        return self.write_raw
 
     def begin_save(self) -> Callable[[], object]:
         """By our manager; returns what waits for the commit."""

@@ -25,6 +25,7 @@ import torch.cuda._pin_memory_utils as pin_memory_utils
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ray_ckpt.core.errors import StateDictError, UsageError
@@ -33,6 +34,12 @@ _ALIGNMENT_BYTES = 512
 """Of every buffer; what direct I/O and vector instructions ask for at most."""
 _SPARSENESS = 2
 """Segments this many times larger than what is in use are given up for new ones."""
+
+_WHOLE = frozenset({Tensor, int, float, bool, str, type(None)})
+"""Types, most values are of, that are not taken apart."""
+
+_LOCAL = "_local_tensor"
+"""What a DTensor calls its part."""
 
 Key = tuple[Any, ...]
 
@@ -143,6 +150,8 @@ class Stager:
             raise UsageError("shared staging needs Linux", do="save with mode='async'")
         self._memory = memory
         self._buffers: dict[Key, _Buffer] = {}
+        self._sharded: dict[Key, DTensor] = {}
+        """Those around buffers: to make one takes longer than to copy a small tensor."""
         self.segments: tuple[Segment, ...] = ()
         """Those that hold a buffer."""
 
@@ -181,7 +190,7 @@ class Stager:
         """Nothing is held any more; staged states stay valid for who still has them."""
         for segment in self.segments:
             segment.close()
-        self._buffers, self.segments = {}, ()
+        self._buffers, self._sharded, self.segments = {}, {}, ()
 
     def _make_room(self, layouts: Mapping[Key, Layout]) -> None:
         """Every key has a buffer of its layout, and no other key has one."""
@@ -192,6 +201,7 @@ class Stager:
         self._buffers = kept
         missing = {key: layout for key, layout in layouts.items() if key not in kept}
         self._buffers |= _allocate(missing, self._memory)
+        self._sharded = {k: t for k, t in self._sharded.items() if (*k, _LOCAL) in self._buffers}
         self.segments = _segments(self._buffers.values())
 
     def _rebuilt(self, value: Any, key: Key) -> Any:
@@ -201,7 +211,15 @@ class Stager:
         children = _children(value)
         if children is None:
             return copy.deepcopy(value)
-        return _with(value, {k: self._rebuilt(v, (*key, k)) for k, v in children.items()})
+        rebuilt = {k: self._rebuilt(v, (*key, k)) for k, v in children.items()}
+        return self._shard(value, key, rebuilt) if type(value) is DTensor else _with(value, rebuilt)
+
+    def _shard(self, value: DTensor, key: Key, children: dict[Any, Any]) -> DTensor:
+        """Like `value`, around the buffer; the one of the last time, if it would be the same."""
+        made = self._sharded.get(key)
+        if made is None or not _is_alike(made, value, children):
+            made = self._sharded[key] = _with(value, children)
+        return made
 
 
 def _allocate(layouts: Mapping[Key, Layout], memory: HostMemory) -> dict[Key, _Buffer]:
@@ -252,6 +270,8 @@ def _tensors(value: Any, key: Key) -> Iterator[tuple[Key, Tensor]]:
 
 def _children(value: Any) -> Mapping[Any, Any] | None:
     """What `value` is made of, by name; None if it is not taken apart."""
+    if type(value) in _WHOLE:
+        return None
     if isinstance(value, Mapping):
         return value
     if isinstance(value, list | tuple):
@@ -274,6 +294,12 @@ def _with(value: Any, children: dict[Any, Any]) -> Any:
     names, context = value.__tensor_flatten__()
     parts = {name: children.get(name, getattr(value, name)) for name in names}
     return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
+
+
+def _is_alike(made: DTensor, value: DTensor, children: Mapping[Any, Any]) -> bool:
+    """Whether what was made is what would be made of these."""
+    is_around_it = [made._local_tensor is child for child in children.values()] == [True]
+    return is_around_it and (made._spec, made.requires_grad) == (value._spec, value.requires_grad)
 
 
 def _plain(tensor: Tensor, key: Key) -> Tensor:

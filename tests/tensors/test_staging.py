@@ -12,7 +12,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.two_tensor import TwoTensor
 
 from ray_ckpt.core.errors import StateDictError, UsageError
@@ -255,6 +255,7 @@ def _stage_sharded() -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert pointers(staged) == places
+    assert all(staged[key] is first[key] for key in staged)
     for key, source in model.state_dict().items():
         copied = staged[key]
         assert isinstance(copied, DTensor)
@@ -268,6 +269,20 @@ def _stage_sharded() -> None:
 
 def test_sharded_tensors_stay_sharded() -> None:
     run(_stage_sharded, num_ranks=2)
+
+
+def _stage_in_another_way() -> None:
+    """The same part of another whole: with as many rows on each rank, all or half of them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    stager, rows = Stager(HostMemory.PLAIN), torch.ones(2, 3)
+    for placement, shape in ((Shard(0), (4, 3)), (Replicate(), (2, 3)), (Shard(1), (2, 6))):
+        source = DTensor.from_local(rows, mesh, [placement])
+        staged = stager.stage({"x": source})["x"]
+        assert (staged.placements, tuple(staged.shape)) == ((placement,), shape)
+
+
+def test_a_tensor_that_is_sharded_anew_is_staged_anew() -> None:
+    run(_stage_in_another_way, num_ranks=2)
 
 
 def _stage_what_is_on_its_way() -> list[float]:
