@@ -95,7 +95,7 @@ def restore(
     for source in sources:
         wanted = {k: tensor for k, tensor in tensors.items() if owner_of[k] in source.owners}
         wanted.update((name, states[name]) for name in source.parts if name in states)
-        load_into(wanted, source.reader, process_group=ranks.group)
+        load_into(wanted, source.reader, ranks=ranks)
         states.update((name, wanted[name]) for name in source.parts if name in states)
     ranks.together(lambda: _put(tensors, states, model=model, parts=parts))
     supplied = {owner for source in sources for owner in source.owners}

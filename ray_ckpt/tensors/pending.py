@@ -103,12 +103,12 @@ def _cause(error: BaseException, step: int, missing: Callable[[], str]) -> RayCk
     if isinstance(error, RayCkptError):
         return error
     if isinstance(error, CheckpointException):
-        meant = ours(error)
+        meant = ours(causes(error))
         if isinstance(meant, StorageError):
             return _of_a_rank(meant, step, error)
         if meant is not None:
             return meant
-        text = sentence(error)
+        text = sentence(causes(error))
     else:  # a collective failed: some rank is dead, or slower than the timeout
         text = f"{missing()} ({error!r})" if isinstance(error, RuntimeError) else repr(error)
         safe = "it is whole if rank 0 went on alone, else not visible; older steps are untouched"

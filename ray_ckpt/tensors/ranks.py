@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, TypeVar, cast
@@ -27,14 +27,14 @@ def causes(error: CheckpointException) -> dict[int, BaseException]:
     return {rank: cause for rank, (cause, _) in error.failures.items()}
 
 
-def ours(error: CheckpointException) -> RayCkptError | None:
+def ours(raised: Mapping[int, BaseException]) -> RayCkptError | None:
     """The first of our own errors among the ranks': it says more than torch's wrapping."""
-    return next((c for c in causes(error).values() if isinstance(c, RayCkptError)), None)
+    return next((cause for cause in raised.values() if isinstance(cause, RayCkptError)), None)
 
 
-def sentence(error: CheckpointException) -> str:
+def sentence(raised: Mapping[int, BaseException]) -> str:
     """Which rank failed, and with what."""
-    return ", ".join(f"rank {rank}: {cause!r}" for rank, cause in causes(error).items())
+    return ", ".join(f"rank {rank}: {cause!r}" for rank, cause in raised.items())
 
 
 def raise_first(errors: list[Exception]) -> None:

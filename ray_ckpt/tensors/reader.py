@@ -6,13 +6,11 @@ import functools
 import io
 import os
 import pickle
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
@@ -22,7 +20,6 @@ from torch.distributed.checkpoint import (
     StorageReader,
 )
 from torch.distributed.checkpoint._nested_dict import set_element
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
@@ -39,8 +36,9 @@ from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.tensors.chunks import Chunk, Chunks
 from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.item_reads import read_items, read_values
-from ray_ckpt.tensors.ranks import causes, expect_one_process, ours, sentence
+from ray_ckpt.tensors.ranks import Ranks, ours, sentence
 
+T = TypeVar("T")
 _BUFFER_BYTES = 1 << 16
 _READS_AT_ONCE = 2
 """At least: on a disk one of them is copied while the other waits."""
@@ -183,7 +181,7 @@ def read_tensors(
         for key in keys
     }
     reader = step_reader(catalog, manifest)
-    load_into(state_dict, reader, process_group=None, progress=progress)
+    load_into(state_dict, reader, progress=progress)
     return state_dict
 
 
@@ -191,36 +189,53 @@ def load_into(
     state_dict: dict[str, Any],
     reader: StorageReader,
     *,
-    process_group: dist.ProcessGroup | None,
+    ranks: Ranks | None = None,
     progress: Progress = UNTOLD,
 ) -> None:
     """Every tensor of `state_dict` filled in place, every other entry replaced.
+
+    Each rank plans by itself, since no plan depends on another's; then all know that all could.
+    Collective, unless this process loads alone.
 
     Raises:
         StateDictError: a tensor has another shape on storage; no tensor was read.
         IntegrityError: it cannot be read.
     """
-    if process_group is None:
-        expect_one_process()
+    planner = _Planner(reader, progress)
+    is_coordinator = ranks is None or ranks.is_coordinator
+
+    def plan() -> LoadPlan:
+        metadata = reader.read_metadata()
+        planner.set_up_planner(state_dict, metadata, is_coordinator)
+        reader.set_up_storage_reader(metadata, is_coordinator)
+        return planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
+
+    step = str(getattr(reader, "uri", reader))
+    own_plan = _agreed(plan, ranks, step)
+    _agreed(lambda: reader.read_data(own_plan, planner).wait(), ranks, step)
+
+
+def _agreed(act: Callable[[], T], ranks: Ranks | None, step: str) -> T:
+    """What it returned here, if it raised nowhere."""
+    results: list[T] = []
+    own: Exception | None = None
     try:
-        dcp.load(
-            state_dict,
-            storage_reader=reader,
-            planner=_Planner(reader, progress),
-            process_group=process_group,
-            no_dist=process_group is None,
-        )
-    except CheckpointException as error:
-        raise _cause(error, str(getattr(reader, "uri", reader))) from error
+        results.append(act())
+    except Exception as error:  # noqa: BLE001  every rank must hear of it, then it is raised
+        own = error
+    everywhere = [own] if ranks is None else ranks.gather(own)
+    raised = {rank: error for rank, error in enumerate(everywhere) if error is not None}
+    if raised:
+        raise _meant(raised, step) from (own or next(iter(raised.values())))
+    return results[0]
 
 
-def _cause(error: CheckpointException, step: str) -> RayCkptError:
-    """The error that was meant: torch's derives from BaseException and passes every handler."""
-    meant = ours(error)
+def _meant(raised: Mapping[int, Exception], step: str) -> RayCkptError:
+    meant = ours(raised)
     if meant is not None:
         return meant
-    text = sentence(error)
-    if all(isinstance(cause, ValueError) for cause in causes(error).values()):
+    text = sentence(raised)
+    if all(isinstance(cause, ValueError) for cause in raised.values()):
         return StateDictError(
             f"{step} does not fit the model: {text}",
             safe="no tensor was read, the model is as it was",
