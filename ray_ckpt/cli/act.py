@@ -126,8 +126,13 @@ def unpin(root: str, step: int, name: str | None, as_json: bool) -> None:
 
 @click.command()
 @root_argument
-@click.option("--keep-latest", type=int, help="Keep the newest so many verified checkpoints.")
-@click.option("--keep-every", type=int, help="Keep every step that is a multiple of this.")
+@click.option(
+    "--keep-latest", type=click.IntRange(min=2),
+    help="Keep the newest so many verified checkpoints.",
+)  # fmt: skip
+@click.option(
+    "--keep-every", type=click.IntRange(min=1), help="Keep every step that is a multiple of this."
+)
 @click.option("--apply", is_flag=True, help="Do it. Without this nothing changes.")
 @json_option
 def purge(

@@ -31,8 +31,14 @@ _SQUASH = (
 @click.command()
 @root_argument
 @click.argument("destination")
-@click.option("--keep-latest", type=int, help="Keep the newest so many copies; the newest stays.")
-@click.option("--keep-every", type=int, help="Keep every copy whose step is a multiple of this.")
+@click.option(
+    "--keep-latest", type=click.IntRange(min=1),
+    help="Keep the newest so many copies; the newest stays.",
+)  # fmt: skip
+@click.option(
+    "--keep-every", type=click.IntRange(min=1),
+    help="Keep every copy whose step is a multiple of this.",
+)  # fmt: skip
 @click.option("--squash", is_flag=True, help="Also rewrite history, without which little is freed.")
 @click.option("--apply", is_flag=True, help="Do it. Without this nothing changes.")
 @json_option

@@ -48,7 +48,12 @@ def parse_toml(text: str, *, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not valid TOML: {error}", where) from error
+        raise ConfigError(
+            f"not valid TOML: {error}",
+            where,
+            "nothing was begun",
+            "mend that line: text stands in quotes, a table begins with its [name]",
+        ) from error
 
 
 def build(config_type: type[Config], values: Mapping[str, Any], *, where: str) -> Config:
