@@ -31,7 +31,8 @@ class FileBlocks:
     """A file that is written beside `path` and linked to it once it is whole and synced."""
 
     block_bytes = 8 << 20
-    puts_at_once = 1
+    puts_at_once = 2
+    """The disk has the next block already when it is done with one."""
 
     def __init__(self, path: Path, *, beside: Path, past_the_cache: bool = True) -> None:
         self._path = path
