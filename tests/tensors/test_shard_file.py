@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.tensors.framing import elements_at
+from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.shard_file import is_plain, new_shard
+from ray_ckpt.tensors.torch_file import around
+from tests.processes import run_python
 from tests.tensors.plain import save_steps
 
 DENSE = {
@@ -24,6 +29,15 @@ DENSE = {
     "no elements": torch.zeros(0, 3),
     "more than a block": torch.arange(3_000_000, dtype=torch.float32),
 }
+ADDS_AN_ITEM = """
+import sys
+import torch
+from ray_ckpt.tensors.recording import TensorSpec
+from ray_ckpt.tensors.torch_file import around
+before = set(sys.modules)
+around(TensorSpec(shape=(3,), dtype=torch.float32))
+print([name for name in set(sys.modules) - before if "dynamo" in name])
+"""
 OTHERS = {
     "turned": torch.arange(6.0).reshape(2, 3).t(),
     "conjugate": torch.tensor([1 + 2j]).conj(),
@@ -74,6 +88,24 @@ def _saved(value: Any) -> bytes:
     stream = io.BytesIO()
     torch.save(value, stream)
     return stream.getvalue()
+
+
+def test_an_item_of_more_than_4_gib_is_read(tmp_path: Path) -> None:
+    """With nothing but its last element on the disk."""
+    spec = TensorSpec(shape=(1_200_000_000,), dtype=torch.float32)
+    front, behind = around(spec)
+    assert elements_at(front + bytes(4096 - len(front)), spec.shape, spec.dtype) == len(front)
+    with (tmp_path / "item").open("wb") as file:
+        file.write(front)
+        file.seek(spec.size_bytes - 4, os.SEEK_CUR)
+        file.write(struct.pack("<f", 7.0) + behind)
+    found = torch.load(tmp_path / "item", weights_only=True, mmap=True)
+    assert (found.shape, found.dtype, found[-1].item()) == (spec.shape, spec.dtype, 7.0)
+
+
+def test_the_trainer_is_spared_torchs_compiler() -> None:
+    done = run_python("-c", ADDS_AN_ITEM, environment={})
+    assert done.stdout.strip() == "[]"
 
 
 def test_only_dense_tensors_are_framed_here() -> None:
