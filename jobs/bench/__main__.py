@@ -11,6 +11,7 @@ python -m jobs.bench beside       what a training step takes while exports run b
 python -m jobs.bench export       a step becomes a Hugging Face folder: ours, others, a bare copy
 python -m jobs.bench crew         the same by one task of a cluster and by several together
 python -m jobs.bench upload       a large file and small ones go to S3 and back: ours and others
+python -m jobs.bench purge        a step is hidden, then removed; beside a plain removal
 python -m jobs.bench last         a last save becomes one, written by the ranks that train
 """
 
@@ -31,6 +32,7 @@ from jobs.bench.last import measure_last_saves
 from jobs.bench.manager import measure_looks
 from jobs.bench.models import KINDS
 from jobs.bench.plan import measure_plans
+from jobs.bench.purge import measure_purges
 from jobs.bench.save import measure_async_saves, measure_loads, measure_saves
 from jobs.bench.upload import measure_uploads
 from jobs.bench.vote import measure_votes
@@ -59,11 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tasks", type=numbers, default=[1, 2, 4], help="crew: that make an export, as in 1,2,4"
     )
-    parser.add_argument("--root", help="manager, upload: a folder or s3://bucket/prefix to use")
+    parser.add_argument("--root", help="manager, upload, purge: a folder or s3://...")
     parser.add_argument(
         "--steps", type=numbers, default=[10, 100, 1000], help="manager: as in 10,100,1000"
     )
-    parser.add_argument("--files", type=int, default=1000, help="upload: small ones")
+    parser.add_argument(
+        "--files", type=int, default=1000, help="upload: small ones; purge: of a step"
+    )
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
     parser.add_argument("--actions", type=int, default=100, help="manager: done by one")
     parsed = parser.parse_args(arguments)
@@ -161,6 +165,17 @@ def upload(parsed: argparse.Namespace) -> Sequence[Any]:
         )
 
 
+def purge(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of steps taken away; nothing is left of them."""
+    with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=parsed.folder) as folder:
+        return measure_purges(
+            parsed.root or folder,
+            size_mb=parsed.size_mb,
+            num_files=parsed.files,
+            repeats=parsed.repeats,
+        )
+
+
 def vote(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows about a step without a save."""
     return measure_votes(parsed.repeats)
@@ -190,6 +205,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "crew": crew,
     "last": last,
     "upload": upload,
+    "purge": purge,
 }
 
 

@@ -220,3 +220,15 @@ def test_uploads_are_measured_beside_other_clients_and_a_socket(
     small = [info for info in store.list_objects("many") if info.size_bytes == 16_384]
     assert {info.key.rpartition("/")[2] for info in small} == {f"{n:04d}" for n in range(5)}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_purge_is_measured_beside_a_plain_removal(tmp_path: Path) -> None:
+    words = ("--size-mb", "1", "--files", "3", "--repeats", "2", "--folder", str(tmp_path))
+    _, rows = measure("purge", *words)
+    assert [row["what"] for row in rows] == [
+        "ray_ckpt: out of sight",
+        "ray_ckpt: gone",
+        "shutil.rmtree",
+    ]
+    assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)
+    assert list(tmp_path.iterdir()) == []
