@@ -8,7 +8,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,7 @@ class _Steps:
         """One more step, by its number."""
         step = next(self._numbers)
         folder, store = names.step_dir(step), self._catalog.store
-        put = partial(store.write, data=self._data)
-        at_once(lambda entry: put(f"{folder}/{entry.path}"), self._files)
+        at_once(lambda entry: store.write(f"{folder}/{entry.path}", self._data), self._files)
         manifest = Manifest(
             step=step,
             save_id="bench",

@@ -51,8 +51,13 @@ class Chunk:
             length=stored.length,
             shape=tuple(shape),
             dtype=dtype,
-            is_plain=not getattr(stored, "transform_descriptors", None),
+            is_plain=is_bare(stored),
         )
+
+
+def is_bare(stored: _StorageInfo) -> bool:
+    """Whether nothing was put around what torch wrote; an older torch has no word for it."""
+    return not getattr(stored, "transform_descriptors", None)
 
 
 class Chunks:

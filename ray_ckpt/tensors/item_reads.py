@@ -56,12 +56,16 @@ def read_items(
         IntegrityError: a chunk cannot be read.
     """
     begun: deque[_Begun] = deque()
+    in_flight_bytes = 0
     threads = ThreadPoolExecutor(num_threads, "ray_ckpt load")
     try:
         for item, chunk in items:
             begun.append(_begin(chunks, item, chunk, planner, threads))
-            while sum(each.into.nbytes for each in begun) > _IN_FLIGHT_BYTES:
-                begun.popleft().end(planner)
+            in_flight_bytes += begun[-1].into.nbytes
+            while in_flight_bytes > _IN_FLIGHT_BYTES:
+                oldest = begun.popleft()
+                oldest.end(planner)
+                in_flight_bytes -= oldest.into.nbytes
         for each in begun:
             each.end(planner)
     finally:

@@ -33,7 +33,7 @@ from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.tensors.chunks import Chunk, Chunks
+from ray_ckpt.tensors.chunks import Chunk, Chunks, is_bare
 from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.item_reads import read_items, read_values
 from ray_ckpt.tensors.ranks import Ranks, ours, sentence
@@ -95,17 +95,15 @@ class DcpReader(FileSystemReader):
         plain = [read for read, at in zip(tensors, of_each, strict=True) if at is not None]
         read_items(chunks, plain, planner, num_threads=num_threads)
         values = [
-            (item, self.storage_data[item.storage_index])
+            (item, stored)
             for item in plan.items
-            if item.type is LoadItemType.BYTE_IO and self._is_bare(item)
+            if item.type is LoadItemType.BYTE_IO
+            and is_bare(stored := self.storage_data[item.storage_index])
         ]
         read_values(self._store, str(self.path), values, planner)
         done = {id(item) for item, _ in (*plain, *values)}
         others = [item for item in plan.items if id(item) not in done]
         return super().read_data(replace(plan, items=others), planner)
-
-    def _is_bare(self, item: ReadItem) -> bool:
-        return not getattr(self.storage_data[item.storage_index], "transform_descriptors", None)
 
     def _chunk_of(self, item: ReadItem) -> Chunk | None:
         """What the item is read from; None for what is no tensor."""

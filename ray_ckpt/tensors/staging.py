@@ -298,7 +298,7 @@ def _with(value: Any, children: dict[Any, Any]) -> Any:
 
 def _is_alike(made: DTensor, value: DTensor, children: Mapping[Any, Any]) -> bool:
     """Whether what was made is what would be made of these."""
-    is_around_it = [made._local_tensor is child for child in children.values()] == [True]
+    is_around_it = made._local_tensor is children.get(_LOCAL)
     return is_around_it and (made._spec, made.requires_grad) == (value._spec, value.requires_grad)
 
 

@@ -8,7 +8,6 @@
 An error on any rank reaches all of them through DCP, and nothing becomes visible.
 """
 
-import itertools
 import logging
 import pickle
 from collections.abc import Callable, Mapping
@@ -163,9 +162,8 @@ class CommittingWriter(FileSystemWriter):
         if not plan.items:
             return []
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        is_value = [item.type == WriteItemType.BYTE_IO for item in plan.items]
-        values = list(itertools.compress(plan.items, is_value))
-        tensors = [i for i, is_none in zip(plan.items, is_value, strict=True) if not is_none]
+        values = [item for item in plan.items if item.type == WriteItemType.BYTE_IO]
+        tensors = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
         places: dict[MetadataIndex, tuple[int, int]] = {}
         path = self._folder_of_attempt / name
         with new_shard(path, past_the_cache=not self._target.sends_at_once) as shard:
