@@ -53,12 +53,13 @@ def test_the_manager_verifies_exports_publishes_and_purges_by_policy(
     manage(root)
     wait_for(lambda: ended(root, ActionKind.PUBLISH, ActionState.SUCCEEDED))
     wait_for(lambda: ended(root, ActionKind.PURGE, ActionState.SUCCEEDED))
-    assert states(root) == {
+    expected = {
         10: CheckpointState.TRASHED,
         20: CheckpointState.VERIFIED,
         30: CheckpointState.VERIFIED,
         40: CheckpointState.VERIFIED,
     }
+    wait_for(lambda: states(root) == expected)
     made = {(e.name, e.step) for e in open_catalog(root).observe().exports}
     copied = {(e.name, e.step): e.manifest for e in open_catalog(copies).observe().exports}
     assert made == set(copied) == {("hf-bf16", 40)}

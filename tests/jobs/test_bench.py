@@ -163,8 +163,10 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def test_an_export_is_measured_by_the_number_of_tasks_that_make_it(tmp_path: Path) -> None:
     words = ("--tasks", "1,2", "--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
     _, rows = measure("crew", *words)
-    assert [(row["num_tasks"], row["num_nodes"]) for row in rows] == [(1, 1), (2, 2)]
+    assert [row["num_tasks"] for row in rows] == [1, 2]
     for row in rows:
+        # as many as wrote a shard: a task that a busy machine starts late may find none left
+        assert 1 <= row["num_nodes"] <= row["num_tasks"]
         assert row["num_shards"] >= 8
         assert row["ratio"] == pytest.approx(row["median_s"] / rows[0]["median_s"])
         assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]

@@ -31,7 +31,7 @@ from ray_ckpt.core.errors import (
 from ray_ckpt.core.manifest import Lineage, Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease, LeaseGuard
-from ray_ckpt.tensors.ranks import Phase, Ranks, ours, sentence
+from ray_ckpt.tensors.ranks import Phase, Ranks, causes, ours, sentence
 from ray_ckpt.tensors.save_process import SaveProcess
 from ray_ckpt.tensors.staging import HostMemory, Stager
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
@@ -92,7 +92,8 @@ class Trainer:
         try:
             self.process.save(self.job(step, **changes), staged)
         except CheckpointException as error:
-            return ours(error) or SaveError(sentence(error))
+            raised = causes(error)
+            return ours(raised) or SaveError(sentence(raised))
         except Exception as error:  # noqa: BLE001  what the manager would hear of
             return error
         return None
