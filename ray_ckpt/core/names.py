@@ -74,6 +74,7 @@ STEP_PREFIX = "step-"
 """How the name of every checkpoint's folder begins, and maybe somebody else's."""
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 _SET_ASIDE = re.compile(r"step-(0|[1-9][0-9]*)\.([0-9a-zA-Z]+)")
+_RANK = re.compile(r"__([0-9]+)_")
 _SHARD = re.compile(r"__[0-9]+_([0-9a-zA-Z]+)_[0-9]+\.distcp")
 _READER = re.compile(r"(0|[1-9][0-9]*)\.([0-9a-f]+)\.json")
 _PART_NOTE = re.compile(r"([0-9a-f]+)/[^/]+\.json")
@@ -222,6 +223,16 @@ def shard_prefix(rank: int, save_id: str) -> str:
     '__3_a1_0.distcp'
     """
     return f"__{rank}_{save_id}_"
+
+
+def rank_of_shard(name: str) -> int | None:
+    """Which rank wrote the shard, ours or torch's; None for any other file.
+
+    >>> rank_of_shard("__3_a1_0.distcp"), rank_of_shard("__12_0.distcp"), rank_of_shard("a.json")
+    (3, 12, None)
+    """
+    match = _RANK.match(name)
+    return int(match[1]) if match else None
 
 
 def save_of_shard(name: str) -> str | None:

@@ -65,25 +65,12 @@ class Blocks(Protocol):
         ...
 
 
-class Store(Protocol):
-    """Objects under "/"-separated string keys, relative to one root.
-
-    A key is a `str` and never a `Path`: `Path("s3://a")` is `s3:/a`. Every method may raise
-    TransientError, AuthorizationError or StorageFullError. A missing key is ObjectNotFoundError,
-    except that deleting it is no error.
-    """
+class Ranges(Protocol):
+    """What can be read in pieces."""
 
     @property
     def uri(self) -> str:
         """The root as a person types it, without a slash at the end."""
-        ...
-
-    def read(self, key: str) -> bytes:
-        """The whole object; meant for small ones."""
-        ...
-
-    def open_read(self, key: str) -> BinaryIO:
-        """A seekable stream over the object, for reading; the caller closes it."""
         ...
 
     @property
@@ -97,6 +84,31 @@ class Store(Protocol):
         Raises:
             IntegrityError: the object ends before.
         """
+        ...
+
+    def read_into_each(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """The bytes from `offset` on, into one buffer after the other; one read.
+
+        Raises:
+            IntegrityError: the object ends before.
+        """
+        ...
+
+
+class Store(Ranges, Protocol):
+    """Objects under "/"-separated string keys, relative to one root.
+
+    A key is a `str` and never a `Path`: `Path("s3://a")` is `s3:/a`. Every method may raise
+    TransientError, AuthorizationError or StorageFullError. A missing key is ObjectNotFoundError,
+    except that deleting it is no error.
+    """
+
+    def read(self, key: str) -> bytes:
+        """The whole object; meant for small ones."""
+        ...
+
+    def open_read(self, key: str) -> BinaryIO:
+        """A seekable stream over the object, for reading; the caller closes it."""
         ...
 
     def write(self, key: str, data: bytes) -> None:

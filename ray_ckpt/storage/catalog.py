@@ -24,7 +24,7 @@ from ray_ckpt.core.wanted import verify_action
 from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.commit import Commit
-from ray_ckpt.storage.digests import find_damage
+from ray_ckpt.storage.digests import find_damage, find_damage_before_reading
 from ray_ckpt.storage.drafts import Drafts
 from ray_ckpt.storage.listing import look_at_step, manifest_in, sizes_in
 from ray_ckpt.storage.observer import Observer, with_verdict
@@ -170,6 +170,11 @@ class Catalog:
         """Sentences about every file of a committed step that differs; reads every byte."""
         folder, manifest = names.step_dir(step), self.manifest(step)
         return find_damage(self.store, folder, manifest, part=part, progress=progress)
+
+    def damage_before_reading(self, manifest: Manifest, *, part: slice) -> list[str]:
+        """The same of sizes, and of all files but the shards: a load digests what it reads."""
+        folder = names.step_dir(manifest.step)
+        return find_damage_before_reading(self.store, folder, manifest, part=part)
 
     def verify(self, step: int, *, progress: Progress = UNTOLD) -> Manifest:
         """The manifest of a step whose every byte was read and is as the manifest says.

@@ -29,6 +29,7 @@ from ray_ckpt.storage.election import create_by_election
 from ray_ckpt.storage.fsspec_errors import translated
 from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
+from ray_ckpt.storage.ranged_file import read_into_each
 
 T = TypeVar("T")
 _SHOW_WHOLE_OBJECTS = frozenset({"gs", "gcs", "az", "abfs", "abfss", "oss", "memory"})
@@ -93,6 +94,10 @@ class FsspecStore:
         if len(data) != view.nbytes:
             raise IntegrityError(f"ends before byte {offset + view.nbytes}", self._where(key))
         view[:] = data
+
+    def read_into_each(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """One read of a range."""
+        read_into_each(partial(self.read_into, key), offset, buffers)
 
     def write(self, key: str, data: bytes) -> None:
         """Readers see the old object or the new one."""

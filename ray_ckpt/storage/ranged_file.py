@@ -1,8 +1,23 @@
-"""A file that can seek, of which ranges are fetched as they are read."""
+"""Ranges of what can only be fetched range by range: as a file that can seek, or in pieces."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, cast
+
+
+def read_into_each(
+    read_into: Callable[[int, memoryview], None], offset: int, buffers: Sequence[memoryview]
+) -> None:
+    """What is there from `offset` on is in one buffer after the other; fetched as one range."""
+    if len(buffers) == 1:
+        read_into(offset, buffers[0])
+        return
+    whole = memoryview(bytearray(sum(buffer.nbytes for buffer in buffers)))
+    read_into(offset, whole)
+    at = 0
+    for buffer in buffers:
+        buffer.cast("B")[:] = whole[at : at + buffer.nbytes]
+        at += buffer.nbytes
 
 
 def open_ranged(

@@ -57,6 +57,16 @@ def corrupt(uri: str, step: int, damage: Sequence[str]) -> IntegrityError:
     )
 
 
+def found_corrupt(uri: str, step: int, damage: str) -> IntegrityError:
+    """The same, found out by the very load that put it into the model's memory."""
+    return IntegrityError(
+        f"step-{step} is corrupt: {damage}",
+        f"{uri}/{names.step_dir(step)}",
+        "storage was not changed; the model may hold some of the step's values: do not train on",
+        f"start this process again, from the newest good step: ray-ckpt resume-plan {uri}",
+    )
+
+
 def not_readable(
     uri: str, step: int, observed: Observation
 ) -> StepNotFoundError | ForeignFolderError | IntegrityError:

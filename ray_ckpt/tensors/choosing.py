@@ -1,12 +1,18 @@
-"""Which step is loaded: nothing is used before every byte of it was read and is as committed."""
+"""Which step is loaded: by what can be told before its shards are read.
 
+Sizes and small files are compared here; the shards are digested by the load itself, while they come
+into place (`proof`). A step that turns out damaged then is set aside, and another one is chosen.
+"""
+
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ray_ckpt.core.errors import IntegrityError, RayCkptError, UsageError
+from ray_ckpt.core.errors import IntegrityError, UsageError
 from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.loading import LoadConfig
+from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import READABLE
 from ray_ckpt.core.resume import ResumePlan, plan_resume
 from ray_ckpt.storage.catalog import Catalog
@@ -20,10 +26,15 @@ log = logging.getLogger("ray_ckpt")
 class Choice:
     """A step of the run, or none, and why."""
 
-    step: int | None
+    manifest: Manifest | None
     reason: str
     skipped: tuple[tuple[int, str], ...] = ()
     """Newer steps that were passed over, newest first, each with the reason."""
+
+    @property
+    def step(self) -> int | None:
+        """Its number."""
+        return None if self.manifest is None else self.manifest.step
 
 
 Hold = Callable[[int], None]
@@ -31,7 +42,7 @@ Hold = Callable[[int], None]
 
 
 def choose(catalog: Catalog, ranks: Ranks, step: int, *, hold: Hold) -> Choice:
-    """The very step, every byte of which was read and is as committed.
+    """The very step, all of which is there, as far as its files' sizes tell.
 
     Raises:
         StepNotFoundError: it is not there.
@@ -39,45 +50,56 @@ def choose(catalog: Catalog, ranks: Ranks, step: int, *, hold: Hold) -> Choice:
         IntegrityError: it is damaged; storage is not touched.
     """
     ranks.on_coordinator(lambda: hold(step))
-    damage = _damage(catalog, ranks, step)
+    manifest = ranks.together(lambda: catalog.manifest(step))
+    damage = _damage(catalog, ranks, manifest)
     if damage:
         raise corrupt(catalog.uri, step, damage)
-    if step > 0 and catalog.manifest(step).holds == "model":
+    if step > 0 and manifest.holds == "model":
         raise UsageError(
             f"step-{step} holds the model only: training cannot go on from it",
             catalog.uri,
             "nothing was loaded",
             f"start a run from it: LoadConfig(start=FromWeights(path='{catalog.uri}/step-{step}'))",
         )
-    return Choice(step=step, reason="asked for by number")
+    return Choice(manifest=manifest, reason="asked for by number")
 
 
-def choose_newest(catalog: Catalog, ranks: Ranks, config: LoadConfig, *, hold: Hold) -> Choice:
-    """The newest step whose every byte was read and is as committed; damaged ones are set aside.
+def choose_newest(
+    catalog: Catalog,
+    ranks: Ranks,
+    config: LoadConfig,
+    *,
+    hold: Hold,
+    damaged: dict[int, str],
+) -> Choice:
+    """The newest step all of which is there; those that visibly are not are set aside.
+
+    `damaged` are steps that were set aside before; those that are now are added.
 
     Raises:
         IntegrityError: steps are here and none can be used: a run that started from scratch
             beside them would throw them away. Or one is damaged and the config says `raise`.
     """
-    damaged: dict[int, str] = {}
     while True:
         plan, visibly_damaged = ranks.on_coordinator(lambda: _plan(catalog, hold))
         if plan.refusal is not None:
             raise _refused(catalog, plan)
+        manifest = None
         if plan.step is not None and not visibly_damaged:
-            damage = _damage(catalog, ranks, plan.step)
+            manifest = ranks.together(functools.partial(catalog.manifest, plan.step))
+            damage = _damage(catalog, ranks, manifest)
             visibly_damaged = {plan.step: "; ".join(damage)} if damage else {}
         if not visibly_damaged:
             skipped = {**dict(plan.skipped), **damaged}
             return Choice(
-                step=plan.step,
+                manifest=manifest,
                 reason=plan.reason,
                 skipped=tuple(sorted(skipped.items(), reverse=True)),
             )
         for step, why in visibly_damaged.items():
             if config.on_damage == "raise":
                 raise corrupt(catalog.uri, step, [why])
-            _set_aside(catalog, ranks, step, why)
+            set_aside(catalog, ranks, step, why)
         damaged.update(visibly_damaged)
 
 
@@ -112,24 +134,16 @@ def _refused(catalog: Catalog, plan: ResumePlan) -> IntegrityError:
     )
 
 
-def _damage(catalog: Catalog, ranks: Ranks, step: int) -> list[str]:
-    """Each rank reads its share of the files; all hear of all damage."""
-    found: list[str] = []
-    for share in ranks.gather(_own_share(catalog, ranks, step)):
-        if isinstance(share, RayCkptError):
-            raise share
-        found.extend(share)
-    return found
+def _damage(catalog: Catalog, ranks: Ranks, manifest: Manifest) -> list[str]:
+    """Each rank looks at its share of the files; all hear of all damage."""
+    part = slice(ranks.rank, None, ranks.size)
+    own = ranks.together(lambda: catalog.damage_before_reading(manifest, part=part))
+    return [sentence for share in ranks.gather(own) for sentence in share]
 
 
-def _own_share(catalog: Catalog, ranks: Ranks, step: int) -> list[str] | RayCkptError:
-    try:
-        return catalog.damage(step, part=slice(ranks.rank, None, ranks.size))
-    except RayCkptError as error:
-        return error
+def set_aside(catalog: Catalog, ranks: Ranks, step: int, damage: str) -> None:
+    """The damaged step is in quarantine. Collective."""
 
-
-def _set_aside(catalog: Catalog, ranks: Ranks, step: int, damage: str) -> None:
     def quarantine() -> None:
         catalog.quarantine(step)
         log.warning("step-%d is damaged and was moved to quarantine: %s", step, damage)

@@ -19,8 +19,10 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from ray_ckpt.core.errors import IntegrityError
-from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.base import Ranges
 from ray_ckpt.tensors.framing import HEAD_BYTES, elements_at
+from ray_ckpt.tensors.recording import TensorSpec
+from ray_ckpt.tensors.torch_file import around
 
 BLOCK_BYTES = 8 << 20
 """Of one read: large enough for a disk and for a request to S3, small enough to be held often."""
@@ -39,12 +41,15 @@ class Chunk:
     dtype: torch.dtype
     is_plain: bool
     """Written by `torch.save` and nothing around it."""
+    frame: bytes | None
+    """What stands before the elements, if it is as long as `torch.save` makes it."""
 
     @classmethod
     def of(
         cls, folder: str, stored: _StorageInfo, shape: Sequence[int], dtype: torch.dtype
     ) -> "Chunk":
         """As DCP's index says it."""
+        spec = TensorSpec(shape=tuple(shape), dtype=dtype)
         return cls(
             key=f"{folder}/{stored.relative_path}",
             begin=stored.offset,
@@ -52,7 +57,15 @@ class Chunk:
             shape=tuple(shape),
             dtype=dtype,
             is_plain=is_bare(stored),
+            frame=_frame(spec, stored.length) if is_bare(stored) else None,
         )
+
+
+def _frame(spec: TensorSpec, length: int) -> bytes | None:
+    if not spec.size_bytes:
+        return None
+    front, behind = around(spec)
+    return front if len(front) + spec.size_bytes + len(behind) == length else None
 
 
 def is_bare(stored: _StorageInfo) -> bool:
@@ -61,24 +74,33 @@ def is_bare(stored: _StorageInfo) -> bool:
 
 
 class Chunks:
-    """The chunks of one store; threads may share it."""
+    """The chunks of one store; threads may share it.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    Most are framed as `torch.save` frames them here and now. What stands before and behind the
+    elements is known then, comes in the same read as the first and the last of them, and is
+    compared; all else is found out by a look at the chunk's head.
+    """
+
+    def __init__(self, reads: Ranges) -> None:
+        self._reads = reads
         self._elements: dict[tuple[str, int], int | None] = {}
 
     def elements_at(self, chunk: Chunk) -> int | None:
-        """The byte of the file at which its elements begin, in order.
+        """The byte of the file at which its elements begin, in order, as its head says.
 
         None if they are framed in another way.
         """
         where = chunk.key, chunk.begin
         if where not in self._elements:
             head = bytearray(min(HEAD_BYTES, chunk.length))
-            self._store.read_into(chunk.key, chunk.begin, memoryview(head))
+            self._reads.read_into(chunk.key, chunk.begin, memoryview(head))
             at = elements_at(bytes(head), chunk.shape, chunk.dtype) if chunk.is_plain else None
             self._elements[where] = None if at is None else chunk.begin + at
         return self._elements[where]
+
+    def is_in_order(self, chunk: Chunk) -> bool:
+        """Whether its elements can be read by their numbers."""
+        return chunk.frame is not None or self.elements_at(chunk) is not None
 
     def read(self, chunk: Chunk, begin: int, into: Tensor) -> None:
         """The elements from number `begin` on, as many as there are in `into`, which is contiguous.
@@ -86,21 +108,35 @@ class Chunks:
         Raises:
             IntegrityError: the chunk cannot be read, or holds another tensor than the index says.
         """
+        if begin == 0 and chunk.frame is not None and self._came_framed(chunk, chunk.frame, into):
+            return
         at = self.elements_at(chunk)
         if at is None:
             into.copy_(self._loaded(chunk)[begin : begin + into.numel()])
             return
-        self._store.read_into(chunk.key, at + begin * into.element_size(), bytes_of(into))
+        offset = at + begin * into.element_size()
+        self._reads.read_into_each(chunk.key, offset, _to_the_end(chunk, offset, begin, into))
+
+    def _came_framed(self, chunk: Chunk, front: bytes, into: Tensor) -> bool:
+        """Whether what stands before the first elements, which come with it, is as expected."""
+        found = bytearray(len(front))
+        at = chunk.begin + len(front)
+        buffers = [memoryview(found), *_to_the_end(chunk, at, 0, into)]
+        self._reads.read_into_each(chunk.key, chunk.begin, buffers)
+        if found != front:
+            return False
+        self._elements[chunk.key, chunk.begin] = at
+        return True
 
     def _loaded(self, chunk: Chunk) -> Tensor:
         """All elements of a chunk that is framed in another way, in order."""
         data = bytearray(chunk.length)
-        self._store.read_into(chunk.key, chunk.begin, memoryview(data))
+        self._reads.read_into(chunk.key, chunk.begin, memoryview(data))
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
             raise IntegrityError(
-                f"a chunk cannot be read: {error}", f"{self._store.uri}/{chunk.key}"
+                f"a chunk cannot be read: {error}", f"{self._reads.uri}/{chunk.key}"
             ) from error
         if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (
             chunk.shape,
@@ -108,9 +144,17 @@ class Chunks:
         ):
             raise IntegrityError(
                 f"a chunk is to hold {chunk.dtype} {chunk.shape}, and does not",
-                f"{self._store.uri}/{chunk.key}",
+                f"{self._reads.uri}/{chunk.key}",
             )
         return tensor.reshape(-1)
+
+
+def _to_the_end(chunk: Chunk, offset: int, begin: int, into: Tensor) -> list[memoryview]:
+    """The memory of `into`, and behind the chunk's last element also room for all that follows."""
+    if begin + into.numel() < math.prod(chunk.shape):
+        return [bytes_of(into)]
+    rest = chunk.begin + chunk.length - offset - into.nbytes
+    return [bytes_of(into), memoryview(bytearray(max(0, rest)))]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.base import Ranges
 from ray_ckpt.tensors.chunks import BLOCK_BYTES, Chunk, Chunks, Rows, rows_of, split_dimension
 
 _WIDE_BYTES = 64 << 10
@@ -128,7 +128,10 @@ def _read(chunks: Chunks, chunk: Chunk, rows: Rows, flat: Tensor) -> None:
 
 
 def read_values(
-    store: Store, folder: str, places: Sequence[tuple[ReadItem, _StorageInfo]], planner: LoadPlanner
+    store: Ranges,
+    folder: str,
+    places: Sequence[tuple[ReadItem, _StorageInfo]],
+    planner: LoadPlanner,
 ) -> None:
     """Each value that is no tensor, handed to the planner; neighbours come in one read."""
     for run in _runs(sorted(places, key=lambda p: (p[1].relative_path, p[1].offset))):

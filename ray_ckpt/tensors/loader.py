@@ -13,9 +13,11 @@ from ray_ckpt.core.loading import LoadConfig
 from ray_ckpt.core.manifest import NeededSource, StartSource
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.readers import reading
-from ray_ckpt.tensors.choosing import Choice, choose, choose_newest
+from ray_ckpt.storage.step_errors import found_corrupt
+from ray_ckpt.tensors.choosing import Choice, choose, choose_newest, set_aside
 from ray_ckpt.tensors.loading import LoadReport, restore
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
+from ray_ckpt.tensors.proof import DamageFoundError
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.run import HfAssets
 from ray_ckpt.tensors.sources import Naming
@@ -64,8 +66,25 @@ class Loader:
             return self._load(step, config, held)
 
     def _load(self, step: int, config: LoadConfig, held: contextlib.ExitStack) -> Loaded:
-        choice = self._choose(step, config, held)
-        start = self.ranks.on_coordinator(lambda: pinned_start(self.catalog, choice, config.start))
+        damaged: dict[int, str] = {}
+        while True:
+            choice = self._choose(step, config, held, damaged)
+            try:
+                return self._restored(choice, config, held)
+            except DamageFoundError as error:
+                assert choice.step is not None, "other sources' damage is told as theirs"
+                if step != NEWEST or config.on_damage == "raise":
+                    raise found_corrupt(self.catalog.uri, choice.step, error.what) from error
+                set_aside(self.catalog, self.ranks, choice.step, error.what)
+                damaged[choice.step] = error.what
+
+    def _restored(self, choice: Choice, config: LoadConfig, held: contextlib.ExitStack) -> Loaded:
+        """What the choice says is in place.
+
+        Raises:
+            DamageFoundError: the chosen step is damaged, as its shards have shown.
+        """
+        start = self.ranks.on_coordinator(lambda: pinned_start(choice, config.start))
         config = replace(config, start=start)
         parts = {name: p for name, p in self.parts.items() if name not in config.exclude}
         naming = Naming.of(self.assets, self.model.converters)
@@ -91,10 +110,12 @@ class Loader:
             needs=needs_of(base, self.ranks),
         )
 
-    def _choose(self, step: int, config: LoadConfig, held: contextlib.ExitStack) -> Choice:
+    def _choose(
+        self, step: int, config: LoadConfig, held: contextlib.ExitStack, damaged: dict[int, str]
+    ) -> Choice:
         def hold(chosen: int) -> None:
             held.enter_context(reading(self.catalog.store, chosen, who="load"))
 
         if step == NEWEST:
-            return choose_newest(self.catalog, self.ranks, config, hold=hold)
+            return choose_newest(self.catalog, self.ranks, config, hold=hold, damaged=damaged)
         return choose(self.catalog, self.ranks, step, hold=hold)

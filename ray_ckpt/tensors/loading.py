@@ -19,6 +19,7 @@ from ray_ckpt.core.loading import BASE
 from ray_ckpt.tensors.fqn import told
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.optimizer_state import OptimizerState
+from ray_ckpt.tensors.proof import DamageFoundError
 from ray_ckpt.tensors.random_state import RandomState
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.reader import load_into
@@ -26,6 +27,7 @@ from ray_ckpt.tensors.sources import OpenSource
 
 log = logging.getLogger("ray_ckpt")
 _SAFE = "no tensor was read, the model is as it was"
+_RESTORE = "restore these files from a copy, or name another folder in load.start"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,7 @@ def restore(
     Raises:
         StateDictError: keys or shapes differ; nothing was read and nothing changed.
         ConfigError: no source supplies the base, or one is named for an owner that is not there.
+        DamageFoundError: the run's own step is damaged; what it was read into holds some of it.
         IntegrityError: a source is damaged, or is not the one that a step was trained on.
     """
     if not sources:
@@ -95,7 +98,7 @@ def restore(
     for source in sources:
         wanted = {k: tensor for k, tensor in tensors.items() if owner_of[k] in source.owners}
         wanted.update((name, states[name]) for name in source.parts if name in states)
-        load_into(wanted, source.reader, ranks=ranks)
+        _load_from(source, wanted, ranks)
         states.update((name, wanted[name]) for name in source.parts if name in states)
     ranks.together(lambda: _put(tensors, states, model=model, parts=parts))
     supplied = {owner for source in sources for owner in source.owners}
@@ -106,6 +109,21 @@ def restore(
             *sorted(set(parts) - set(states)),
         ),
     )
+
+
+def _load_from(source: OpenSource, wanted: dict[str, Any], ranks: Ranks) -> None:
+    """Damage of a source that the user named is told here, of a step of the run by who chose it."""
+    try:
+        load_into(wanted, source.reader, ranks=ranks)
+    except DamageFoundError as error:
+        if source.named is None:
+            raise
+        raise IntegrityError(
+            f"the source is damaged: {error.what}",
+            source.uri,
+            "storage was not changed; the model may hold some of its values: do not train on",
+            f"{_RESTORE}, and start this process again",
+        ) from error
 
 
 def _wanted(sources: Sequence[OpenSource], parts: Mapping[str, Stateful]) -> dict[str, Any]:
@@ -281,7 +299,7 @@ def _refuse_another(source: OpenSource, ranks: Ranks) -> None:
             f"the source is damaged: {told(damage)}",
             source.uri,
             _SAFE,
-            "restore these files from a copy, or name another folder in load.start",
+            _RESTORE,
         )
     if source.expected is None or source.identified(ranks).digest == source.expected.digest:
         return

@@ -48,6 +48,7 @@ from ray_ckpt.tensors.saver import Saver
 from ray_ckpt.tensors.states import TrainingState
 from ray_ckpt.tensors.stopwatch import Stopwatch
 from ray_ckpt.tensors.triggers import ASKED_FOR, TIME_HAS_COME, Heard, Listener
+from ray_ckpt.tensors.undisturbed import without_collections
 from ray_ckpt.tensors.writer import SaveJob
 
 log = logging.getLogger("ray_ckpt")
@@ -312,18 +313,20 @@ class CheckpointManager:
     def load(self, step: int = NEWEST, *, config: LoadConfig | None = None) -> LoadReport:
         """The state of `step`, or of the newest good one, is in place; else what the config says.
 
-        Every file's digest is recomputed first, the work split over the ranks. A damaged step is
-        set aside and the one before it is tried; a step that was asked for by number is never
-        replaced by another. Without any checkpoint the config's `start` is loaded, and the report
-        says step 0.
+        Every byte is read once, by some rank, and compared with what was committed, before a pickle
+        is run or this returns. A damaged step is set aside and the one before it is tried; a step
+        that was asked for by number is never replaced by another. Without any checkpoint the
+        config's `start` is loaded, and the report says step 0.
 
         Raises:
             StepNotFoundError: the step asked for is not there.
-            IntegrityError: the step asked for is damaged; storage is not touched.
+            IntegrityError: the step asked for is damaged; storage is not touched. Unless a file was
+                missing or too short, the model may hold some of it: do not train on.
             StateDictError: keys differ from the model's; found before a tensor is read.
             ConfigError: a source or an excluded part is not there.
         """
-        loaded = self._loader.load(step, config or LoadConfig())
+        with without_collections():
+            loaded = self._loader.load(step, config or LoadConfig())
         self._writer.goes_on_from(loaded.choice.step, started_from=loaded.origins)
         self._needs = loaded.needs
         self._outcomes.began(loaded.choice, loaded.origins, world_size=self._ranks.size)

@@ -29,13 +29,14 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.at_once import at_once
-from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.base import Ranges, Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
 from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.tensors.chunks import Chunk, Chunks, is_bare
 from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.item_reads import read_items, read_values
+from ray_ckpt.tensors.proof import Proof
 from ray_ckpt.tensors.ranks import Ranks, ours, sentence
 
 T = TypeVar("T")
@@ -48,14 +49,18 @@ class DcpReader(FileSystemReader):
     """A DCP storage reader for one folder of a store.
 
     `digest` is what our manifest says of `.metadata`; None for a foreign folder, of which nothing
-    that is pickled is run.
+    that is pickled is run. With a `proof`, every shard is digested while it is read.
     """
 
-    def __init__(self, store: Store, folder: str, *, digest: str | None) -> None:
+    def __init__(
+        self, store: Store, folder: str, *, digest: str | None, proof: Proof | None = None
+    ) -> None:
         super().__init__(folder)
         self.uri = f"{store.uri}/{folder}"
         self.runs_pickles = digest is not None
+        self.proof = proof
         self._store = store
+        self._reads: Ranges = store if proof is None else proof.reads
         self._digest = digest
         self.fs = _StoreFileSystem(store)
 
@@ -89,10 +94,10 @@ class DcpReader(FileSystemReader):
         ]
         # by where they lie: a disk reads ahead
         tensors.sort(key=lambda read: (read[1].key, read[1].begin))
-        chunks = Chunks(self._store)
-        num_threads = max(_READS_AT_ONCE, self._store.reads_at_once)
-        of_each = at_once(chunks.elements_at, [c for _, c in tensors], num_threads=num_threads)
-        plain = [read for read, at in zip(tensors, of_each, strict=True) if at is not None]
+        chunks = Chunks(self._reads)
+        num_threads = max(_READS_AT_ONCE, self._reads.reads_at_once)
+        of_each = at_once(chunks.is_in_order, [c for _, c in tensors], num_threads=num_threads)
+        plain = [read for read, it_is in zip(tensors, of_each, strict=True) if it_is]
         read_items(chunks, plain, planner, num_threads=num_threads)
         values = [
             (item, stored)
@@ -100,7 +105,7 @@ class DcpReader(FileSystemReader):
             if item.type is LoadItemType.BYTE_IO
             and is_bare(stored := self.storage_data[item.storage_index])
         ]
-        read_values(self._store, str(self.path), values, planner)
+        read_values(self._reads, str(self.path), values, planner)
         done = {id(item) for item, _ in (*plain, *values)}
         others = [item for item in plan.items if id(item) not in done]
         return super().read_data(replace(plan, items=others), planner)
@@ -127,23 +132,35 @@ class DcpReader(FileSystemReader):
         return cast(Metadata, pickle.loads(data))  # hash checked above
 
 
-def step_reader(catalog: Catalog, manifest: Manifest) -> DcpReader:
-    """The reader of one committed step; of an adopted one it runs no pickle either."""
+def committed_reader(
+    store: Store, folder: str, manifest: Manifest, *, proof: Proof | None = None
+) -> DcpReader:
+    """The reader of a folder that has our manifest; of an adopted one it runs no pickle either."""
     digests = {entry.path: entry.digest for entry in manifest.files}
-    is_ours = not manifest.lineage.adopted
-    reader = DcpReader(catalog.store, names.step_dir(manifest.step), digest=digests[names.METADATA])
-    reader.runs_pickles = is_ours
+    reader = DcpReader(store, folder, digest=digests[names.METADATA], proof=proof)
+    reader.runs_pickles = not manifest.lineage.adopted
     return reader
+
+
+def proving_reader(store: Store, folder: str, manifest: Manifest) -> DcpReader:
+    """The same, to be loaded from by all ranks together: each shard is digested as it is read."""
+    return committed_reader(store, folder, manifest, proof=Proof(store, folder, manifest))
+
+
+def step_reader(catalog: Catalog, manifest: Manifest) -> DcpReader:
+    """The reader of one committed step."""
+    return committed_reader(catalog.store, names.step_dir(manifest.step), manifest)
 
 
 class _Planner(DefaultLoadPlanner):
     """Torch's planner, but for what is not a tensor: plain values, unless the pickles are ours."""
 
     def __init__(self, reader: StorageReader, progress: Progress) -> None:
-        super().__init__()
+        super().__init__(flatten_sharded_tensors=False)  # a look at every value, for FSDP1 alone
         self._progress = progress
         self._where = str(getattr(reader, "uri", ""))
         self._runs_pickles = bool(getattr(reader, "runs_pickles", False))
+        self._arrived: list[tuple[ReadItem, bytes]] = []
         self._loaded: dict[bytes, Any] = {}
         """Values by their pickles: a hyper-parameter is there once for each parameter."""
 
@@ -152,11 +169,19 @@ class _Planner(DefaultLoadPlanner):
         self._progress.advance(tensor.nbytes)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """One value that is no tensor, in its place."""
+        """One value that is no tensor has arrived; no pickle is run before all was compared."""
+        self._arrived.append((read_item, value.getvalue()))
+
+    def put_values(self) -> None:
+        """All values that have arrived are in their places."""
+        for read_item, pickled in self._arrived:
+            self._put(read_item, pickled)
+
+    def _put(self, read_item: ReadItem, pickled: bytes) -> None:
         name = read_item.dest_index.fqn
-        pickled = value.getvalue()
         try:
             if pickled not in self._loaded:
+                value = io.BytesIO(pickled)
                 self._loaded[pickled] = torch.load(value, weights_only=not self._runs_pickles)
         except pickle.UnpicklingError as error:
             raise IntegrityError(
@@ -165,8 +190,15 @@ class _Planner(DefaultLoadPlanner):
                 "storage was not changed; the model may hold some of the step's tensors",
                 f"exclude its part from loading: LoadConfig(exclude=({name.partition('.')[0]!r},))",
             ) from error
-        loaded = copy.deepcopy(self._loaded[pickled])
-        set_element(self.original_state_dict, self.mappings[name], loaded)
+        value = self._loaded[pickled]
+        own = value if _cannot_change(value) else copy.deepcopy(value)
+        set_element(self.original_state_dict, self.mappings[name], own)
+
+
+def _cannot_change(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_cannot_change, cast(tuple[Any, ...], value)))
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)
 
 
 def read_tensors(
@@ -197,6 +229,7 @@ def load_into(
 
     Raises:
         StateDictError: a tensor has another shape on storage; no tensor was read.
+        DamageFoundError: what was read is not what was committed; no pickle of it was run.
         IntegrityError: it cannot be read.
     """
     planner = _Planner(reader, progress)
@@ -210,7 +243,25 @@ def load_into(
 
     step = str(getattr(reader, "uri", reader))
     own_plan = _agreed(plan, ranks, step)
-    _agreed(lambda: reader.read_data(own_plan, planner).wait(), ranks, step)
+    proof: Proof | None = getattr(reader, "proof", None)
+    with _damage_comes_first(proof, ranks):
+        _agreed(lambda: reader.read_data(own_plan, planner).wait(), ranks, step)
+    _agreed(planner.put_values, ranks, step)
+
+
+@contextlib.contextmanager
+def _damage_comes_first(proof: Proof | None, ranks: Ranks | None) -> Generator[None]:
+    """What the block has read is as it was committed; if it is not, no other error matters."""
+    if proof is None:
+        yield
+        return
+    assert ranks is not None, "who loads alone has nobody to share the proof with"
+    try:
+        yield
+    except RayCkptError:  # every rank has the same one
+        proof.refuse_damage(ranks)
+        raise
+    proof.refuse_damage(ranks)
 
 
 def _agreed(act: Callable[[], T], ranks: Ranks | None, step: str) -> T:

@@ -10,7 +10,6 @@ longer than the write, torch never looks at it, and the manifest has a digest of
 """
 
 import contextlib
-import functools
 import io
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -48,7 +47,7 @@ class ShardFile:
         if isinstance(item, io.BytesIO):
             self._file.write(item.getbuffer())
         elif is_plain(item):
-            front, behind = _frame(item.dtype, tuple(item.shape))
+            front, behind = around(TensorSpec(shape=tuple(item.shape), dtype=item.dtype))
             for piece in (memoryview(front), bytes_of(item), memoryview(behind)):
                 self._file.write(piece)
         else:
@@ -94,11 +93,6 @@ def is_plain(tensor: Tensor) -> bool:
     """Whether its elements lie in memory as they are, in order and without gaps."""
     is_dense = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_quantized
     return is_dense and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-
-
-@functools.lru_cache(maxsize=1024)
-def _frame(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
-    return around(TensorSpec(shape=shape, dtype=dtype))
 
 
 class _Stream(io.RawIOBase):

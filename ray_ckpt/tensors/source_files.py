@@ -1,6 +1,6 @@
 """The files a source consists of: whether they are whole, and which folder they are.
 
-    a folder with our manifest    every byte is read and is as the manifest says
+    a folder with our manifest    sizes are as it says; shards are digested as they are read (proof)
     a foreign DCP folder          every file that its index names is there and long enough
     a Hugging Face folder         was looked at when its headers were read
 
@@ -21,7 +21,7 @@ from ray_ckpt.storage.digests import (
     SHARD_ALGORITHM,
     STRONG_ALGORITHM,
     describe_object,
-    find_damage,
+    find_damage_before_reading,
 )
 from ray_ckpt.storage.listing import manifest_in, sizes_in
 from ray_ckpt.tensors.ranks import Ranks
@@ -40,7 +40,10 @@ class SourceFiles:
     """How many bytes of a file its index needs, where no manifest says it."""
 
     def damage(self, ranks: Ranks) -> list[str]:
-        """Sentences about files that are not whole; the same on every rank. Collective."""
+        """Sentences about files that are not whole, as far as can be told before they are loaded.
+
+        The same on every rank. Collective.
+        """
         return [
             text
             for share in ranks.gather(ranks.together(lambda: self._share(ranks)))
@@ -66,7 +69,7 @@ class SourceFiles:
     def _share(self, ranks: Ranks) -> list[str]:
         own = slice(ranks.rank, None, ranks.size)
         if self.manifest is not None:
-            return find_damage(self.store, self.folder, self.manifest, part=own)
+            return find_damage_before_reading(self.store, self.folder, self.manifest, part=own)
         if not ranks.is_coordinator or not self.ends:
             return []
         sizes = sizes_in(self.store, self.folder)

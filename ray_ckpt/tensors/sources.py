@@ -32,7 +32,7 @@ from ray_ckpt.tensors.hf_reader import HfFolder, HfReader
 from ray_ckpt.tensors.index import NOT_THE_MODEL
 from ray_ckpt.tensors.quantized import dequantize
 from ray_ckpt.tensors.ranks import Ranks
-from ray_ckpt.tensors.reader import DcpReader, step_reader
+from ray_ckpt.tensors.reader import DcpReader, proving_reader
 from ray_ckpt.tensors.run import CONFIG, HfAssets
 from ray_ckpt.tensors.source_files import SourceFiles
 
@@ -54,7 +54,7 @@ class OpenSource:
     named: Source | None = None
     """What named it; None for a step of the run itself."""
     files: SourceFiles | None = None
-    """What it consists of; None for a step of the run, whose bytes were read before."""
+    """What it consists of; None for a step of the run, which was looked at when it was chosen."""
     expected: NeededSource | None = None
     """What it must be, where a step that was trained on it says so."""
     started_from: tuple[StartSource, ...] = ()
@@ -111,7 +111,7 @@ def open_step(
     catalog: Catalog, manifest: Manifest, *, owners: tuple[str, ...], parts: tuple[str, ...]
 ) -> OpenSource:
     """A committed step of the run itself."""
-    reader = step_reader(catalog, manifest)
+    reader = proving_reader(catalog.store, names.step_dir(manifest.step), manifest)
     own = manifest.model.keys if manifest.model is not None else _tensors_of(reader)
     return OpenSource(
         uri=reader.uri,
@@ -137,11 +137,11 @@ def open_source(source: Source, naming: Naming) -> OpenSource:
 def _open_dcp(source: Source, naming: Naming) -> OpenSource:
     catalog, folder = split(source.path)
     manifest = manifest_in(catalog.store, folder)
-    digest = None
-    if manifest is not None:
-        digest = {entry.path: entry.digest for entry in manifest.files}[names.METADATA]
-    reader = DcpReader(catalog.store, folder, digest=digest)
-    reader.runs_pickles = manifest is not None and not manifest.lineage.adopted
+    reader = (
+        DcpReader(catalog.store, folder, digest=None)
+        if manifest is None
+        else proving_reader(catalog.store, folder, manifest)
+    )
     try:
         metadata = reader.read_metadata()
     except ObjectNotFoundError as error:

@@ -33,10 +33,10 @@ def open_sources(
             part is excluded that neither the run, whose `parts` are given, nor the step has.
     """
     named = config.start.sources
-    if choice.step is None:
+    manifest = choice.manifest
+    if manifest is None:
         refuse_unknown_parts("load.exclude", config.exclude, {*parts, *NOT_THE_MODEL})
         return [open_source(source, naming) for source in named]
-    manifest = catalog.manifest(choice.step)
     step = open_step(
         catalog,
         manifest,
@@ -51,12 +51,12 @@ def open_sources(
     return [step, *(_open_needed(needed, named, naming) for needed in manifest.needs)]
 
 
-def pinned_start(catalog: Catalog, choice: Choice, start: Start) -> Start:
+def pinned_start(choice: Choice, start: Start) -> Start:
     """The same, with what lies on the Hub as it is now: other ranks look at it a little later.
 
     Where a step goes on by itself nobody asks the Hub.
     """
-    is_needed = choice.step is None or bool(catalog.manifest(choice.step).needs)
+    is_needed = choice.manifest is None or bool(choice.manifest.needs)
     if not is_needed or not any(names.is_repository(source.path) for source in start.sources):
         return start
     pins = (

@@ -5,6 +5,7 @@ the final size, of which everything but the tensors is taken. `torch.load` reads
 with `mmap=True` and `weights_only=True`; so does whatever unpacks zip files.
 """
 
+import functools
 import struct
 import tempfile
 import zipfile
@@ -79,6 +80,7 @@ def specs_in_torch_file(file: BinaryIO) -> dict[str, TensorSpec]:
     }
 
 
+@functools.lru_cache(maxsize=1024)
 def around(spec: TensorSpec) -> tuple[bytes, bytes]:
     """What `torch.save` writes before and behind the elements of one contiguous tensor.
 

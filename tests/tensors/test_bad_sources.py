@@ -31,7 +31,7 @@ from tests.tensors.bases import (
     weights,
     with_adapter,
 )
-from tests.tensors.tiny import SIZES
+from tests.tensors.tiny import SIZES, error_of
 
 
 def test_a_folder_that_is_not_there_is_named(root: str, tmp_path: Path) -> None:
@@ -56,17 +56,19 @@ def test_a_foreign_folder_with_a_shard_missing_or_cut_short_isrefused(
     assert "__0_0.distcp is missing" in refused(root, weights(tmp_path / "a")).what
 
 
-def test_a_committed_step_elsewhere_is_read_to_the_last_byte_before_it_is_used(
+def test_a_committed_step_elsewhere_is_compared_to_its_last_byte(
     saved_root: Path, root: str
 ) -> None:
-    """Its shards hold pickles of ours, which run only if they are the very ones."""
     shard = saved_root / "step-12/__1_0.distcp"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
-    error = refused(f"{root} 1", weights(saved_root / "step-12"))
+    manager, _ = open_manager(f"{root} 1")
+    error = error_of(lambda: manager.load(config=weights(saved_root / "step-12")))
+    manager.close()
     assert isinstance(error, IntegrityError)
     assert "__1_0.distcp is crc64nvme:" in error.what
+    assert "do not train on" in error.safe
 
 
 class _Hostile:

@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
+    IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
     RayCkptError,
@@ -84,6 +85,30 @@ def translated(where: Path) -> Generator[None]:
         kind = kind_of(error, other=StorageError)
         text = error.strerror or str(error)
         raise kind(text, str(where), do=_CURES.get(kind, "")) from error
+
+
+def read_into(path: Path, offset: int, buffers: Sequence[memoryview]) -> None:
+    """The file's bytes from there on are in one buffer after the other, which they fill.
+
+    Raises:
+        IntegrityError: the file ends before.
+    """
+    left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+    at = offset
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while left:
+            num_bytes = os.preadv(descriptor, left, at)
+            if not num_bytes:
+                end = at + sum(view.nbytes for view in left)
+                raise IntegrityError(f"ends before byte {end}", str(path))
+            at += num_bytes
+            while left and num_bytes >= left[0].nbytes:
+                num_bytes -= left.pop(0).nbytes
+            if num_bytes:
+                left[0] = left[0][num_bytes:]
+    finally:
+        os.close(descriptor)
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ray_ckpt.core.errors import (
-    IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
     UsageError,
@@ -23,6 +22,7 @@ from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.disk.file_blocks import TEMPORARY, FileBlocks, new_file
 from ray_ckpt.storage.disk.posix import (
     make_folder,
+    read_into,
     sync_file,
     sync_folder,
     translated,
@@ -89,16 +89,12 @@ class LocalStore:
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """Straight into place."""
-        left = buffer.cast("B")
-        with translated(self.path(key)), self.path(key).open("rb", buffering=0) as file:
-            file.seek(offset)
-            while left.nbytes:
-                num_bytes = file.readinto(left)
-                if not num_bytes:
-                    raise IntegrityError(
-                        f"ends before byte {offset + buffer.nbytes}", str(self.path(key))
-                    )
-                left = left[num_bytes:]
+        self.read_into_each(key, offset, [buffer])
+
+    def read_into_each(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Straight into their places."""
+        with translated(self.path(key)):
+            read_into(self.path(key), offset, buffers)
 
     def write(self, key: str, data: bytes) -> None:
         """Written beside, synced, renamed over; then the folder is synced."""

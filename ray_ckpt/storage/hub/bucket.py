@@ -27,7 +27,7 @@ from ray_ckpt.storage.hub.client import hub_api
 from ray_ckpt.storage.hub.errors import translated
 from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.ranged_file import open_ranged
+from ray_ckpt.storage.ranged_file import open_ranged, read_into_each
 
 _BLOCK_BYTES = 1 << 20
 _BEYOND = 416
@@ -84,6 +84,10 @@ class BucketStore:
         if len(data) != buffer.nbytes:
             raise IntegrityError(f"ends before byte {end}", self._where(key))
         buffer.cast("B")[:] = data
+
+    def read_into_each(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """One ranged GET."""
+        read_into_each(partial(self.read_into, key), offset, buffers)
 
     def write(self, key: str, data: bytes) -> None:
         """Sent, then named by one batch."""

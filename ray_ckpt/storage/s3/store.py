@@ -24,7 +24,7 @@ from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.disk import posix
 from ray_ckpt.storage.name_objects import point_by_object, pointed_by_object
 from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.storage.ranged_file import open_ranged
+from ray_ckpt.storage.ranged_file import open_ranged, read_into_each
 from ray_ckpt.storage.s3.blocks import S3Blocks
 from ray_ckpt.storage.s3.connection import S3Connection
 from ray_ckpt.storage.s3.copy import copy_object, is_equal
@@ -120,6 +120,10 @@ class S3Store:
         if len(data) != buffer.nbytes:
             raise IntegrityError(f"ends before byte {end}", self._at.where(key))
         buffer.cast("B")[:] = data
+
+    def read_into_each(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """One ranged GET."""
+        read_into_each(partial(self.read_into, key), offset, buffers)
 
     def write(self, key: str, data: bytes) -> None:
         """One PUT."""
