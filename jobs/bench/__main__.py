@@ -2,7 +2,8 @@
 
 python -m jobs.bench save         a training state is saved by two ranks: ours, DCP's, a raw write
 python -m jobs.bench async        the same beside training: how long it stands still, until durable
-python -m jobs.bench load         and loaded again
+python -m jobs.bench losing       the same beside training: how much later its steps are done
+python -m jobs.bench load         and loaded again, from the page cache and from the disk
 python -m jobs.bench plan         plans the exports of two large models: names and shapes alone
 python -m jobs.bench integrity    what digests, the look for NaN and verifying on load cost
 python -m jobs.bench vote         what a save() that finds nothing due costs on two ranks
@@ -29,6 +30,7 @@ from jobs.bench.export import measure_exports
 from jobs.bench.hub import measure_hub
 from jobs.bench.integrity import measure_integrity
 from jobs.bench.last import measure_last_saves
+from jobs.bench.losing import measure_losses
 from jobs.bench.manager import measure_looks
 from jobs.bench.models import KINDS
 from jobs.bench.plan import measure_plans
@@ -98,6 +100,11 @@ def save(parsed: argparse.Namespace) -> Sequence[Any]:
 def save_async(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of saves beside training; what was written is removed."""
     return _in_a_folder(measure_async_saves, parsed)
+
+
+def losing(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of training with a save and without; what was written is removed."""
+    return _in_a_folder(measure_losses, parsed)
 
 
 def load(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -195,6 +202,7 @@ def manager(parsed: argparse.Namespace) -> Sequence[Any]:
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "save": save,
     "async": save_async,
+    "losing": losing,
     "load": load,
     "plan": plan,
     "integrity": integrity,

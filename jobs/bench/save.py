@@ -2,32 +2,24 @@
 
 The state is a decoder under FSDP2 and its AdamW, three times the size of the weights. A save ends
 when all bytes are on the disk; ours has digested them and committed the step by then. Loads find
-the files in the page cache; ours verifies every digest first.
+the files in the page cache (warm) or on the disk alone (cold); ours compares every digest.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 
-from jobs.bench.models import config_of
 from jobs.bench.rows import OURS, Compared, compared
 from jobs.bench.timing import Taken, Timing, in_turn, interleaved, stopwatch, timing_of
-from jobs.bench.two_ranks import on_two_ranks, sharded_decoder, write_raw
-from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
-from ray_ckpt.core.saving import Mode
+from jobs.bench.trained import Trained
+from jobs.bench.two_ranks import on_two_ranks
 
 _RAW, _COPY = "raw write", "copy in memory"
 _SAVE, _ASYNC_SAVE, _LOAD = "dcp.save", "dcp.async_save", "dcp.load"
 _STILL, _DURABLE = "stands still", "until durable"
+_WARM, _COLD, _READ = "warm", "cold", "raw read"
 
 
 def measure_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
@@ -49,11 +41,15 @@ def measure_async_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Com
 def measure_loads(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
     """The same of loading it."""
     timings = on_two_ranks(partial(_loads, size_mb, repeats), below=folder)
-    return compared(timings, limit=_COPY, peer=_LOAD)
+    rows: list[Compared] = []
+    for where, limit in ((_WARM, _COPY), (_COLD, _READ)):
+        its = [timing for timing in timings if timing.what.endswith(where)]
+        rows += compared(its, limit=f"{limit}: {where}", peer=f"{_LOAD}: {where}")
+    return rows
 
 
 def _saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
-    trained = _Trained(size_mb, folder)
+    trained = Trained(size_mb, folder)
     ways: dict[str, Callable[[], object]] = {
         _RAW: trained.write_raw,
         OURS: trained.save,
@@ -64,7 +60,7 @@ def _saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
 
 
 def _async_saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
-    trained = _Trained(size_mb, folder, mode="async")
+    trained = Trained(size_mb, folder, mode="async")
     ways: dict[str, Callable[[], Callable[[], object]]] = {
         _COPY: trained.begin_copy,
         _RAW: trained.begin_raw_write,
@@ -93,7 +89,7 @@ def _halves(
 
 
 def _loads(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
-    trained = _Trained(size_mb, folder)
+    trained = Trained(size_mb, folder)
     with trained:
         trained.save()
         trained.save_with_dcp()
@@ -102,101 +98,11 @@ def _loads(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
             OURS: trained.manager.load,
             _LOAD: trained.load_with_dcp,
         }
-        return interleaved(ways, repeats, prepare=dist.barrier)
+        warm = interleaved(_named(ways, _WARM), repeats, prepare=dist.barrier)
+        ways[_READ] = trained.read_raw
+        del ways[_COPY]
+        return [*warm, *interleaved(_named(ways, _COLD), repeats, prepare=trained.evict)]
 
 
-class _Trained:
-    """A model and its optimizer after one step, and where they are saved."""
-
-    def __init__(self, size_mb: int, folder: Path, *, mode: Mode = "sync") -> None:
-        torch.manual_seed(0)
-        self._folder = folder
-        self._steps = count(1)
-        self._model = sharded_decoder(config_of(size_mb // 3))
-        self._optimizer = torch.optim.AdamW(self._model.parameters())
-        for parameter in self._model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.manager = CheckpointManager(
-            str(folder / "ours"),
-            TrainingState(model=ModelWrapper(self._model), optimizer=self._optimizer),
-            config=SaveConfig(every_steps=1, mode=mode, listen=False),
-        )
-        self._held = self._local()
-        self._copies = [torch.empty_like(tensor) for tensor in self._held]
-        self._gloo: Any = dist.new_group(backend="gloo")
-
-    def __enter__(self) -> "_Trained":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.manager.close()
-
-    def clear(self) -> None:
-        """Nothing is left of earlier saves."""
-        dist.barrier()
-        if dist.get_rank() == 0:
-            for pattern in ("ours/step-*", "dcp", "raw"):
-                for path in self._folder.glob(pattern):
-                    shutil.rmtree(path)
-        dist.barrier()
-
-    def save(self) -> None:
-        """By our manager, in the thread that trains."""
-        assert self.manager.save(next(self._steps)), "every step is due"
-
-    def save_with_dcp(self) -> None:
-        """As its documentation does it."""
-        dcp.save(self._state(), checkpoint_id=str(self._folder / "dcp"))
-
-    def begin_copy(self) -> Callable[[], object]:
-        """All that has to be done before training may go on."""
-        self.copy()
-        return lambda: None
-
-    def begin_raw_write(self) -> Callable[[], object]:
-        """All that has to be done until the bytes are safe."""
-        return self.write_raw
-
-    def begin_save(self) -> Callable[[], object]:
-        """By our manager; returns what waits for the commit."""
-        pending = self.manager.save(next(self._steps))
-        assert pending is not None, "every step is due"
-        return pending.wait
-
-    def begin_save_with_dcp(self) -> Callable[[], object]:
-        """As its documentation does it."""
-        where = str(self._folder / "dcp")
-        saved: Any = dcp.async_save(self._state(), checkpoint_id=where, process_group=self._gloo)
-        return saved.result
-
-    def load_with_dcp(self) -> None:
-        """As its documentation does it."""
-        state = self._state()
-        dcp.load(state, checkpoint_id=str(self._folder / "dcp"))
-        set_state_dict(
-            self._model,
-            self._optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-
-    def write_raw(self) -> None:
-        """Each rank writes as many bytes as it holds, past the page cache."""
-        write_raw(self._folder / "raw", sum(tensor.nbytes for tensor in self._held))
-
-    def copy(self) -> None:
-        """Each rank copies what it holds, to memory that is there."""
-        for tensor, its_copy in zip(self._held, self._copies, strict=True):
-            its_copy.copy_(tensor)
-
-    def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-    def _local(self) -> list[torch.Tensor]:
-        values: list[Mapping[str, Any]] = [self._model.state_dict()]
-        values += self._optimizer.state.values()
-        tensors = [tensor for value in values for tensor in value.values()]
-        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+def _named(ways: Mapping[str, Callable[[], object]], how: str) -> dict[str, Callable[[], object]]:
+    return {f"{what}: {how}": way for what, way in ways.items()}

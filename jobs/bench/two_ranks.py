@@ -2,6 +2,7 @@
 
 import mmap
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -59,6 +60,18 @@ def write_raw(folder: Path, size_bytes: int) -> None:
         left = size_bytes - number * len(block)
         file.put(number, memoryview(block), min(len(block), left))
     file.finish(size_bytes)
+    dist.barrier()
+
+
+def read_raw(path: Path) -> None:
+    """Each rank has read its file from the disk, past the page cache."""
+    block = memoryview(mmap.mmap(-1, FileBlocks.block_bytes))
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        while os.readv(file, [block]) == len(block):
+            pass
+    finally:
+        os.close(file)
     dist.barrier()
 
 

@@ -62,7 +62,8 @@ def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: 
     [
         ("save", ("raw write", "ray_ckpt", "dcp.save")),
         ("async", ("ray_ckpt: stands still", "dcp.async_save: until durable")),
-        ("load", ("copy in memory", "ray_ckpt", "dcp.load")),
+        ("losing", ("training alone", "ray_ckpt, process", "dcp.async_save")),
+        ("load", ("copy in memory: warm", "ray_ckpt: warm", "raw read: cold", "dcp.load: cold")),
     ],
 )
 def test_a_training_state_is_saved_and_loaded_by_two_ranks(

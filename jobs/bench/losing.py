@@ -1,0 +1,83 @@
+"""What a save costs training: the same steps with a save in the middle of them, and without.
+
+A save that runs beside training takes cores, memory and locks from it; what counts is how much
+later the steps are done, not how soon the call has returned.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from jobs.bench.rows import OURS
+from jobs.bench.timing import Timing, interleaved, stopwatch
+from jobs.bench.trained import Trained
+from jobs.bench.two_ranks import on_two_ranks
+
+ALONE = "training alone"
+_TRAINS_S_PER_GB = 4.0
+"""Of the state, in each measurement. A save that takes longer loses more than is shown."""
+_STEPS_AT_LEAST = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losing(Timing):
+    """Some seconds of training, with one save or without."""
+
+    loses_s: float
+    """The median less the one without a save."""
+
+
+def measure_losses(folder: Path, *, size_mb: int, repeats: int) -> list[Losing]:
+    """Rank 0's times; the state has about `size_mb` megabytes on both ranks together."""
+    timings = on_two_ranks(partial(_losses, size_mb, repeats), below=folder)
+    alone_s = next(timing.median_s for timing in timings if timing.what == ALONE)
+    return [Losing(**asdict(t), loses_s=t.median_s - alone_s) for t in timings]
+
+
+def _losses(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
+    with (
+        Trained(size_mb, folder / "thread", mode="async") as trained,
+        Trained(size_mb, folder / "process", mode="process") as other,
+    ):
+        num_steps = _steps_of(trained, _TRAINS_S_PER_GB * size_mb / 1000)
+        begins: dict[str, tuple[Trained, Callable[[], Callable[[], object]]]] = {
+            ALONE: (trained, lambda: _nothing),
+            f"{OURS}, async": (trained, trained.begin_save),
+            f"{OURS}, process": (other, other.begin_save),
+            "dcp.async_save": (trained, trained.begin_save_with_dcp),
+        }
+        waits: list[Callable[[], object]] = []
+
+        def prepare() -> None:
+            while waits:
+                waits.pop()()
+            trained.clear()
+            other.clear()
+
+        def train(who: Trained, begin: Callable[[], Callable[[], object]]) -> None:
+            waits.append(begin())
+            for _ in range(num_steps):
+                who.train()
+            dist.barrier()
+
+        ways = {what: partial(train, *way) for what, way in begins.items()}
+        timings = interleaved(ways, repeats, prepare=prepare)
+        prepare()
+    return timings
+
+
+def _nothing() -> None:
+    """Is to be waited for."""
+
+
+def _steps_of(trained: Trained, trains_s: float) -> int:
+    """How many steps take about so long."""
+    trained.train()
+    taken = stopwatch()
+    trained.train()
+    told = [max(_STEPS_AT_LEAST, round(trains_s / taken().wall_s))]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]

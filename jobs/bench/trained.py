@@ -1,0 +1,140 @@
+"""A model and its optimizer that two ranks train, and every way to save and to load them."""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from jobs.bench.models import config_of
+from jobs.bench.two_ranks import read_raw, sharded_decoder, write_raw
+from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
+from ray_ckpt.core.saving import Mode
+
+_NUM_TOKENS = 64
+"""Of one training step, on each rank: little, for the model is large and the cores are few."""
+
+
+class Trained:
+    """A model and its optimizer after one step, and where they are saved."""
+
+    def __init__(self, size_mb: int, folder: Path, *, mode: Mode = "sync") -> None:
+        torch.manual_seed(0)
+        self._folder = folder
+        self._steps = count(1)
+        self._model = sharded_decoder(config_of(size_mb // 3))
+        self._optimizer = torch.optim.AdamW(self._model.parameters())
+        for parameter in self._model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.manager = CheckpointManager(
+            str(folder / "ours"),
+            TrainingState(model=ModelWrapper(self._model), optimizer=self._optimizer),
+            config=SaveConfig(every_steps=1, mode=mode, listen=False),
+        )
+        self._held = self._local()
+        self._copies = [torch.empty_like(tensor) for tensor in self._held]
+        self._gloo: Any = dist.new_group(backend="gloo")
+
+    def __enter__(self) -> "Trained":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.manager.close()
+
+    def train(self) -> None:
+        """One step: forward, backward, and the optimizer's."""
+        tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.long)
+        self._model(tokens).float().logsumexp(-1).mean().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def evict(self) -> None:
+        """No byte of any save is in the page cache."""
+        if dist.get_rank() == 0:
+            for path in self._folder.glob("**/*.distcp"):
+                file = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(file)
+        dist.barrier()
+
+    def read_raw(self) -> None:
+        """Each rank reads its own file of our save, past the page cache."""
+        [path] = self._folder.glob(f"ours/step-*/__{dist.get_rank()}_0.distcp")
+        read_raw(path)
+
+    def clear(self) -> None:
+        """Nothing is left of earlier saves."""
+        dist.barrier()
+        if dist.get_rank() == 0:
+            for pattern in ("ours/step-*", "dcp", "raw"):
+                for path in self._folder.glob(pattern):
+                    shutil.rmtree(path)
+        dist.barrier()
+
+    def save(self) -> None:
+        """By our manager, in the thread that trains."""
+        assert self.manager.save(next(self._steps)), "every step is due"
+
+    def save_with_dcp(self) -> None:
+        """As its documentation does it."""
+        dcp.save(self._state(), checkpoint_id=str(self._folder / "dcp"))
+
+    def begin_copy(self) -> Callable[[], object]:
+        """All that has to be done before training may go on."""
+        self.copy()
+        return lambda: None
+
+    def begin_raw_write(self) -> Callable[[], object]:
+        """All that has to be done until the bytes are safe."""
+        return self.write_raw
+
+    def begin_save(self) -> Callable[[], object]:
+        """By our manager; returns what waits for the commit."""
+        pending = self.manager.save(next(self._steps))
+        assert pending is not None, "every step is due"
+        return pending.wait
+
+    def begin_save_with_dcp(self) -> Callable[[], object]:
+        """As its documentation does it."""
+        where = str(self._folder / "dcp")
+        saved: Any = dcp.async_save(self._state(), checkpoint_id=where, process_group=self._gloo)
+        return saved.result
+
+    def load_with_dcp(self) -> None:
+        """As its documentation does it."""
+        state = self._state()
+        dcp.load(state, checkpoint_id=str(self._folder / "dcp"))
+        set_state_dict(
+            self._model,
+            self._optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def write_raw(self) -> None:
+        """Each rank writes as many bytes as it holds, past the page cache."""
+        write_raw(self._folder / "raw", sum(tensor.nbytes for tensor in self._held))
+
+    def copy(self) -> None:
+        """Each rank copies what it holds, to memory that is there."""
+        for tensor, its_copy in zip(self._held, self._copies, strict=True):
+            its_copy.copy_(tensor)
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self._model, self._optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def _local(self) -> list[torch.Tensor]:
+        values: list[Mapping[str, Any]] = [self._model.state_dict()]
+        values += self._optimizer.state.values()
+        tensors = [tensor for value in values for tensor in value.values()]
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
