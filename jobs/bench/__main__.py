@@ -4,6 +4,7 @@ python -m jobs.bench save         a training state is saved by two ranks: ours, 
 python -m jobs.bench async        the same beside training: how long it stands still, until durable
 python -m jobs.bench losing       the same beside training: how much later its steps are done
 python -m jobs.bench load         and loaded again, from the page cache and from the disk
+python -m jobs.bench check        exit 1 if saves or loads have become slow beside DCP's own
 python -m jobs.bench plan         plans the exports of two large models: names and shapes alone
 python -m jobs.bench integrity    what digests, the look for NaN and verifying on load cost
 python -m jobs.bench vote         what a save() that finds nothing due costs on two ranks
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.bench.beside import measure_beside
+from jobs.bench.check import Checked, check, too_slow
 from jobs.bench.crew import measure_crews
 from jobs.bench.export import measure_exports
 from jobs.bench.hub import measure_hub
@@ -73,10 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
     parser.add_argument("--actions", type=int, default=100, help="manager: done by one")
     parsed = parser.parse_args(arguments)
-    rows = [asdict(row) for row in BENCHMARKS[parsed.what](parsed)]
+    found = BENCHMARKS[parsed.what](parsed)
+    rows = [asdict(row) for row in found]
     print_table(rows)
     if parsed.json:
         print(json.dumps({parsed.what: rows}))
+    slow = too_slow([row for row in found if isinstance(row, Checked)])
+    if slow:
+        raise SystemExit("\n".join(["", *slow]))
 
 
 def numbers(text: str) -> list[int]:
@@ -110,6 +116,11 @@ def losing(parsed: argparse.Namespace) -> Sequence[Any]:
 def load(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of loads; what was written is removed."""
     return _in_a_folder(measure_loads, parsed)
+
+
+def check_all(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of what must not become slow; what was written is removed."""
+    return _in_a_folder(check, parsed)
 
 
 def integrity(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -204,6 +215,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "async": save_async,
     "losing": losing,
     "load": load,
+    "check": check_all,
     "plan": plan,
     "integrity": integrity,
     "vote": vote,

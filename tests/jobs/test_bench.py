@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.bench.check import Checked, too_slow
 from jobs.bench.export import LIMIT, WAYS
 from jobs.bench.models import STEP, commit_model
 from jobs.bench.plan import LLAMA_3_405B, llama_shapes
@@ -74,6 +76,13 @@ def test_a_training_state_is_saved_and_loaded_by_two_ranks(
     assert set(ways) <= {row["what"] for row in rows}
     assert all(0 < row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_as_fast_as_it_must_be_is_told_by_its_ratio() -> None:
+    good = Checked(what="a", other="b", min_s=1.0, other_min_s=0.8, ratio=0.8, least=0.7)
+    slow = replace(good, what="c", ratio=0.5)
+    assert too_slow([good]) == []
+    assert too_slow([good, slow]) == ["c: 0.50 times as fast as b, at least 0.7 expected"]
 
 
 def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
