@@ -91,7 +91,7 @@ class DigestedReads:
 
     def _read(self, key: str, begin: int, end: int) -> Range:
         buffer = memoryview(bytearray(end - begin))
-        self._store.read_into(key, begin, buffer)
+        self._store.read_into_each(key, begin, [buffer])
         return _range_of(begin, [buffer])
 
 

@@ -38,6 +38,7 @@ from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.item_reads import read_items, read_values
 from ray_ckpt.tensors.proof import Proof
 from ray_ckpt.tensors.ranks import Ranks, ours, sentence
+from ray_ckpt.tensors.replicas import Replicas
 
 T = TypeVar("T")
 _BUFFER_BYTES = 1 << 16
@@ -79,6 +80,11 @@ class DcpReader(FileSystemReader):
     @functools.cached_property
     def _metadata(self) -> Metadata:
         return self._unpickled(self._store.read(f"{self.path}/{names.METADATA}"))
+
+    @property
+    def is_far(self) -> bool:
+        """Whether a read is a request to somewhere else."""
+        return self._store.reads_at_once > 1
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -242,10 +248,14 @@ def load_into(
         return planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
 
     step = str(getattr(reader, "uri", reader))
-    own_plan = _agreed(plan, ranks, step)
+    whole_plan = _agreed(plan, ranks, step)
+    replicas = Replicas(planner.state_dict, is_far=getattr(reader, "is_far", False))
+    own = [item for item in whole_plan.items if replicas.reads(item.dest_index.fqn)]
+    own_plan = replace(whole_plan, items=own)
     proof: Proof | None = getattr(reader, "proof", None)
     with _damage_comes_first(proof, ranks):
         _agreed(lambda: reader.read_data(own_plan, planner).wait(), ranks, step)
+    _agreed(replicas.give, ranks, step)
     _agreed(planner.put_values, ranks, step)
 
 
