@@ -20,7 +20,7 @@ from ray_ckpt.storage.digests import crc64_of, crc64_text, joined
 
 _BLOCK_BYTES = 8 << 20
 _SMALL_BYTES = 64 << 10
-"""Of a range between two gaps: to read it once more with them is less work than another read."""
+"""Of what lies between two gaps: to read it with them is less work than to read them apart."""
 _READS_AT_ONCE = 2
 """At least: on a disk one of them is digested while the other waits."""
 
@@ -69,18 +69,17 @@ class DigestedReads:
             self._ranges[key].append(found)
 
     def ranges(self, key: str) -> list[Range]:
-        """What was read of the file, in order, nothing twice; neighbours are one."""
+        """What was read of the file, in order, nothing twice."""
         with self._lock:
             found = set(self._ranges[key])
-        return list(_together(apart(found)))
+        return apart(found)
 
     def digest(self, key: str, size_bytes: int, others: Iterable[Range] = ()) -> str:
         """`crc64nvme:hex` of the whole file; reads what is in no range, neither here nor elsewhere.
 
         `others` are ranges that other processes have read.
         """
-        taken = apart([*self.ranges(key), *others])
-        taken = [each for each in taken if each.num_bytes >= _SMALL_BYTES]
+        taken = list(_worth_it(apart([*self.ranges(key), *others])))
         gaps = _blocks(_between(taken, size_bytes))
         num_threads = max(_READS_AT_ONCE, self._store.reads_at_once)
         read = at_once(lambda gap: self._read(key, *gap), gaps, num_threads=num_threads)
@@ -115,19 +114,16 @@ def _range_of(begin: int, buffers: Sequence[memoryview]) -> Range:
     return Range(begin=begin, end=end, crc=crc)
 
 
-def _together(ranges: Sequence[Range]) -> Iterator[Range]:
-    """Each run of ranges that lie one behind the other as one."""
-    run: Range | None = None
-    for each in ranges:
-        if run is not None and run.end == each.begin:
-            crc = joined(run.crc, each.crc, each.num_bytes)
-            run = Range(begin=run.begin, end=each.end, crc=crc)
-            continue
-        if run is not None:
-            yield run
-        run = each
-    if run is not None:
-        yield run
+def _worth_it(ranges: Sequence[Range]) -> Iterator[Range]:
+    """All but small ones that lie alone between two gaps."""
+    run: list[Range] = []
+    for each in [*ranges, None]:
+        if run and (each is None or run[-1].end != each.begin):
+            if run[-1].end - run[0].begin >= _SMALL_BYTES:
+                yield from run
+            run = []
+        if each is not None:
+            run.append(each)
 
 
 def _between(ranges: Sequence[Range], size_bytes: int) -> Iterator[tuple[int, int]]:

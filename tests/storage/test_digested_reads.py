@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,10 +30,12 @@ class Counted(LocalStore):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Counted:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counted]:
     folder = tmp_path_factory.mktemp("digested")
     (folder / "file").write_bytes(DATA)
-    return Counted(str(folder))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(digested_reads, "_SMALL_BYTES", 101)
+        yield Counted(str(folder))
 
 
 def read(reads: DigestedReads, begin: int, end: int) -> bytes:
@@ -62,7 +64,6 @@ def test_only_what_nobody_has_read_is_read_in_the_end(
     store: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(digested_reads, "_BLOCK_BYTES", 300)
-    monkeypatch.setattr(digested_reads, "_SMALL_BYTES", 2001)
     here, elsewhere = DigestedReads(store), DigestedReads(store)
     for begin, end in ((0, 2000), (1000, 2500), (2000, 5000), (9200, 9300)):
         read(here, begin, end)
@@ -72,12 +73,16 @@ def test_only_what_nobody_has_read_is_read_in_the_end(
     assert store.num_bytes - before == 400 + 1000
 
 
-def test_neighbours_are_told_as_one(store: Counted) -> None:
-    reads = DigestedReads(store)
-    for begin in (200, 0, 100, 600):
-        read(reads, begin, begin + 100)
-    assert [(r.begin, r.end) for r in reads.ranges("file")] == [(0, 300), (600, 700)]
-    assert digest_of(DATA[:300], "crc64nvme") == f"crc64nvme:{reads.ranges('file')[0].crc:016x}"
+def test_who_has_read_on_both_sides_of_a_border_is_no_rival(store: Counted) -> None:
+    """Each has read a little of what the other has: only so much is read again, and no more."""
+    one, other = DigestedReads(store), DigestedReads(store)
+    for begin, end in ((0, 4000), (4000, 4100)):
+        read(one, begin, end)
+    for begin, end in ((4000, 4100), (4100, 10_000)):
+        read(other, begin, end)
+    before = store.num_bytes
+    assert one.digest("file", len(DATA), other.ranges("file")) == WHOLE
+    assert store.num_bytes == before
 
 
 @given(spans=SPANS)
