@@ -40,7 +40,9 @@ class RankGroup:
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._processes = [
             fork_server().Process(
-                target=_main, args=(self._folder, rank, num_ranks, function, args)
+                target=_main,
+                args=(self._folder, rank, num_ranks, function, args),
+                kwargs={"environment": dict(os.environ)},
             )
             for rank in range(num_ranks)
         ]
@@ -119,11 +121,18 @@ def fork_server() -> ForkServerContext:
 
 
 def _main(
-    folder: Path, rank: int, num_ranks: int, function: Callable[..., Any], args: tuple[Any, ...]
+    folder: Path,
+    rank: int,
+    num_ranks: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    environment: dict[str, str],
 ) -> None:
     import torch
     import torch.distributed as dist
 
+    os.environ.update(environment)  # the server may be older than what a test has set since
     torch.set_num_threads(1)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
