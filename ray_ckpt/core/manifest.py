@@ -9,11 +9,11 @@ gives the same bytes.
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from ray_ckpt.core.errors import IntegrityError, UnknownSchemaError
 from ray_ckpt.core.names import is_save_id
@@ -32,9 +32,11 @@ class FileEntry:
     """`algorithm:hex`, for example `crc64nvme:7b2f...`; see `storage.digests`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """One contiguous item of a tensor, as DCP wrote it."""
+class Chunk(NamedTuple):
+    """One contiguous item of a tensor, as DCP wrote it.
+
+    No dataclass, which takes three times as long to make: a save by 512 ranks has half a million.
+    """
 
     offsets: tuple[int, ...]
     """Where the piece lies in the whole tensor, one number a dimension."""
@@ -169,10 +171,17 @@ class Manifest:
 
         It carries a SHA-256 of itself, so that a damaged manifest is told from a sound one.
         """
-        document = {"schema": SCHEMA, **asdict(self)}
+        document = {"schema": SCHEMA, **asdict(replace(self, files=(), tensors=()))}
         document["files"] = [asdict(e) for e in sorted(self.files, key=lambda e: e.path)]
-        document["tensors"] = [asdict(e) for e in sorted(self.tensors, key=lambda e: e.name)]
-        return _canonical({**document, _CHECKSUM: _checksum(document)}) + b"\n"
+        # keys are sorted, and neither of these can come again behind its last place
+        head, begin, tail = _canonical(document).rpartition(b',"tensors":[')
+        head, step, rest = head.rpartition(b',"step":')
+        tensors = ",".join(_tensor_texts(sorted(self.tensors, key=lambda e: e.name))).encode()
+        body = b"".join([step, rest, begin, tensors, tail])
+        checksum = hashlib.sha256(head)
+        checksum.update(body)
+        own = f',"{_CHECKSUM}":"{checksum.hexdigest()}"'.encode()
+        return b"".join([head, own, body, b"\n"])
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
@@ -232,8 +241,29 @@ def _light_document(text: bytes) -> dict[str, Any] | None:
     return document if document and document["schema"] == SCHEMA else None
 
 
-def _canonical(document: Mapping[str, Any]) -> bytes:
+def _canonical(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _tensor_texts(tensors: Iterable[TensorEntry]) -> Iterator[str]:
+    """Each as `_canonical` would write it, at a tenth of its time."""
+    texts: dict[str | tuple[int, ...], str] = {}
+
+    def text(value: str | tuple[int, ...]) -> str:
+        if value not in texts:
+            texts[value] = _canonical(value).decode()
+        return texts[value]
+
+    for entry in tensors:
+        chunks = ",".join(
+            f'{{"file":{text(file)},"length_bytes":{length},"offset_bytes":{begin},'
+            f'"offsets":{text(offsets)},"sizes":{text(sizes)}}}'
+            for offsets, sizes, file, begin, length in entry.chunks
+        )
+        yield (
+            f'{{"chunks":[{chunks}],"dtype":{text(entry.dtype)},'
+            f'"name":{_canonical(entry.name).decode()},"shape":{text(entry.shape)}}}'
+        )
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A Hugging Face folder becomes step 0 of a root: a DCP checkpoint under native names.
 
     names, shapes       planned from the headers and the family's adapter; no tensor is read
-    tensors             made one after the other, as DCP's writer asks for them
+    tensors             made one after the other, as the writer asks for them
     commit              like any save: manifest last, lease held
 
 The way back of an export, bit for bit. No model is built, and none is held in memory.
@@ -9,13 +9,11 @@ The way back of an export, bit for bit. No model is built, and none is held in m
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError
@@ -30,6 +28,7 @@ from ray_ckpt.tensors.hf_reader import HfReader
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.root_writer import RootWriter
 from ray_ckpt.tensors.run import CONFIG, HfAssets, Run, is_asset
+from ray_ckpt.tensors.save_protocol import SaveProtocol
 from ray_ckpt.tensors.sources import Naming, open_source, split
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
 
@@ -70,30 +69,17 @@ def import_folder(catalog: Catalog, path: str, *, family: str | None = None) -> 
         model = ModelEntry(family=assets.family, keys=())
         contents = Contents(state_dict=tensors, model=model, holds="model")
         draft = writer.draft(STEP, contents, is_last_step=False, metrics={})
-        _save(
-            SaveJob(
-                catalog=catalog,
-                draft=draft,
-                assets=assets.files,
-                reserved=frozenset(),
-                check_lease=writer.check_lease,
-            ),
-            tensors,
-            source.reader,
+        job = SaveJob(
+            catalog=catalog,
+            draft=draft,
+            assets=assets.files,
+            reserved=frozenset(),
+            check_lease=writer.check_lease,
         )
+        SaveProtocol(None).save(tensors, _LazyPlanner(source.reader), CommittingWriter(job))
     finally:
         writer.close()
     return catalog.manifest(STEP)
-
-
-def _save(job: SaveJob, tensors: dict[str, Any], reader: HfReader) -> None:
-    committing = CommittingWriter(job)
-    try:
-        dcp_save(tensors, storage_writer=committing, planner=_LazyPlanner(reader), no_dist=True)
-    except BaseException:
-        committing.discard()
-        raise
-    committing.leave()
 
 
 class _LazyPlanner(DefaultSavePlanner):

@@ -1,4 +1,4 @@
-"""The save process itself: it maps what its rank has staged and runs DCP's protocol on it.
+"""The save process itself: it maps what its rank has staged and takes part in the saves of it.
 
 It meets the other ranks' children in a gloo group of their own, answers one request at a time, and
 ends when its parent does.
@@ -20,16 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    MetadataIndex,
-    StorageMeta,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ray_ckpt.tensors.ranks import Phase, expect_one_process
+from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_planner import ValueSavePlanner
+from ray_ckpt.tensors.save_protocol import SaveProtocol
 from ray_ckpt.tensors.save_wire import (
     Answer,
     Join,
@@ -78,7 +74,7 @@ class _Server:
         self._parent = parent
         self._mappings: dict[int, mmap.mmap] = {}
         self._store: dist.Store | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._protocol = SaveProtocol(None)
 
     def run(self) -> None:
         """Greets, then answers until nobody asks."""
@@ -120,7 +116,7 @@ class _Server:
         dist.init_process_group(
             "gloo", store=store, rank=join.rank, world_size=join.size, timeout=timeout
         )
-        self._group = dist.group.WORLD
+        self._protocol = SaveProtocol(dist.group.WORLD)
 
     def _map(self, segments: Segments) -> None:
         self._mappings = {n: m for n, m in self._mappings.items() if n in segments.num_bytes}
@@ -139,27 +135,8 @@ class _Server:
         def note(attempt: str, phase: Phase) -> None:
             self._connection.send(Noted(save=attempt, phase=phase))
 
-        if self._group is None:
-            expect_one_process()
         writer = CommittingWriter(replace(save.job, check_lease=check_lease, note=note))
-        try:
-            dcp_save(
-                save.values,
-                storage_writer=writer,
-                planner=_StagedPlanner(save.mappings),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
-        except BaseException as error:
-            # without an error that every rank has heard of, rank 0 may be committing the folder now
-            if self._is_coordinator or isinstance(error, CheckpointException):
-                writer.discard()
-            raise
-        writer.leave()
-
-    @property
-    def _is_coordinator(self) -> bool:
-        return self._group is None or dist.get_rank(self._group) == 0
+        self._protocol.save(save.values, _StagedPlanner(save.mappings), writer)
 
 
 class _StagedPlanner(ValueSavePlanner):

@@ -2,10 +2,10 @@
 
     trainer (rank r)                                    its child
     SaveProcess      --- socket: job, notes, answer ---   save_child
-    Stager's memory  --- mapped, never copied ---------   _StagedPlanner, CommittingWriter
+    Stager's memory  --- mapped, never copied ---------   SaveProtocol, CommittingWriter
     Ranks' group                                          a gloo group of the children alone
 
-The children run DCP's whole protocol among themselves; the parents only agree on how it ended, and
+The children carry out the whole save among themselves; the parents only agree on how it ended, and
 on starting all children anew when one is lost. A child is a fresh interpreter: it runs none of the
 user's code, sees no GPU, imports no ray, and ends when its parent does.
 """

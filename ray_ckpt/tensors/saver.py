@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.saving import Mode
@@ -22,6 +21,7 @@ from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Phase, Ranks
 from ray_ckpt.tensors.save_planner import ValueSavePlanner
 from ray_ckpt.tensors.save_process import SaveProcess
+from ray_ckpt.tensors.save_protocol import SaveProtocol
 from ray_ckpt.tensors.staging import HostMemory, Stager
 from ray_ckpt.tensors.stopwatch import Stopwatch
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
@@ -36,6 +36,7 @@ class Saver:
         self._mode = mode
         # of the thread that writes: training's thread has collectives of its own meanwhile
         self._ranks = Ranks(timeout_s=timeout_s)
+        self._protocol = SaveProtocol(self._ranks.group)
         self._stager = Stager(_memory(mode))
         self._process: SaveProcess | None = None
         if mode == "process":
@@ -50,6 +51,7 @@ class Saver:
         """
         if ranks.any(self._is_broken):
             self._ranks.renew()
+            self._protocol = SaveProtocol(self._ranks.group)
             self._is_broken = False
 
     def begin(
@@ -109,21 +111,7 @@ class Saver:
         if self._process is not None:
             self._process.save(job, state_dict)
             return
-        writer = CommittingWriter(job)
-        try:
-            dcp_save(
-                state_dict,
-                storage_writer=writer,
-                planner=ValueSavePlanner(),
-                process_group=self._ranks.group,
-                no_dist=self._ranks.group is None,
-            )
-        except BaseException as error:
-            # without an error that every rank has heard of, rank 0 may be committing the folder now
-            if self._ranks.is_coordinator or isinstance(error, CheckpointException):
-                writer.discard()
-            raise
-        writer.leave()
+        self._protocol.save(state_dict, ValueSavePlanner(), CommittingWriter(job))
 
 
 def _memory(mode: Mode) -> HostMemory:

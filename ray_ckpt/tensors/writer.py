@@ -1,44 +1,39 @@
-"""DCP's writer with a commit at its end: one collective protocol from plan to visible step.
+"""What one rank writes of a save, and the commit that the coordinator makes of all of it.
 
     every rank     writes its shards into the staging folder, digests computed as the bytes go by
-    coordinator    gathers sizes and digests (DCP gathers the write results anyway), writes
-                   `.metadata`, assets and the manifest, and commits (or, for a save that lies on
-                   the nodes, says where all of it is: `save_target`)
+    coordinator    hears sizes and digests, writes `.metadata`, assets and the manifest, and
+                   commits (or, for a save that lies on the nodes, says where all of it is:
+                   `save_target`)
 
-An error on any rank reaches all of them through DCP, and nothing becomes visible.
+When each of it happens, and that an error on one rank is raised on all: `save_protocol`.
 """
 
 import logging
-import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
-from torch.distributed.checkpoint import FileSystemWriter, SavePlan, SavePlanner
-from torch.distributed.checkpoint.filesystem import (
-    CURRENT_DCP_VERSION,
-    DEFAULT_SUFFIX,
-    _StorageInfo,
-    _StoragePrefix,
-)
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+import numpy as np
+from torch.distributed.checkpoint import SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from ray_ckpt.core import names
 from ray_ckpt.core.draft import Draft, Place, merged
 from ray_ckpt.core.errors import StorageError
-from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry
+from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry, TensorEntry
 from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, digest_of
 from ray_ckpt.storage.disk.posix import translated, write_synced
 from ray_ckpt.tensors.finite import is_finite
-from ray_ckpt.tensors.index import model_keys, tensor_index
+from ray_ckpt.tensors.metadata_file import metadata_file
 from ray_ckpt.tensors.ranks import Phase
+from ray_ckpt.tensors.save_layout import Layout, Places, Written, tensor_entries
+from ray_ckpt.tensors.save_plan import GlobalPlan
 from ray_ckpt.tensors.save_target import IntoRoot, SaveTarget, Superseded
 from ray_ckpt.tensors.shard_file import new_shard, on_the_host
 
@@ -91,9 +86,9 @@ class SaveJob:
 
 @dataclass(frozen=True)
 class _DescribedResult(WriteResult):
-    """A write result that carries its file's manifest entry to the coordinator."""
+    """A write result that carries its file's manifest entry."""
 
-    file: FileEntry | None = None
+    file: FileEntry
     is_finite: bool = True
     """False for a weight with NaN or Inf in it."""
     place: Place | None = None
@@ -101,19 +96,18 @@ class _DescribedResult(WriteResult):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Told:
-    """What each rank says to the coordinator with its plan."""
+class Told:
+    """What each rank says to the coordinator before anything is planned."""
 
     tied: Mapping[str, str]
     room: Room
     """Where it is to write."""
 
 
-class CommittingWriter(FileSystemWriter):
-    """A DCP storage writer for exactly one save."""
+class CommittingWriter:
+    """Writes the files of exactly one save."""
 
     def __init__(self, job: SaveJob) -> None:
-        super().__init__(job.attempt)
         self._job = job
         self._target = job.goes_to
         self._staging: Path | None = None
@@ -121,43 +115,39 @@ class CommittingWriter(FileSystemWriter):
         self._tied: dict[str, str] = {}
         """Of all ranks: in a pipeline each knows its own part of the model."""
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Makes the staging folder; here, where DCP carries a rank's error to all of them."""
+    def prepare_local_plan(self) -> Told:
+        """Makes the staging folder; here, where a rank's error is carried to all of them."""
         self._staging = self._target.staging(self._job.attempt)
-        self.path = self._staging
-        with translated(self._staging):
-            prepared = super().prepare_local_plan(plan)
+        told = Told(tied=self._model.tied, room=self._target.room(self._staging))
         self._job.note(self._job.attempt, Phase.PLANNED)
-        told = _Told(tied=self._model.tied, room=self._target.room(self._staging))
-        return replace(prepared, storage_data=told)
+        return told
 
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Refuses a step that is there already, or has no room, before a byte is written."""
-        told = [cast(_Told, plan.storage_data) for plan in plans]
-        needs = [(rank.room, _num_bytes(plan)) for rank, plan in zip(told, plans, strict=True)]
+    def prepare_global_plan(self, told: Sequence[Told], num_bytes: Sequence[int]) -> None:
+        """Refuses a step that is there already, or has no room, before a byte is written.
+
+        On the coordinator, with what every rank has told, and the bytes that it is to write.
+        """
+        needs = [(rank.room, count) for rank, count in zip(told, num_bytes, strict=True)]
         refuse_without_room(f"step-{self._step}", needs)
         self._superseded = self._target.make_way(self._job.draft, self._job.supersedes)
         self._tied = {name: to for rank in told for name, to in rank.tied.items()}
-        named = [replace(p, storage_data=self._prefix(rank)) for rank, p in enumerate(plans)]
-        return super().prepare_global_plan(named)
 
-    def _prefix(self, rank: int) -> _StoragePrefix | None:
-        """How the names of a rank's shards begin; None: as torch does it."""
-        if not self._job.catalog.commit.names_shards_by_save:
-            return None
-        return _StoragePrefix(names.shard_prefix(rank, self._job.draft.save_id))
+    def prefix(self, rank: int) -> _StoragePrefix:
+        """How the names of a rank's shards begin."""
+        is_own = self._job.catalog.commit.names_shards_by_save
+        save_id = self._job.draft.save_id
+        return _StoragePrefix(names.shard_prefix(rank, save_id) if is_own else f"__{rank}_")
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Shards written, synced and handed over; each result knows its file's digest."""
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Written:
+        """Shards written, synced and handed over."""
         with translated(self._folder_of_attempt):
             results = self._written(plan, planner)
         self._target.contribute(self._folder_of_attempt, self._folder)
-        described: Future[list[WriteResult]] = Future()
-        described.set_result(results)
+        written = _told_of(plan, results)
         self._job.note(self._job.attempt, Phase.WRITTEN)
-        return described
+        return written
 
-    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[_DescribedResult]:
         """All items of this rank, in one file: small values first, then the tensors."""
         if not plan.items:
             return []
@@ -192,26 +182,30 @@ class CommittingWriter(FileSystemWriter):
             return True
         return is_finite(planner.resolve_data(item))
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+    def finish(
+        self, *, plan: GlobalPlan, layouts: Sequence[Layout], written: Sequence[Written]
+    ) -> None:
         """On the coordinator, after every rank has written: the step is committed."""
-        described = [cast(_DescribedResult, result) for rank in results for result in rank]
-        # torch 2.11 fills them into a copy, 2.13 into the very object
-        metadata.storage_data = {r.index: r.storage_data for r in described}
-        metadata.storage_meta = self.storage_meta()
-        metadata.version = CURRENT_DCP_VERSION
+        lying = Places.of(written, layouts)
+        # the step's name instead of a path of this machine; equal for equal content
+        meta = StorageMeta(checkpoint_id=self._folder)
         with translated(self._folder_of_attempt):
-            files = {names.METADATA: pickle.dumps(metadata), **self._assets()}
+            files = {names.METADATA: metadata_file(plan, lying, meta), **self._assets()}
             extra = [self._write(name, data) for name, data in files.items()]
-        shards = {result.file.path: result.file for result in described if result.file}
+        shards = [entry for rank in written for entry in rank.files]
+        tensors = tensor_entries(plan, lying)
         manifest = replace(
             self._job.draft,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=tuple(sorted([*shards.values(), *extra], key=lambda entry: entry.path)),
-            tensors=tensor_index(metadata),
-            model=self._model_entry(metadata),
-            non_finite=tuple(sorted({r.index.fqn for r in described if not r.is_finite})),
+            files=tuple(sorted([*shards, *extra], key=lambda entry: entry.path)),
+            tensors=tensors,
+            model=self._model_entry(tensors),
+            non_finite=tuple(sorted({name for rank in written for name in rank.non_finite})),
         )
-        places = [*(r.place for r in described), *(self._place(entry.path) for entry in extra)]
+        places = [
+            *(place for rank in written for place in rank.places),
+            *(self._place(entry.path) for entry in extra),
+        ]
         draft = Draft(manifest=manifest, places=merged(places), supersedes=self._superseded)
         self._job.check_lease()
         try:
@@ -220,10 +214,6 @@ class CommittingWriter(FileSystemWriter):
             if not self._job.is_done():
                 raise
             log.warning("step-%d is there, but may not survive a power cut\n%s", self._step, error)
-
-    def storage_meta(self) -> StorageMeta:
-        """The step's name instead of a path of this machine; equal for equal content."""
-        return StorageMeta(checkpoint_id=self._folder)
 
     def discard(self) -> None:
         """Nothing of this attempt is left."""
@@ -237,7 +227,7 @@ class CommittingWriter(FileSystemWriter):
 
     @property
     def _folder_of_attempt(self) -> Path:
-        assert self._staging is not None, "DCP plans before it writes"
+        assert self._staging is not None, "a save plans before it writes"
         return self._staging
 
     @property
@@ -267,11 +257,26 @@ class CommittingWriter(FileSystemWriter):
         digest = digest_of(data, STRONG_ALGORITHM)
         return FileEntry(path=name, size_bytes=len(data), digest=digest)
 
-    def _model_entry(self, metadata: Metadata) -> ModelEntry:
-        keys = model_keys(metadata, self._job.reserved)
-        return replace(self._model, keys=keys, tied=self._tied)
+    def _model_entry(self, tensors: Sequence[TensorEntry]) -> ModelEntry:
+        all_names = (entry.name for entry in tensors)
+        keys = (name for name in all_names if name.partition(".")[0] not in self._job.reserved)
+        return replace(self._model, keys=tuple(keys), tied=self._tied)
 
 
-def _num_bytes(plan: SavePlan) -> int:
-    """Bytes of the tensors that a rank is to write; the rest of a save is small."""
-    return sum(item.tensor_storage_size() or 0 for item in plan.items)
+def _told_of(plan: SavePlan, results: Sequence[_DescribedResult]) -> Written:
+    """What the coordinator hears of the items, in the order of the plan."""
+    by_index = {result.index: result for result in results}
+    ordered = [by_index[item.index] for item in plan.items]
+    files = {result.file.path: result.file for result in ordered}
+    numbers = {path: number for number, path in enumerate(files)}
+    stored = [result.storage_data for result in ordered]
+    return Written(
+        files=tuple(files.values()),
+        layout=Layout(
+            files=np.array([numbers[one.relative_path] for one in stored], np.int32),
+            begins=np.array([one.offset for one in stored], np.int64),
+            lengths=np.array([one.length for one in stored], np.int64),
+        ),
+        non_finite=tuple(result.index.fqn for result in ordered if not result.is_finite),
+        places=merged(result.place for result in ordered),
+    )

@@ -18,7 +18,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import (
@@ -32,7 +31,9 @@ from ray_ckpt.core.manifest import Lineage, Manifest
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease, LeaseGuard
 from ray_ckpt.tensors.ranks import Phase, Ranks, causes, ours, sentence
+from ray_ckpt.tensors.save_planner import ValueSavePlanner
 from ray_ckpt.tensors.save_process import SaveProcess
+from ray_ckpt.tensors.save_protocol import SaveProtocol
 from ray_ckpt.tensors.staging import HostMemory, Stager
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
 from tests.tensors.ranks import RankGroup, run, stopped, wait_until
@@ -100,12 +101,8 @@ class Trainer:
 
     def save_here(self, step: int) -> None:
         """As `sync` mode does."""
-        dcp_save(
-            self.state(),
-            storage_writer=CommittingWriter(self.job(step)),
-            process_group=self.ranks.group,
-            no_dist=self.ranks.group is None,
-        )
+        writer = CommittingWriter(self.job(step))
+        SaveProtocol(self.ranks.group).save(self.state(), ValueSavePlanner(), writer)
 
     def close(self) -> None:
         self.process.close()
