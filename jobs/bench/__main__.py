@@ -6,6 +6,7 @@ python -m jobs.bench losing       the same beside training: how much later its s
 python -m jobs.bench load         and loaded again, from the page cache and from the disk
 python -m jobs.bench check        exit 1 if saves or loads have become slow beside DCP's own
 python -m jobs.bench plan         plans the exports of two large models: names and shapes alone
+python -m jobs.bench scale        plans and indexes saves of 8 to 1,024 ranks, which are simulated
 python -m jobs.bench integrity    what digests, the look for NaN and verifying on load cost
 python -m jobs.bench vote         what a save() that finds nothing due costs on two ranks
 python -m jobs.bench manager      what a look at a root costs, by the number of its steps
@@ -38,6 +39,7 @@ from jobs.bench.models import KINDS
 from jobs.bench.plan import measure_plans
 from jobs.bench.purge import measure_purges
 from jobs.bench.save import measure_async_saves, measure_loads, measure_saves
+from jobs.bench.scale import measure_scale
 from jobs.bench.upload import measure_uploads
 from jobs.bench.vote import measure_votes
 
@@ -72,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--files", type=int, default=1000, help="upload: small ones; purge: of a step"
     )
-    parser.add_argument("--tensors", type=int, default=100, help="manager: listed in a manifest")
+    parser.add_argument(
+        "--tensors", type=numbers, help="manager: listed in a manifest; scale: as in 100,873"
+    )
+    parser.add_argument("--ranks", type=numbers, default=[8, 64, 512], help="scale: as in 8,64")
+    parser.add_argument("--peers", action="store_true", help="scale: DCP's planner as well")
     parser.add_argument("--actions", type=int, default=100, help="manager: done by one")
     parsed = parser.parse_args(arguments)
     found = BENCHMARKS[parsed.what](parsed)
@@ -96,6 +102,11 @@ def numbers(text: str) -> list[int]:
 def plan(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of the plans."""
     return measure_plans(parsed.layers, num_nodes=parsed.nodes)
+
+
+def scale(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of saves by many ranks."""
+    return measure_scale(parsed.ranks, parsed.tensors or [100, 873], with_peers=parsed.peers)
 
 
 def save(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -205,7 +216,7 @@ def manager(parsed: argparse.Namespace) -> Sequence[Any]:
         return measure_looks(
             parsed.root or folder,
             parsed.steps,
-            num_tensors=parsed.tensors,
+            num_tensors=(parsed.tensors or [100])[0],
             num_actions=parsed.actions,
         )
 
@@ -217,6 +228,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "load": load,
     "check": check_all,
     "plan": plan,
+    "scale": scale,
     "integrity": integrity,
     "vote": vote,
     "manager": manager,
