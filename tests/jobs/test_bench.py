@@ -49,6 +49,18 @@ def test_plans_of_small_models_are_measured() -> None:
     assert 1.0 <= deepseek["read_ratio"] < 1.1
 
 
+def test_saves_of_simulated_ranks_are_planned_and_indexed_beside_dcps_planner() -> None:
+    header, rows = measure("scale", "--ranks", "2,16", "--tensors", "50", "--peers")
+    assert header.split() == list(rows[0])
+    ways = [(row["what"], row["num_ranks"]) for row in rows]
+    assert ways == [(way, n) for n in (2, 16) for way in ("ray_ckpt", "DefaultSavePlanner")]
+    for ours, theirs in (rows[:2], rows[2:]):
+        assert 0 < ours["again_mb"] < ours["gathered_mb"] < theirs["gathered_mb"]
+        assert ours["metadata_mb"] > 0
+        assert ours["plan_cpu_s"] > 0
+        assert ours["peak_mb"] >= 0
+
+
 def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: Path) -> None:
     words = ("--size-mb", "1", "--repeats", "2", "--folder", str(tmp_path))
     _, rows = measure("integrity", *words)
