@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import pickle
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -29,10 +30,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
+from ray_ckpt.core.room import Room
 from ray_ckpt.tensors.metadata_file import metadata_file
 from ray_ckpt.tensors.save_columns import Columns, Table, packed, unpacked
 from ray_ckpt.tensors.save_layout import Layout, Places, Written, tensor_entries
 from ray_ckpt.tensors.save_plan import GlobalPlan
+from ray_ckpt.tensors.writer import Told
 
 R = TypeVar("R")
 _ITEM_BYTES = 4096
@@ -133,8 +136,9 @@ def _ours(num_ranks: int, num_tensors: int) -> Scaled:
     memory = _Memory()
     plan = clock.of("plan", lambda: _planned(table, messages))
     layouts = [_layout(plan, rank) for rank in range(num_ranks)]
-    told = [pickle.dumps(_written(rank, None)) for rank in range(num_ranks)]
-    written: list[Written] = clock.of("again", lambda: [pickle.loads(one) for one in told])
+    told = [pickle.dumps((_ready(), _written(rank))) for rank in range(num_ranks)]
+    heard = clock.of("again", lambda: [pickle.loads(one) for one in told])
+    written: list[Written] = [one for _, one in heard]
     places = Places.of(written, layouts)
     meta = StorageMeta(checkpoint_id="step-1")
     data = clock.of("metadata", lambda: metadata_file(plan, places, meta))
@@ -181,9 +185,15 @@ def _layout(plan: GlobalPlan, rank: int) -> Layout:
     )
 
 
-def _written(rank: int, layout: Layout | None) -> Written:
+def _ready() -> tuple[str, Told]:
+    """What a rank says first: the plan that it could go by, and where it writes."""
+    return uuid.uuid4().hex, Told(tied={}, room=Room(place="disk", where="/run", free_bytes=2**40))
+
+
+def _written(rank: int) -> Written:
+    """And what it says last, when everything lies where it did."""
     file = FileEntry(path=f"__{rank}_0.distcp", size_bytes=1, digest="crc64nvme:0123456789abcdef")
-    return Written(files=(file,), layout=layout, non_finite=(), places=())
+    return Written(files=(file,), layout=None, non_finite=(), places=())
 
 
 def _manifest(plan: GlobalPlan, places: Places) -> bytes:
