@@ -193,7 +193,7 @@ def _ready() -> tuple[str, Told]:
 def _written(rank: int) -> Written:
     """And what it says last, when everything lies where it did."""
     file = FileEntry(path=f"__{rank}_0.distcp", size_bytes=1, digest="crc64nvme:0123456789abcdef")
-    return Written(files=(file,), layout=None, non_finite=(), places=())
+    return Written(files=(file,), taken_over=(), layout=None, non_finite=(), places=())
 
 
 def _manifest(plan: GlobalPlan, places: Places) -> bytes:

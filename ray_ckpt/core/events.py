@@ -56,6 +56,15 @@ once it was brought to the root."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """Bytes of the files of one step, on all ranks together."""
+
+    written_bytes: int = 0
+    taken_over_bytes: int = 0
+    """Of files that are an older step's as well, because nothing in them has changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaveEvent:
     """One save has ended, or was not begun."""
 
@@ -69,6 +78,8 @@ class SaveEvent:
     """Seconds of these and before for which training stood still on rank 0."""
     phases: Mapping[str, float] = field(default_factory=dict[str, float])
     """Seconds on rank 0 by phase: `wait` for the save before, `stage`, `write`, `commit`."""
+    volume: Volume = field(default_factory=Volume)
+    """How many bytes were written for it; known on rank 0 alone."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -62,6 +62,11 @@ class SaveConfig:
     thread writes it, or a process of its own that does not share the trainer's interpreter lock."""
     when_busy: Literal["skip", "wait"] = "skip"
     """What becomes of a save that is due while the one before is still being written."""
+    full_every_saves: int = 1
+    """1: every save writes everything. N: tensors that have not changed may lie in one file of up
+    to N steps in a row, written once: a hard link on a disk, a copy by the store on S3. Each step
+    stays whole whatever becomes of the others; on a disk they share those bytes, and what befalls
+    a sector befalls all N. For runs with a frozen base; not with `local_dir`."""
     on_failure: Literal["continue", "stop"] = "continue"
     """Whether a save that failed in the background stops training at the next step."""
     local_dir: str | None = None
@@ -72,10 +77,16 @@ class SaveConfig:
     """Seconds the ranks wait for each other during one save before it fails."""
 
     def __post_init__(self) -> None:
-        at_least(1, every_steps=self.every_steps)
+        at_least(1, every_steps=self.every_steps, full_every_saves=self.full_every_saves)
         if self.local_dir is not None and not PurePosixPath(self.local_dir).is_absolute():
             raise ConfigError(
                 f"local_dir must be an absolute path, got {self.local_dir!r}", "local_dir"
+            )
+        if self.local_dir is not None and self.full_every_saves > 1:
+            raise ConfigError(
+                "full_every_saves must be 1 with local_dir: what lies on a node is all there is "
+                "until it is brought, and no two saves may be lost with it",
+                "full_every_saves",
             )
         for name in ("every_s", "sigterm_notice_s", "timeout_s"):
             value = getattr(self, name)

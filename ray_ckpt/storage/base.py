@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ray_ckpt.core.findings import Finding
+from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 
@@ -136,6 +137,19 @@ class Store(Ranges, Protocol):
 
         Raises:
             ObjectNotFoundError: there is no `source`.
+        """
+        ...
+
+    def take_over(self, source: str, target: str, entry: FileEntry, *, mark: str | None) -> None:
+        """What `entry` describes is under `target` too, where nothing was; `source` may go any day.
+
+        No byte passes through here: both names lead to the same bytes on a disk, and an object
+        store has copied and digested them itself. Durable like a write.
+
+        Raises:
+            ObjectNotFoundError: under `source` is nothing, or not what it was when its `mark` was
+                taken, or it is damaged. Nothing is under `target`.
+            StorageError: the store does not do it, or cannot tell what it has copied. Likewise.
         """
         ...
 

@@ -21,9 +21,9 @@ from typing import Protocol
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
-from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.disk.posix import make_folder, sync_folder, translated, write_synced
-from ray_ckpt.storage.disk.store import LocalStore, changed_at, size_of
+from ray_ckpt.storage.disk.store import LocalStore, changed_at, own_size_of, size_of
 from ray_ckpt.storage.progress import UNTOLD, Progress
 
 _GIVEN_UP = ".dead"
@@ -42,6 +42,21 @@ class Remains:
     size_bytes: int
     changed_at: float
     """Time of the newest change, in seconds since the epoch, by the store's clock."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A file of a committed step, as it was when it was committed."""
+
+    folder: str
+    entry: FileEntry
+    mark: str | None
+    """Of the store, so that no other file is ever taken for it."""
+
+    @property
+    def key(self) -> str:
+        """Where it lies."""
+        return f"{self.folder}/{self.entry.path}"
 
 
 class Commit(Protocol):
@@ -72,6 +87,15 @@ class Commit(Protocol):
 
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """What this process wrote to `staging` will be part of `folder`; still not visible."""
+        ...
+
+    def take_over(self, kept: Kept, staging: Path, folder: str, name: str) -> None:
+        """The file will be part of `folder` as well, under this name; see `Store.take_over`.
+
+        Raises:
+            ObjectNotFoundError: it is not what it was, or its step is damaged or not committed.
+            StorageError: the store does not do it.
+        """
         ...
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
@@ -168,6 +192,15 @@ class RenameCommit:
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """Nothing to do: the rename takes everything along."""
 
+    def take_over(self, kept: Kept, staging: Path, folder: str, name: str) -> None:
+        """A hard link, unless a step was found damaged that has one to the same file."""
+        for aside in self._store.list_folders(names.QUARANTINE):
+            key = f"{names.QUARANTINE}/{aside}/{kept.entry.path}"
+            if self._store.mark(key) == kept.mark:
+                raise ObjectNotFoundError("a damaged step shares it", str(self._store.path(key)))
+        target = f"{names.staging_dir(staging.name)}/{name}"
+        self._store.take_over(kept.key, target, kept.entry, mark=kept.mark)
+
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
         """Manifest last, everything synced, then the rename, then the parent synced."""
         target = self._store.path(folder)
@@ -249,7 +282,7 @@ class RenameCommit:
         """The manifest first, so that a half-erased folder is never taken for a whole one."""
         path = self._store.inside(aside)
         with translated(path):
-            freed = size_of(path)
+            freed = own_size_of(path)
             (path / names.MANIFEST).unlink(missing_ok=True)
             if path.exists():
                 shutil.rmtree(path)

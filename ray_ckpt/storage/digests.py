@@ -115,6 +115,18 @@ def digest_of(data: bytes, algorithm: str = STRONG_ALGORITHM) -> str:
     return digest.text()
 
 
+def digest_behind(before: str, all_of_it: str, num_bytes: int) -> str:
+    """Digest of the last `num_bytes`, by those of what comes before them and of everything.
+
+    Of CRCs alone: the CRC of two pieces is the first's, moved past the second, plus the second's.
+    """
+    first, whole = (
+        int(text.removeprefix(f"{SHARD_ALGORITHM}:"), 16) for text in (before, all_of_it)
+    )
+    moved = cast(int, cast(Any, combine_crc64nvme)(first, 0, num_bytes))
+    return f"{SHARD_ALGORITHM}:{whole ^ moved:016x}"
+
+
 def algorithm_of(entry: FileEntry) -> str:
     """By which its digest was made."""
     return entry.digest.partition(":")[0]

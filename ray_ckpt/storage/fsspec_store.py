@@ -14,13 +14,15 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 from ray_ckpt.core.errors import (
     IntegrityError,
     ObjectNotFoundError,
+    StorageError,
     UsageError,
 )
+from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.disk.file_blocks import TEMPORARY
 from ray_ckpt.storage.disk.posix import translated as of_this_host
@@ -150,6 +152,16 @@ class FsspecStore:
         """By the place itself, if its protocol can."""
         with self._whole(target) as path:
             self._file_system.cp_file(self._path(source), path)
+
+    def take_over(
+        self, source: str, target: str, entry: FileEntry, *, mark: str | None
+    ) -> NoReturn:
+        """Nobody here can tell what was copied.
+
+        Raises:
+            StorageError: always.
+        """
+        raise StorageError("computes no checksum of what it copies", self._where(source))
 
     def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         """The package's own way to fetch a file."""

@@ -17,7 +17,7 @@ from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFou
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.at_once import at_once
 from ray_ckpt.storage.base import ObjectInfo, Store
-from ray_ckpt.storage.commit import Remains
+from ray_ckpt.storage.commit import Kept, Remains
 from ray_ckpt.storage.disk.scratch import make_scratch, remove_scratch
 from ray_ckpt.storage.drafts import drafts_at
 from ray_ckpt.storage.listing import ASIDE, manifest_in, sizes_in
@@ -71,6 +71,16 @@ class MarkerCommit:
             path.unlink()
 
         at_once(send, found, num_threads=_FILES_AT_ONCE)
+
+    def take_over(self, kept: Kept, staging: Path, folder: str, name: str) -> None:
+        """Copied by the store into its place; shards of a step that is set aside stay where it was.
+
+        The note comes first, as in `contribute`.
+        """
+        if self._store.stat(names.manifest_key(kept.folder)) is None:
+            raise ObjectNotFoundError("it is not committed", f"{self._store.uri}/{kept.folder}")
+        self.begin(folder)
+        self._store.take_over(kept.key, f"{folder}/{name}", kept.entry, mark=kept.mark)
 
     def publish(self, staging: Path, folder: str, manifest: bytes) -> None:
         """Remaining files first, then the manifest, which must not be there yet."""

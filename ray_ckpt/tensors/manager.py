@@ -349,6 +349,7 @@ class CheckpointManager:
             check_lease=self._writer.check_lease,
             supersedes=self._writer.branch,
             target=self._writer.target,
+            full_every_saves=self.config.full_every_saves,
         )
 
     def _files(self) -> dict[str, bytes]:

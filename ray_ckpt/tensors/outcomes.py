@@ -57,7 +57,7 @@ class Outcomes:
             if pending.is_in_background:
                 log.error("the save of step-%d failed in the background\n%s", pending.step, error)
         elif self._is_coordinator:
-            log.info(_WELL[pending.becomes], pending.step, self._store.uri)
+            log.info(_WELL[pending.becomes] + _bytes_of(pending), pending.step, self._store.uri)
         kind = pending.becomes if error is None else "failed"
         event = SaveEvent(
             kind=kind,
@@ -66,6 +66,7 @@ class Outcomes:
             seconds=pending.seconds,
             blocked_s=stopwatch.blocked_s(until_end=not pending.is_in_background),
             phases=stopwatch.seconds,
+            volume=pending.volume,
         )
         self._tell(event, error_kind=type(error).__name__ if error else None)
 
@@ -126,3 +127,14 @@ class Outcomes:
             )
 
         self._teller.tell(make)
+
+
+def _bytes_of(pending: PendingSave) -> str:
+    """How much of it was written, where that is not all of it."""
+    volume = pending.volume
+    if not volume.taken_over_bytes:
+        return ""
+    return (
+        f"; {volume.written_bytes} bytes were written, {volume.taken_over_bytes} have not changed "
+        "and were taken over from the save before"
+    )

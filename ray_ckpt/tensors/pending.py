@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.core.errors import RayCkptError, SaveError, StorageError
-from ray_ckpt.core.events import Becomes
+from ray_ckpt.core.events import Becomes, Volume
 from ray_ckpt.tensors.ranks import causes, ours, sentence
 
 
@@ -26,6 +26,8 @@ class PendingSave:
         self.step = step
         self.becomes: Becomes = becomes
         """What it is once it has ended well."""
+        self.volume = Volume()
+        """Bytes of its files, once rank 0 knows them."""
         self.seconds = 0.0
         """From the beginning to the end, once it has ended."""
         self._write = write

@@ -39,6 +39,7 @@ from ray_ckpt.tensors.save_wire import (
     portable,
 )
 from ray_ckpt.tensors.staging import map_segment
+from ray_ckpt.tensors.still import Memory
 from ray_ckpt.tensors.writer import CommittingWriter
 
 _NICENESS = 5
@@ -75,6 +76,7 @@ class _Server:
         self._mappings: dict[int, mmap.mmap] = {}
         self._store: dist.Store | None = None
         self._protocol = SaveProtocol(None)
+        self._memory = Memory()
 
     def run(self) -> None:
         """Greets, then answers until nobody asks."""
@@ -135,7 +137,8 @@ class _Server:
         def note(attempt: str, phase: Phase) -> None:
             self._connection.send(Noted(save=attempt, phase=phase))
 
-        writer = CommittingWriter(replace(save.job, check_lease=check_lease, note=note))
+        job = replace(save.job, check_lease=check_lease, note=note, wrote=self._connection.send)
+        writer = CommittingWriter(job, self._memory)
         self._protocol.save(save.values, _StagedPlanner(save.mappings), writer)
 
 

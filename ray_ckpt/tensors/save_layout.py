@@ -42,6 +42,8 @@ class Written:
     """What one rank tells the coordinator when it has written."""
 
     files: Sequence[FileEntry]
+    taken_over: Sequence[str]
+    """Names of those whose bytes are an older step's."""
     layout: Layout | None
     """None where it is that of the last save."""
     non_finite: Sequence[str]

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from enum import Enum, auto
+from functools import partial
 from multiprocessing.reduction import send_handle
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,19 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.core.errors import RayCkptError, SaveError
-from ray_ckpt.tensors.ranks import Phase, Ranks
+from ray_ckpt.core.events import Volume
+from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.save_wire import Join, Noted, OpenStore, Segments, packed, portable
 from ray_ckpt.tensors.staging import Segment, Stager
-from ray_ckpt.tensors.writer import SaveJob, no_note
+from ray_ckpt.tensors.writer import SaveJob
 
 log = logging.getLogger("ray_ckpt")
 
 _PROGRAM = (
     "import sys; from ray_ckpt.tensors.save_child import serve; serve(*map(int, sys.argv[1:]))"
 )
+Remark = Noted | Volume
+"""What a child says before it answers."""
 _LOOK_S = 0.5
 """How often a parent looks whether its child is alive, should the socket not tell."""
 _END_S = 10.0
@@ -117,7 +121,7 @@ class SaveProcess:
     def _write(self, job: SaveJob, request: bytes, during: str) -> None:
         try:
             self._child.share(self._stager.segments)
-            self._child.ask(request, during, job.note)
+            self._child.ask(request, during, partial(_pass_on, job))
         except BaseException as error:
             if not self._ranks.is_coordinator:
                 raise
@@ -159,6 +163,18 @@ def _own_address() -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def _ignore(remark: Remark) -> None:
+    """Nobody waits."""
+
+
+def _pass_on(job: SaveJob, remark: Remark) -> None:
+    """What a child says on its way is known where the save was begun."""
+    if isinstance(remark, Volume):
+        job.wrote(remark)
+    else:
+        job.note(remark.save, remark.phase)
 
 
 class _State(Enum):
@@ -220,13 +236,13 @@ class _Child:
         self._shared = segments
         self.hear("the mapping of memory")
 
-    def ask(self, request: bytes, during: str, note: Callable[[str, Phase], None] = no_note) -> Any:
+    def ask(self, request: bytes, during: str, heard: Callable[[Remark], None] = _ignore) -> Any:
         """What the child answers to the request; see :meth:`hear`."""
         with self._told_if_dead(during):
             self._connection.send_bytes(request)
-        return self.hear(during, note)
+        return self.hear(during, heard)
 
-    def hear(self, during: str, note: Callable[[str, Phase], None] = no_note) -> Any:
+    def hear(self, during: str, heard: Callable[[Remark], None] = _ignore) -> Any:
         """What the child answers.
 
         Raises:
@@ -236,8 +252,8 @@ class _Child:
         """
         with self._told_if_dead(during):
             answer = self._receive()
-            while isinstance(answer, Noted):
-                note(answer.save, answer.phase)
+            while isinstance(answer, Noted | Volume):
+                heard(answer)
                 answer = self._receive()
         if answer.error is not None and not isinstance(answer.error, CheckpointException):
             self._kill()

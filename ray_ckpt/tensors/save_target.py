@@ -17,13 +17,14 @@ from typing import Protocol
 
 from ray_ckpt.core import names
 from ray_ckpt.core.draft import Draft, Node
-from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.errors import RayCkptError, StorageError
 from ray_ckpt.core.events import Becomes
-from ray_ckpt.core.manifest import Manifest
+from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.room import Room
 from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.commit import Kept
 from ray_ckpt.storage.disk.posix import sync_folder, translated
 from ray_ckpt.storage.room import room_at, room_in
 
@@ -71,6 +72,18 @@ class SaveTarget(Protocol):
 
     def contribute(self, staging: Path, folder: str) -> None:
         """What this rank has written will be part of the save, whatever dies now."""
+        ...
+
+    def take_over(self, kept: Kept, staging: Path, folder: str, name: str) -> None:
+        """A file of an older step is part of this save as well, under this name; no byte is read.
+
+        Raises:
+            RayCkptError: it is not; it is to be written.
+        """
+        ...
+
+    def kept(self, folder: str, entry: FileEntry) -> Kept:
+        """A file of a save that has ended well, for the one that may take it over."""
         ...
 
     def end(self, staging: Path, draft: Draft) -> None:
@@ -127,6 +140,15 @@ class IntoRoot:
     def contribute(self, staging: Path, folder: str) -> None:
         """See `Commit`."""
         self.catalog.commit.contribute(staging, folder)
+
+    def take_over(self, kept: Kept, staging: Path, folder: str, name: str) -> None:
+        """See `Commit`."""
+        self.catalog.commit.take_over(kept, staging, folder, name)
+
+    def kept(self, folder: str, entry: FileEntry) -> Kept:
+        """As it lies in the step's folder now; one look."""
+        mark = self.catalog.store.mark(f"{folder}/{entry.path}")
+        return Kept(folder=folder, entry=entry, mark=mark)
 
     def end(self, staging: Path, draft: Draft) -> None:
         """The commit."""
@@ -192,6 +214,18 @@ class OntoNodes:
         with translated(staging):
             for path in (staging, self.folder, self.folder.parent):
                 sync_folder(path)
+
+    def take_over(self, kept: Kept, staging: Path, folder: str, name: str) -> None:
+        """Never: until it is brought it is all there is, and two saves would be lost with it.
+
+        Raises:
+            StorageError: always.
+        """
+        raise StorageError("saves that lie on their nodes share no file", str(self.folder))
+
+    def kept(self, folder: str, entry: FileEntry) -> Kept:
+        """It is never taken over."""
+        return Kept(folder=folder, entry=entry, mark=None)
 
     def end(self, staging: Path, draft: Draft) -> None:
         """The record that says where all of it lies."""

@@ -26,7 +26,7 @@ from ray_ckpt.core.errors import SaveError
 from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_planner import is_simple, pickled
 from ray_ckpt.tensors.staging import Slot, Stager, empty, tensor_at
-from ray_ckpt.tensors.writer import SaveJob, no_note
+from ray_ckpt.tensors.writer import SaveJob, no_count, no_note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ def packed(job: SaveJob, staged: dict[str, Any], stager: Stager) -> bytes:
     values = {key: _described(key, value) for key, value in flat.items() if _is_here(value)}
     buffer = io.BytesIO()
     _Packer(buffer, stager).dump(
-        Save(job=replace(job, note=no_note), values=values, mappings=mappings)
+        Save(job=replace(job, note=no_note, wrote=no_count), values=values, mappings=mappings)
     )
     return buffer.getvalue()
 

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.core.errors import RayCkptError
+from ray_ckpt.core.events import Volume
 from ray_ckpt.core.saving import Mode
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Phase, Ranks
@@ -23,6 +24,7 @@ from ray_ckpt.tensors.save_planner import ValueSavePlanner
 from ray_ckpt.tensors.save_process import SaveProcess
 from ray_ckpt.tensors.save_protocol import SaveProtocol
 from ray_ckpt.tensors.staging import HostMemory, Stager
+from ray_ckpt.tensors.still import Memory
 from ray_ckpt.tensors.stopwatch import Stopwatch
 from ray_ckpt.tensors.writer import CommittingWriter, SaveJob
 
@@ -41,6 +43,7 @@ class Saver:
         self._process: SaveProcess | None = None
         if mode == "process":
             self._process = SaveProcess(self._ranks, self._stager, timeout_s=timeout_s)
+        self._memory = Memory()
         self._is_broken = False
         """Whether a save ended here without an error that all ranks heard of."""
 
@@ -72,7 +75,10 @@ class Saver:
                 stopwatch.end_of("write")
             self._ranks.note(save, phase)
 
-        noted = replace(job, note=note)
+        def wrote(volume: Volume) -> None:
+            pending.volume = volume
+
+        noted = replace(job, note=note, wrote=wrote)
         staged = state_dict if self._mode == "sync" else self._stager.stage(state_dict)
         stopwatch.end_of("stage")
         pending = PendingSave(
@@ -111,7 +117,8 @@ class Saver:
         if self._process is not None:
             self._process.save(job, state_dict)
             return
-        self._protocol.save(state_dict, ValueSavePlanner(), CommittingWriter(job))
+        writer = CommittingWriter(job, self._memory)
+        self._protocol.save(state_dict, ValueSavePlanner(), writer)
 
 
 def _memory(mode: Mode) -> HostMemory:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from typing_extensions import Buffer
 
 from ray_ckpt.core.manifest import FileEntry
-from ray_ckpt.storage.digests import SHARD_ALGORITHM
+from ray_ckpt.storage.digests import SHARD_ALGORITHM, digest_behind, digest_of, new_digest
 from ray_ckpt.storage.disk.file_blocks import new_file
 from ray_ckpt.storage.disk.ordered_write import OrderedWrite
 from ray_ckpt.tensors.chunks import bytes_of
@@ -32,6 +32,10 @@ from ray_ckpt.tensors.torch_file import around
 
 _BYTES_IN_FLIGHT = 64 << 20
 """On their way from a GPU while others are written."""
+_LOOK_BYTES = 8 << 20
+"""Digested at once: other threads get their turn in between."""
+EMPTY = digest_of(b"", SHARD_ALGORITHM)
+"""Of no byte at all."""
 
 
 class ShardFile:
@@ -40,6 +44,7 @@ class ShardFile:
     def __init__(self, path: Path, *, past_the_cache: bool) -> None:
         blocks = new_file(path, past_the_cache=past_the_cache)
         self._file = OrderedWrite(blocks, name=path.name, algorithm=SHARD_ALGORITHM)
+        self._lengths: list[int] = []
 
     def add(self, item: io.BytesIO | Tensor) -> tuple[int, int]:
         """Where the item begins, and its length, in bytes."""
@@ -47,12 +52,20 @@ class ShardFile:
         if isinstance(item, io.BytesIO):
             self._file.write(item.getbuffer())
         elif is_plain(item):
-            front, behind = around(TensorSpec(shape=tuple(item.shape), dtype=item.dtype))
-            for piece in (memoryview(front), bytes_of(item), memoryview(behind)):
+            for piece in _pieces(item):
                 self._file.write(piece)
         else:
             torch.save(item, cast(Any, _Stream(self._file)))
-        return begin, self._file.size_bytes - begin
+        self._file.mark()
+        self._lengths.append(self._file.size_bytes - begin)
+        return begin, self._lengths[-1]
+
+    def digests(self) -> Iterator[str]:
+        """Of each item, in order, once the file is closed; no byte was read for them."""
+        before = EMPTY
+        for behind, length in zip(self._file.digests, self._lengths, strict=True):
+            yield digest_behind(before, behind, length)
+            before = behind
 
     def close(self) -> FileEntry:
         """The file's entry in a manifest."""
@@ -87,6 +100,21 @@ def on_the_host(
         loader.add(item.tensor_storage_size() or 0, item)
     loader.start_loading()
     yield from cast(Iterator[tuple[Tensor, WriteItem]], loader.values())
+
+
+def digest_of_item(tensor: Tensor) -> str:
+    """The digest that the tensor, a plain one, would have in a shard; nothing is written."""
+    digest = new_digest(SHARD_ALGORITHM)
+    for piece in _pieces(tensor):
+        for begin in range(0, piece.nbytes, _LOOK_BYTES):
+            digest.update(piece[begin : begin + _LOOK_BYTES])
+    return digest.text()
+
+
+def _pieces(tensor: Tensor) -> tuple[memoryview, memoryview, memoryview]:
+    """What a plain tensor is in a shard."""
+    front, behind = around(TensorSpec(shape=tuple(tensor.shape), dtype=tensor.dtype))
+    return memoryview(front), bytes_of(tensor), memoryview(behind)
 
 
 def is_plain(tensor: Tensor) -> bool:

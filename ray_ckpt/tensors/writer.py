@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 from torch.distributed.checkpoint import SavePlan, SavePlanner
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import WriteItem
 
 from ray_ckpt.core import names
 from ray_ckpt.core.draft import Draft, Place, merged
 from ray_ckpt.core.errors import StorageError
+from ray_ckpt.core.events import Volume
 from ray_ckpt.core.manifest import FileEntry, Manifest, ModelEntry, TensorEntry
 from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.catalog import Catalog
@@ -31,17 +31,22 @@ from ray_ckpt.storage.digests import STRONG_ALGORITHM, digest_of
 from ray_ckpt.storage.disk.posix import translated, write_synced
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.metadata_file import metadata_file
+from ray_ckpt.tensors.rank_files import Into, RankFile, RankFiles
 from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_layout import Layout, Places, Written, tensor_entries
 from ray_ckpt.tensors.save_plan import GlobalPlan
 from ray_ckpt.tensors.save_target import IntoRoot, SaveTarget, Superseded
-from ray_ckpt.tensors.shard_file import new_shard, on_the_host
+from ray_ckpt.tensors.still import Memory
 
 log = logging.getLogger("ray_ckpt")
 
 
 def no_note(save: str, phase: Phase) -> None:
     """Nobody waits."""
+
+
+def no_count(volume: Volume) -> None:
+    """Nobody asks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,10 @@ class SaveJob:
     """Where the files go; None for the root itself."""
     note: Callable[[str, Phase], None] = no_note
     """Told how far this rank has come, for those who wait."""
+    wrote: Callable[[Volume], None] = no_count
+    """Told by the coordinator how many bytes the files of the step have."""
+    full_every_saves: int = 1
+    """So many steps in a row may share the bytes of what does not change; 1 for none."""
 
     @property
     def step(self) -> int:
@@ -84,17 +93,6 @@ class SaveJob:
         return self.goes_to.holds(self.draft)
 
 
-@dataclass(frozen=True)
-class _DescribedResult(WriteResult):
-    """A write result that carries its file's manifest entry."""
-
-    file: FileEntry
-    is_finite: bool = True
-    """False for a weight with NaN or Inf in it."""
-    place: Place | None = None
-    """Where alone the file lies; None for the root."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
     """What each rank says to the coordinator before anything is planned."""
@@ -107,8 +105,12 @@ class Told:
 class CommittingWriter:
     """Writes the files of exactly one save."""
 
-    def __init__(self, job: SaveJob) -> None:
+    def __init__(self, job: SaveJob, memory: Memory | None = None) -> None:
+        """`memory` is of what this process has saved before."""
         self._job = job
+        self._memory = memory or Memory()
+        self._memory.begin()
+        self._files: RankFiles | None = None
         self._target = job.goes_to
         self._staging: Path | None = None
         self._superseded: Superseded = ()
@@ -141,40 +143,43 @@ class CommittingWriter:
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Written:
         """Shards written, synced and handed over."""
         with translated(self._folder_of_attempt):
-            results = self._written(plan, planner)
+            files = self._write_files(plan, planner) if plan.items else []
         self._target.contribute(self._folder_of_attempt, self._folder)
-        written = _told_of(plan, results)
+        written = self._told_of(plan, files)
         self._job.note(self._job.attempt, Phase.WRITTEN)
         return written
 
-    def _written(self, plan: SavePlan, planner: SavePlanner) -> list[_DescribedResult]:
-        """All items of this rank, in one file: small values first, then the tensors."""
-        if not plan.items:
-            return []
-        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
-        values = [item for item in plan.items if item.type == WriteItemType.BYTE_IO]
-        tensors = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
-        places: dict[MetadataIndex, tuple[int, int]] = {}
-        path = self._folder_of_attempt / name
-        with new_shard(path, past_the_cache=not self._target.sends_at_once) as shard:
-            for item in values:
-                places[item.index] = shard.add(planner.resolve_data(item))
-            for tensor, item in on_the_host(tensors, planner):
-                places[item.index] = shard.add(tensor)
-            entry = shard.close()
-        place = self._place(name)
-        broken = {item.index for item in tensors if not self._is_sound(item, planner)}
-        return [
-            _DescribedResult(
-                index=index,
-                size_in_bytes=length,
-                storage_data=_StorageInfo(name, begin, length),
-                file=entry,
-                is_finite=index not in broken,
-                place=place,
-            )
-            for index, (begin, length) in places.items()
-        ]
+    def _write_files(self, plan: SavePlan, planner: SavePlanner) -> list[RankFile]:
+        """Each item of this rank is in one of these files."""
+        into = Into(
+            target=self._target,
+            staging=self._folder_of_attempt,
+            folder=self._folder,
+            full_every_saves=self._job.full_every_saves,
+        )
+        self._files = RankFiles(plan, planner, into, self._memory)
+        return self._files.write(lambda item: self._is_sound(item, planner))
+
+    def _told_of(self, plan: SavePlan, files: Sequence[RankFile]) -> Written:
+        """What the coordinator hears of the items, in the order of the plan."""
+        lie = {
+            index: (number, *place)
+            for number, file in enumerate(files)
+            for index, place in file.places.items()
+        }
+        lying = np.array([lie[item.index] for item in plan.items], np.int64).reshape(-1, 3)
+        unsound = self._files.unsound if self._files is not None else ()
+        return Written(
+            files=tuple(file.entry for file in files),
+            taken_over=tuple(file.entry.path for file in files if file.is_taken_over),
+            layout=Layout(
+                files=lying[:, 0].astype(np.int32),
+                begins=lying[:, 1].copy(),
+                lengths=lying[:, 2].copy(),
+            ),
+            non_finite=tuple(sorted({index.fqn for index in unsound})),
+            places=merged(self._place(file.entry.path) for file in files),
+        )
 
     def _is_sound(self, item: WriteItem, planner: SavePlanner) -> bool:
         """Whether a weight is finite everywhere; optimizers may hold what they like."""
@@ -207,6 +212,7 @@ class CommittingWriter:
             *(self._place(entry.path) for entry in extra),
         ]
         draft = Draft(manifest=manifest, places=merged(places), supersedes=self._superseded)
+        self._job.wrote(_volume(written, extra))
         self._job.check_lease()
         try:
             self._target.end(self._folder_of_attempt, draft)
@@ -221,7 +227,9 @@ class CommittingWriter:
             self._target.discard(self._staging)
 
     def leave(self) -> None:
-        """Nothing is left of this attempt but what it has handed over."""
+        """Nothing is left of this attempt but what it has handed over; it has ended well."""
+        if self._files is not None:
+            self._files.remember()
         if self._staging is not None:
             self._target.leave(self._staging)
 
@@ -263,20 +271,11 @@ class CommittingWriter:
         return replace(self._model, keys=tuple(keys), tied=self._tied)
 
 
-def _told_of(plan: SavePlan, results: Sequence[_DescribedResult]) -> Written:
-    """What the coordinator hears of the items, in the order of the plan."""
-    by_index = {result.index: result for result in results}
-    ordered = [by_index[item.index] for item in plan.items]
-    files = {result.file.path: result.file for result in ordered}
-    numbers = {path: number for number, path in enumerate(files)}
-    stored = [result.storage_data for result in ordered]
-    return Written(
-        files=tuple(files.values()),
-        layout=Layout(
-            files=np.array([numbers[one.relative_path] for one in stored], np.int32),
-            begins=np.array([one.offset for one in stored], np.int64),
-            lengths=np.array([one.length for one in stored], np.int64),
-        ),
-        non_finite=tuple(result.index.fqn for result in ordered if not result.is_finite),
-        places=merged(result.place for result in ordered),
+def _volume(written: Sequence[Written], extra: Sequence[FileEntry]) -> Volume:
+    """Of all ranks' files, and those that the coordinator has added."""
+    taken = {path for rank in written for path in rank.taken_over}
+    files = [*(entry for rank in written for entry in rank.files), *extra]
+    return Volume(
+        written_bytes=sum(entry.size_bytes for entry in files if entry.path not in taken),
+        taken_over_bytes=sum(entry.size_bytes for entry in files if entry.path in taken),
     )

@@ -16,9 +16,11 @@ from ray_ckpt.core.errors import (
     IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
+    StorageError,
     TransientError,
     UsageError,
 )
+from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digests import describe_object
@@ -498,3 +500,32 @@ def test_a_location_without_a_bucket_or_a_backend_is_refused() -> None:
     for uri in ("s3://", "gs://bucket/run", ""):
         with pytest.raises(UsageError):
             open_catalog(uri)
+
+
+def _described(store: Store, key: str) -> FileEntry:
+    return describe_object(store, key, name=key, algorithm="crc64nvme")
+
+
+def test_what_is_taken_over_outlives_its_source_or_is_refused(store: Store) -> None:
+    store.write("a/shard", os.urandom(LARGE_BYTES))
+    entry = _described(store, "a/shard")
+    try:
+        store.take_over("a/shard", "b/shard", entry, mark=store.mark("a/shard"))
+    except StorageError as error:
+        assert "checksum" in error.what
+        assert keys_below(store, "b") == set()
+        return
+    store.delete(["a/shard"])
+    assert _described(store, "b/shard").digest == entry.digest
+
+
+def test_another_object_than_the_one_that_is_meant_is_not_taken_over(root_store: Store) -> None:
+    root_store.write("a/shard", b"as it was")
+    entry, mark = _described(root_store, "a/shard"), root_store.mark("a/shard")
+    root_store.write("a/shard", b"otherwise")
+    with pytest.raises(ObjectNotFoundError):
+        root_store.take_over("a/shard", "b/shard", entry, mark=mark)
+    root_store.delete(["a/shard"])
+    with pytest.raises((ObjectNotFoundError, TransientError)):
+        root_store.take_over("a/shard", "b/shard", entry, mark=mark)
+    assert keys_below(root_store, "b") == set()

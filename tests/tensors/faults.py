@@ -1,7 +1,7 @@
 """Every change of storage that a process makes, numbered, and what happens to one of them.
 
     open for writing, write, fsync, mkdir, rename, link, unlink, rmdir      below one root
-    write, create, upload, copy, delete                                     of an S3 store
+    write, create, upload, copy, take_over, delete                          of an S3 store
 
 The process dies right before the change, leaving half of a write behind, or the operating system
 refuses it. Each attempt is a process of its own, forked from a server that has torch loaded.
@@ -174,7 +174,7 @@ def arm_s3(_: Path, number: int, act: Callable[[], None]) -> None:
 
         return call
 
-    for verb in ("write", "create", "upload", "copy", "delete"):
+    for verb in ("write", "create", "upload", "copy", "take_over", "delete"):
         setattr(S3Store, verb, counted(verb))
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ray_ckpt.storage.digests import describe_file
+from ray_ckpt.storage.digests import describe_file, digest_of
+from ray_ckpt.storage.disk.file_blocks import FileBlocks
 from ray_ckpt.tensors.framing import elements_at
 from ray_ckpt.tensors.recording import TensorSpec
-from ray_ckpt.tensors.shard_file import is_plain, new_shard
+from ray_ckpt.tensors.shard_file import digest_of_item, is_plain, new_shard
 from ray_ckpt.tensors.torch_file import around
 from tests.processes import run_python
 from tests.tensors.plain import save_steps
@@ -65,6 +66,28 @@ def test_every_item_is_what_was_given(tmp_path: Path, past_the_cache: bool) -> N
         found: Tensor = torch.load(io.BytesIO(data[begin : begin + length]), weights_only=True)
         assert found.dtype == values[name].dtype and found.stride() == values[name].stride(), name
         assert torch.equal(_comparable(found), _comparable(values[name])), name
+
+
+def test_the_digest_of_every_item_is_known_without_another_read(
+    tmp_path: Path, past_the_cache: bool
+) -> None:
+    """Also of those that end where a block does, and of more than a block."""
+    items = [io.BytesIO(bytes(FileBlocks.block_bytes)), *DENSE.values(), *OTHERS.values()]
+    items += [io.BytesIO(), io.BytesIO(b"at the end")]
+    path = tmp_path / "__0_0.distcp"
+    with new_shard(path, past_the_cache=past_the_cache) as shard:
+        places = [shard.add(item) for item in items]
+        shard.close()
+    data = path.read_bytes()
+    digests = [digest_of(data[at : at + length], "crc64nvme") for at, length in places]
+    assert list(shard.digests()) == digests
+    assert [digest_of_item(t) for t in DENSE.values()] == digests[1 : len(DENSE) + 1]
+
+
+def test_a_file_without_items_has_no_digests(tmp_path: Path) -> None:
+    with new_shard(tmp_path / "shard", past_the_cache=False) as shard:
+        shard.close()
+    assert list(shard.digests()) == []
 
 
 def _comparable(tensor: Tensor) -> Tensor:

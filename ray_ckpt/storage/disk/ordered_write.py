@@ -27,6 +27,10 @@ class OrderedWrite:
         self._digest = new_digest(algorithm)
         self._num_sent = 0
         self._filled_bytes = 0
+        self._cuts: list[int] = []
+        """Where in the block something ends whose digest is asked for."""
+        self.digests: list[str] = []
+        """Of everything before each mark, in order; all of them once the object is closed."""
         self._free = [
             mmap.mmap(-1, blocks.block_bytes) for _ in range(blocks.puts_at_once + _IN_HAND)
         ]
@@ -59,6 +63,10 @@ class OrderedWrite:
             self.filled(count)
             data = data[count:]
 
+    def mark(self) -> None:
+        """Something ends here: `digests` will have the digest of everything so far."""
+        self._cuts.append(self._filled_bytes)
+
     def close(self) -> FileEntry:
         """The whole object is there; returns its entry in a manifest."""
         size_bytes = self.size_bytes
@@ -67,6 +75,7 @@ class OrderedWrite:
                 self._send()
             while self._under_way:
                 self._take_back()
+            self.digests += [self._digest.text()] * len(self._cuts)  # right behind the last block
         finally:
             self._end_threads()
         self._blocks.finish(size_bytes)
@@ -81,14 +90,23 @@ class OrderedWrite:
         """The block goes to both kinds of threads; another is at hand when this returns."""
         block, count = self._block, self._filled_bytes
         view = memoryview(block)
-        digested = self._digesting.submit(self._digest.update, view[:count])
+        digested = self._digesting.submit(self._eat, view[:count], self._cuts)
         sent = self._sending.submit(self._blocks.put, self._num_sent, view, count)
         self._under_way.append((block, digested, sent))
         self._num_sent += count == self._blocks.block_bytes
-        self._filled_bytes = 0
+        self._filled_bytes, self._cuts = 0, []
         if not self._free:
             self._take_back()
         self._block = self._free.pop()
+
+    def _eat(self, data: memoryview, cuts: list[int]) -> None:
+        """The data is digested; up to each of the cuts, too."""
+        begin = 0
+        for cut in cuts:
+            self._digest.update(data[begin:cut])
+            self.digests.append(self._digest.text())
+            begin = cut
+        self._digest.update(data[begin:])
 
     def _take_back(self) -> None:
         """The oldest block, once it was digested and sent; raises what went wrong."""

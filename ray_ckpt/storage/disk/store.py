@@ -18,6 +18,7 @@ from ray_ckpt.core.errors import (
     ObjectNotFoundError,
     UsageError,
 )
+from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.disk.file_blocks import TEMPORARY, FileBlocks, new_file
 from ray_ckpt.storage.disk.posix import (
@@ -126,6 +127,18 @@ class LocalStore:
     def copy(self, source: str, target: str) -> None:
         """Copied beside, synced, renamed into place."""
         self.upload(self.path(source), target)
+
+    def take_over(self, source: str, target: str, entry: FileEntry, *, mark: str | None) -> None:
+        """A second name of the same file."""
+        link, path = self.path(target), self.path(source)
+        with translated(path):
+            make_folder(link.parent)
+            link.hardlink_to(path)
+            # must be asked of the new name: what the old one leads to may change at any moment
+            if _version(link.lstat()) != mark:
+                link.unlink()
+                raise ObjectNotFoundError("it is another file by now", str(path))
+            sync_folder(link.parent)
 
     def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         """A plain copy, told of as a whole."""
@@ -292,6 +305,12 @@ def changed_at(folder: Path) -> float:
 def size_of(folder: Path) -> int:
     """Bytes of the files that go with the folder; what links point to stays."""
     return sum(s.st_size for s in _statuses(folder) if stat.S_ISREG(s.st_mode))
+
+
+def own_size_of(folder: Path) -> int:
+    """Bytes that are free once the folder is gone: no file elsewhere has them as well."""
+    files = (s for s in _statuses(folder) if stat.S_ISREG(s.st_mode))
+    return sum(s.st_size for s in files if s.st_nlink == 1)
 
 
 def _statuses(folder: Path) -> Iterator[os.stat_result]:

@@ -20,8 +20,10 @@ from ray_ckpt.core.errors import (
     IntegrityError,
     ObjectExistsError,
     ObjectNotFoundError,
+    StorageError,
     UsageError,
 )
+from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.hub.client import hub_api
 from ray_ckpt.storage.hub.errors import translated
@@ -126,6 +128,16 @@ class BucketStore:
             raise self._missing(source)
         copied = ("bucket", self._bucket, found.xet_hash, self._path(target))
         self._batch(target, copy=[copied])
+
+    def take_over(
+        self, source: str, target: str, entry: FileEntry, *, mark: str | None
+    ) -> NoReturn:
+        """Nobody here can tell what was copied.
+
+        Raises:
+            StorageError: always.
+        """
+        raise StorageError("computes no checksum of what it copies", self._where(source))
 
     def download(self, key: str, target: Path, *, progress: Progress = UNTOLD) -> None:
         """By Xet, beside the target until it is whole."""

@@ -182,6 +182,18 @@ class S3Store:
         source, target = other._at.object(key), self._at.object(key)
         copy_object(partial(self._at.call, key=key), source, target, entry)
 
+    def take_over(self, source: str, target: str, entry: FileEntry, *, mark: str | None) -> None:
+        """Copied by the service, whose own checksum must say that it is what the entry says."""
+        call = partial(self._at.call, key=source)
+        copy_object(call, self._at.object(source), self._at.object(target), entry)
+        says = self.is_equal(target, entry)
+        if says:
+            return
+        self.delete([target])
+        if says is None:
+            raise StorageError("computes no checksum of what it copies", self._at.endpoint())
+        raise ObjectNotFoundError("it is damaged, or another object", self._at.where(source))
+
     def is_equal(self, key: str, entry: FileEntry) -> bool | None:
         """Whether the object is what the entry says, by a checksum of the service; one HEAD.
 
