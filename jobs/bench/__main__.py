@@ -1,6 +1,7 @@
 """Measure what ray_ckpt does on this machine: a table, and with --json one last line of JSON.
 
 python -m jobs.bench save         a training state is saved by two ranks: ours, DCP's, a raw write
+python -m jobs.bench still        the same of a state most of which does not change: --still 0.9
 python -m jobs.bench async        the same beside training: how long it stands still, until durable
 python -m jobs.bench losing       the same beside training: how much later its steps are done
 python -m jobs.bench load         and loaded again, from the page cache and from the disk
@@ -23,6 +24,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from jobs.bench.plan import measure_plans
 from jobs.bench.purge import measure_purges
 from jobs.bench.save import measure_async_saves, measure_loads, measure_saves
 from jobs.bench.scale import measure_scale
+from jobs.bench.still import measure_still_saves
 from jobs.bench.upload import measure_uploads
 from jobs.bench.vote import measure_votes
 
@@ -61,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=[*KINDS, "all"],
         default="plain",
         help="export: names stay (plain), q and k are permuted, LoRA is merged as well",
+    )
+    parser.add_argument(
+        "--still", type=share, default=0.9, help="still: share of the state that does not change"
     )
     parser.add_argument("--repeats", type=int, default=5, help="how often all is measured in turn")
     parser.add_argument("--folder", type=Path, help="the disk to use, but for vote")
@@ -99,6 +105,14 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def share(text: str) -> float:
+    """At least 0 and less than 1."""
+    found = float(text)
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be at least 0 and less than 1")
+    return found
+
+
 def plan(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of the plans."""
     return measure_plans(parsed.layers, num_nodes=parsed.nodes)
@@ -112,6 +126,11 @@ def scale(parsed: argparse.Namespace) -> Sequence[Any]:
 def save(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of saves that training waits for; what was written is removed."""
     return _in_a_folder(measure_saves, parsed)
+
+
+def still(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of saves of what stands still for the most part; what was written is removed."""
+    return _in_a_folder(partial(measure_still_saves, still=parsed.still), parsed)
 
 
 def save_async(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -223,6 +242,7 @@ def manager(parsed: argparse.Namespace) -> Sequence[Any]:
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "save": save,
+    "still": still,
     "async": save_async,
     "losing": losing,
     "load": load,

@@ -13,7 +13,7 @@ On an object store what is in the trash leaves its shards in `step-<n>/`: whose 
 manifest says.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -166,12 +166,15 @@ def usage(owners: Owners, sizes: Iterable[tuple[str, int]]) -> list[Use]:
     return sorted(uses, key=lambda use: (-use.size_bytes, use.owner.kind, use.owner.name))
 
 
-def split(manifest: Manifest, size_bytes: int) -> Split:
-    """What `size_bytes` of a checkpoint are for, by the index of its tensors."""
+def split(manifest: Manifest, size_bytes: int, *, without: Collection[str] = ()) -> Split:
+    """What `size_bytes` of a checkpoint are for, by the index of its tensors.
+
+    These are the bytes of all its files but those `without`, which count with another step.
+    """
     own = set(manifest.model.keys) if manifest.model else None
     model = optimizer = 0
     for entry in manifest.tensors:
-        length = sum(chunk.length_bytes for chunk in entry.chunks)
+        length = sum(c.length_bytes for c in entry.chunks if c.file not in without)
         is_optimizers = entry.name.partition(".")[0] == _OPTIMIZER
         optimizer += length if is_optimizers else 0
         is_models = not is_optimizers and (own is None or entry.name in own)

@@ -24,6 +24,8 @@ class ObjectInfo:
     """Seconds since the epoch, by the store's clock."""
     version: str = ""
     """Another one for every object that ever lay under this key, as far as the store can tell."""
+    shared: str = ""
+    """The same for all keys that lead to the same bytes; empty for an object that has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,10 @@
 """How much room everything takes at a root, and what of it is known to lie elsewhere.
 
-One listing of the root, one of unfinished writes, one manifest a checkpoint.
+One listing of the root, one of unfinished writes, one manifest a checkpoint. Bytes that several
+steps share, through hard links, count once: with the oldest of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ray_ckpt.core import names
@@ -12,6 +13,7 @@ from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.usage import Kind, Owner, Owners, Split, Use, split, usage
 from ray_ckpt.storage.at_once import at_once
+from ray_ckpt.storage.base import ObjectInfo
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.listing import told_in
 
@@ -49,7 +51,7 @@ class Usage:
 
 def measure(catalog: Catalog, observed: Observation) -> Usage:
     """Everything at the root; changes nothing, reads no tensor."""
-    sizes = {info.key: info.size_bytes for info in catalog.store.list_objects("")}
+    sizes, elsewhere = _own_sizes(catalog.store.list_objects(""))
     owners = Owners.of(observed, sizes)
     uploads = [
         Use(
@@ -61,20 +63,46 @@ def measure(catalog: Catalog, observed: Observation) -> Usage:
     ]
     uses = [*usage(owners, sizes.items()), *uploads]
     steps = {u.owner.step: u.size_bytes for u in uses if u.owner.kind is Kind.CHECKPOINT}
+    known = {step: size for step, size in steps.items() if step is not None}
     return Usage(
         uses=tuple(sorted(uses, key=lambda use: -use.size_bytes)),
-        splits=_splits(catalog, {s: size for s, size in steps.items() if s is not None}),
+        splits=_splits(catalog, known, elsewhere),
         elsewhere=tuple(_elsewhere(observed)),
         free_bytes=catalog.store.free_bytes(),
     )
 
 
-def _splits(catalog: Catalog, sizes: Mapping[int, int]) -> dict[int, Split]:
+def _own_sizes(infos: Iterable[ObjectInfo]) -> tuple[dict[str, int], set[str]]:
+    """Bytes of every key, and the keys whose bytes count elsewhere: with the oldest step."""
+    sizes: dict[str, int] = {}
+    counted: set[str] = set()
+    elsewhere: set[str] = set()
+    for info in sorted(infos, key=_by_age):
+        is_counted = bool(info.shared) and info.shared in counted
+        sizes[info.key] = 0 if is_counted else info.size_bytes
+        elsewhere |= {info.key} if is_counted else set()
+        counted.add(info.shared)
+    return sizes, elsewhere
+
+
+def _by_age(info: ObjectInfo) -> tuple[bool, int, str]:
+    """Steps first, the oldest before the others."""
+    step = names.parse_step(info.key.partition("/")[0])
+    return step is None, step or 0, info.key
+
+
+def _splits(
+    catalog: Catalog, sizes: Mapping[int, int], elsewhere: Collection[str]
+) -> dict[int, Split]:
     """With the index of the tensors, which an observation leaves out."""
 
     def look(step: int) -> Split | None:
-        told = told_in(catalog.store, names.step_dir(step))
-        return split(told, sizes[step]) if isinstance(told, Manifest) else None
+        folder = names.step_dir(step)
+        told = told_in(catalog.store, folder)
+        if not isinstance(told, Manifest):
+            return None
+        others = {e.path for e in told.files if f"{folder}/{e.path}" in elsewhere}
+        return split(told, sizes[step], without=others)
 
     found = zip(sizes, at_once(look, sizes), strict=True)
     return {step: one for step, one in found if one is not None}

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ray_ckpt.storage.commit import Kept
 
-LEAST_BYTES = 1 << 20
-"""A smaller still file costs more, in one more file, than it spares."""
+LEAST_BYTES = 8 << 20
+"""A smaller still file costs as much, in one more file to make and to link, as it spares."""
 _SHARE_TO_JOIN = 4
 """Who joins has one byte for this many of those that are written again for it, at least."""
 

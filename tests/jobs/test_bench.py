@@ -97,6 +97,16 @@ def test_what_is_not_as_fast_as_it_must_be_is_told_by_its_ratio() -> None:
     assert too_slow([good, slow]) == ["c: 0.50 times as fast as b, at least 0.7 expected"]
 
 
+def test_what_stands_still_is_not_written_again(tmp_path: Path) -> None:
+    words = ("--size-mb", "40", "--still", "0.75", "--repeats", "1", "--folder", str(tmp_path))
+    _, rows = measure("still", *words)
+    written = {row["what"]: row["written_mb"] for row in rows}
+    assert written["ray_ckpt, what moved"] == pytest.approx(10, abs=0.5)
+    assert written["ray_ckpt, all"] == pytest.approx(40, abs=0.5)
+    assert written["dcp.save"] == pytest.approx(40, abs=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
     _, rows = measure("vote", "--repeats", "1")
     assert [row["what"].partition(" x ")[2] for row in rows] == [

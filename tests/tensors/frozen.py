@@ -15,7 +15,7 @@ from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.run import Run
 from ray_ckpt.tensors.states import TrainingState
 
-NUM_ROWS, WIDTH = 1024, 1024
+NUM_ROWS, WIDTH = 4096, 1024
 BASE_BYTES = NUM_ROWS * WIDTH * 4
 LITTLE_BYTES = 300_000
 """More than adapter, optimizer, framing and index of a step, less than any part of the base."""

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ray_ckpt.core.errors import ForeignFolderError
 from ray_ckpt.core.saving import Mode
+from ray_ckpt.core.usage import Kind
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.usage import measure
 from ray_ckpt.tensors import still
 from tests.tensors.faults import SURVIVED, arm, arm_s3, attempts, die
 from tests.tensors.frozen import (
@@ -85,6 +87,27 @@ def test_every_step_is_whole_whatever_becomes_of_the_others(tmp_path: Path) -> N
     catalog.restore(3)
     assert saved_steps(root) == [1, 3, 5]
     assert all(torch.equal(_loaded(root, s)["base"], Adapted().base) for s in (1, 3, 5))
+
+
+def test_bytes_that_steps_share_count_once(tmp_path: Path) -> None:
+    """With the oldest of them, as long as it is there."""
+    root = tmp_path / "run"
+    training = Training(root)
+    for step in range(1, 5):
+        training.step(step)
+    training.manager.close()
+    catalog = open_catalog(str(root))
+    for is_purged in (False, True):
+        if is_purged:
+            catalog.trash(2)
+        found = measure(catalog, catalog.observe())
+        files = {path.stat().st_ino: path for path in root.rglob("*") if path.is_file()}
+        assert found.total_bytes == sum(path.stat().st_size for path in files.values())
+        holder = 3 if is_purged else 2
+        sizes = {u.owner.step: u.size_bytes for u in found.of(Kind.CHECKPOINT)}
+        assert [step for step, size in sizes.items() if size > BASE_BYTES] == [holder, 1]
+        models = {step: one.model for step, one in found.splits.items()}
+        assert all(models[step] <= sizes[step] for step in sizes if step is not None)
 
 
 def _moved(training: Training, step: int) -> None:

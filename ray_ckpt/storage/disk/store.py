@@ -289,6 +289,7 @@ def _info(key: str, status: os.stat_result) -> ObjectInfo | None:
         size_bytes=status.st_size,
         modified_at=status.st_mtime,
         version=_version(status),
+        shared=f"{status.st_dev}-{status.st_ino}" if status.st_nlink > 1 else "",
     )
 
 
