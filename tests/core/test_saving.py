@@ -34,6 +34,11 @@ def test_a_config_survives_being_written_as_plain_values(last: ModelOnly | Huggi
     ("values", "words"),
     [
         ({"every_steps": 0}, "every_steps must be at least 1, got 0"),
+        ({"full_every_saves": 0}, "full_every_saves must be at least 1, got 0"),
+        (
+            {"full_every_saves": 2, "local_dir": "/disk"},
+            "full_every_saves must be 1 with local_dir",
+        ),
         ({"every_s": 0}, "every_s must be more than 0 seconds, got 0"),
         ({"every_s": float("nan")}, "expected float, got nan"),
         ({"sigterm_notice_s": -1}, "sigterm_notice_s must be more than 0 seconds"),

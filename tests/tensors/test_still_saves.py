@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -110,6 +111,21 @@ def test_bytes_that_steps_share_count_once(tmp_path: Path) -> None:
         assert all(models[step] <= sizes[step] for step in sizes if step is not None)
 
 
+def test_a_bad_sector_is_found_in_every_step_that_has_it(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    training = Training(root)
+    for step in (1, 2, 3, 4):
+        training.step(step)
+    training.manager.close()
+    with (root / "step-2/__0_1.distcp").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"bad")
+    catalog = open_catalog(str(root))
+    damage = {step: catalog.damage(step) for step in (1, 2, 3, 4)}
+    assert damage[1] == []
+    assert all("__0_1.distcp is crc64nvme" in damage[step][0] for step in (2, 3, 4))
+
+
 def _moved(training: Training, step: int) -> None:
     """One element of the base."""
     training.model.local_base[3, 5] += 1.0
@@ -133,6 +149,17 @@ def test_a_base_that_moves_is_written_with_its_new_values(tmp_path: Path) -> Non
     for step in (4, 5, 6, 7):
         assert torch.equal(_loaded(tmp_path / "run", step)["base"], training.model.local_base)
     assert saved_steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_still_weight_with_nan_in_it_is_named_in_every_step(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.model.local_base[3, 5] = math.nan
+    for step in (1, 2, 3, 4):
+        training.step(step)
+    training.manager.close()
+    assert training.shares == [False, False, True, True]
+    catalog = open_catalog(str(tmp_path / "run"))
+    assert {catalog.manifest(step).non_finite for step in (1, 2, 3, 4)} == {("base",)}
 
 
 def test_no_more_steps_share_a_file_than_the_config_says(tmp_path: Path) -> None:
