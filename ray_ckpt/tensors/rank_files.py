@@ -100,13 +100,18 @@ class RankFiles:
 
     def remember(self) -> None:
         """The save has ended well: the next one may take over its still file."""
-        if not self._remembers:
-            return
         file = self._next.file
-        if file is not None:
-            kept = self._into.target.kept(self._into.folder, file.kept.entry)
-            file = replace(file, kept=kept)
-        self._memory.keep(replace(self._next, file=file))
+        if self._remembers:
+            self._memory.keep(replace(self._next, file=self._as_it_lies(file) if file else None))
+
+    def _as_it_lies(self, file: StillFile) -> StillFile | None:
+        """The file of a step that is there now, whatever a look at it says."""
+        into, entry = self._into, file.kept.entry
+        try:
+            return replace(file, kept=into.target.kept(into.folder, entry))
+        except RayCkptError as error:
+            self._tell(error, file.kept.key)
+            return None
 
     def _known(self) -> Knowledge:
         """From the save before; nothing, if that one held tensors that are not here now."""
@@ -156,7 +161,7 @@ class RankFiles:
         try:
             into.target.take_over(file.kept, into.staging, into.folder, name)
         except RayCkptError as error:
-            self._tell(error, f"{file.kept.key}")
+            self._tell(error, file.kept.key)
             return None
         digests = {index: looked[index] for index in file.places}
         entry = replace(file.kept.entry, path=name)

@@ -1,5 +1,7 @@
 """A run with a frozen base: what does not change is written once, and every step is whole."""
 
+import contextlib
+import errno
 import itertools
 import logging
 import math
@@ -14,13 +16,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ray_ckpt.core.errors import ForeignFolderError
+from ray_ckpt.core.errors import ForeignFolderError, RayCkptError
 from ray_ckpt.core.saving import Mode
 from ray_ckpt.core.usage import Kind
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.usage import measure
 from ray_ckpt.tensors import still
-from tests.tensors.faults import SURVIVED, arm, arm_s3, attempts, die
+from tests.tensors.faults import DIED, SURVIVED, Refuse, arm, arm_s3, attempts, die
 from tests.tensors.frozen import (
     BASE_BYTES,
     LITTLE_BYTES,
@@ -43,9 +45,9 @@ def _train(root: str, mode: Mode, num_saves: int) -> tuple[list[int], list[int],
     return training.written, training.taken_over, adapters
 
 
-def _loaded(root: str | Path, step: int) -> dict[str, Tensor]:
+def _loaded(root: str | Path, step: int, num_rows: int = NUM_ROWS) -> dict[str, Tensor]:
     """With plain torch, in one process."""
-    state = {"base": torch.zeros(NUM_ROWS, WIDTH), "adapter": torch.zeros(WIDTH)}
+    state = {"base": torch.zeros(num_rows, WIDTH), "adapter": torch.zeros(WIDTH)}
     dcp.load(state, checkpoint_id=Path(root, f"step-{step}"), no_dist=True)
     return state
 
@@ -225,18 +227,23 @@ def test_another_file_under_the_same_name_is_not_taken_over(tmp_path: Path) -> N
     open_catalog(str(root)).verify(4)
 
 
+@pytest.mark.parametrize(
+    "code", [errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP], ids=errno.errorcode.get
+)
 def test_a_place_that_refuses_links_is_told_of_once_and_everything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
+    """As the kernel does it for files of others, or where too many names lead to one."""
     link = os.link
 
     def refuse(source: Any, target: Any, **options: Any) -> None:
         if "/step-" in str(source):
-            raise PermissionError(1, "Operation not permitted")
+            raise OSError(code, os.strerror(code))
         link(source, target, **options)
 
     monkeypatch.setattr(os, "link", refuse)
-    training = Training(tmp_path / "run")
+    monkeypatch.setattr(still, "LEAST_BYTES", 0)
+    training = Training(tmp_path / "run", num_rows=2)
     for step in range(1, 6):
         training.step(step)
     training.manager.close()
@@ -244,6 +251,18 @@ def test_a_place_that_refuses_links_is_told_of_once_and_everything_is_written(
     assert len(told) == 1 and "no file can be taken over here" in told[0].getMessage()
     assert training.taken_over == [0] * 5
     assert saved_steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+def test_a_state_that_lacks_a_tensor_is_another_one(tmp_path: Path) -> None:
+    training = Training(tmp_path / "run")
+    training.model.register_buffer("extra", torch.zeros(8))
+    for step in (1, 2, 3):
+        training.step(step)
+    del training.model.extra
+    for step in (4, 5, 6):
+        training.step(step)
+    training.manager.close()
+    assert training.shares == [False, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("mode", ["sync", "process"])
@@ -382,6 +401,36 @@ def test_a_save_that_dies_while_it_takes_over_leaves_whole_steps(tmp_path: Path)
         found.append(_check(root))
         assert list(Path(root, ".ray_ckpt/staging").iterdir()) == []
     assert {*found} == {2, 3} and found == sorted(found)
+
+
+def _save_that_is_refused(root: str, number: int) -> None:
+    """Step 3 meets the fault, step 4 does not."""
+    still.LEAST_BYTES = 0
+    training = Training(root, num_rows=2)
+    training.step(1)
+    training.step(2)
+    refuse = Refuse(errno.EIO)
+    fault = arm(Path(root), number, refuse)
+    with contextlib.suppress(RayCkptError):
+        training.step(3)
+    fault.stop()
+    steps = saved_steps(root)
+    training.step(4)
+    training.manager.close()
+    assert saved_steps(root) == [*steps, 4]
+    assert [event.kind == "committed" for event in training.events] == [1, 1, 3 in steps, 1]
+    os._exit(DIED if refuse.was_asked else SURVIVED)
+
+
+@pytest.mark.slow
+def test_a_save_that_is_refused_while_it_takes_over_is_whole_or_not_there(tmp_path: Path) -> None:
+    roots = ((tmp_path / f"run{number}").as_posix() for number in itertools.count())
+    found: list[list[int]] = []
+    for _, root in attempts(_save_that_is_refused, roots):
+        found.append(saved_steps(root))
+        base = Adapted(num_rows=2).local_base
+        assert all(torch.equal(_loaded(root, step, num_rows=2)["base"], base) for step in found[-1])
+    assert [1, 2, 4] in found and [1, 2, 3, 4] in found
 
 
 @pytest.mark.s3
