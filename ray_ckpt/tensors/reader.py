@@ -1,7 +1,6 @@
 """DCP's reader over any store: nothing is unpickled before its hash matched the manifest."""
 
 import contextlib
-import copy
 import functools
 import io
 import os
@@ -13,13 +12,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
     FileSystemReader,
     LoadPlan,
     LoadPlanner,
     StorageReader,
 )
-from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
@@ -36,6 +33,7 @@ from ray_ckpt.storage.progress import UNTOLD, Progress
 from ray_ckpt.tensors.chunks import Chunk, Chunks, is_bare
 from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.item_reads import read_items, read_values
+from ray_ckpt.tensors.load_planner import ValueLoadPlanner
 from ray_ckpt.tensors.proof import Proof
 from ray_ckpt.tensors.ranks import Ranks, ours, sentence
 from ray_ckpt.tensors.replicas import Replicas
@@ -158,55 +156,6 @@ def step_reader(catalog: Catalog, manifest: Manifest) -> DcpReader:
     return committed_reader(catalog.store, names.step_dir(manifest.step), manifest)
 
 
-class _Planner(DefaultLoadPlanner):
-    """Torch's planner, but for what is not a tensor: plain values, unless the pickles are ours."""
-
-    def __init__(self, reader: StorageReader, progress: Progress) -> None:
-        super().__init__(flatten_sharded_tensors=False)  # a look at every value, for FSDP1 alone
-        self._progress = progress
-        self._where = str(getattr(reader, "uri", ""))
-        self._runs_pickles = bool(getattr(reader, "runs_pickles", False))
-        self._arrived: list[tuple[ReadItem, bytes]] = []
-        self._loaded: dict[bytes, Any] = {}
-        """Values by their pickles: a hyper-parameter is there once for each parameter."""
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Torch calls this once a piece has arrived."""
-        self._progress.advance(tensor.nbytes)
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """One value that is no tensor has arrived; no pickle is run before all was compared."""
-        self._arrived.append((read_item, value.getvalue()))
-
-    def put_values(self) -> None:
-        """All values that have arrived are in their places."""
-        for read_item, pickled in self._arrived:
-            self._put(read_item, pickled)
-
-    def _put(self, read_item: ReadItem, pickled: bytes) -> None:
-        name = read_item.dest_index.fqn
-        try:
-            if pickled not in self._loaded:
-                value = io.BytesIO(pickled)
-                self._loaded[pickled] = torch.load(value, weights_only=not self._runs_pickles)
-        except pickle.UnpicklingError as error:
-            raise IntegrityError(
-                f"{name} holds a pickle that is more than plain values; it was not run",
-                self._where,
-                "storage was not changed; the model may hold some of the step's tensors",
-                f"exclude its part from loading: LoadConfig(exclude=({name.partition('.')[0]!r},))",
-            ) from error
-        value = self._loaded[pickled]
-        own = value if _cannot_change(value) else copy.deepcopy(value)
-        set_element(self.original_state_dict, self.mappings[name], own)
-
-
-def _cannot_change(value: Any) -> bool:
-    if type(value) is tuple:
-        return all(map(_cannot_change, cast(tuple[Any, ...], value)))
-    return value is None or type(value) in (bool, int, float, complex, str, bytes)
-
-
 def read_tensors(
     catalog: Catalog, manifest: Manifest, keys: Sequence[str], *, progress: Progress = UNTOLD
 ) -> dict[str, Tensor]:
@@ -238,7 +187,7 @@ def load_into(
         DamageFoundError: what was read is not what was committed; no pickle of it was run.
         IntegrityError: it cannot be read.
     """
-    planner = _Planner(reader, progress)
+    planner = ValueLoadPlanner(reader, progress)
     is_coordinator = ranks is None or ranks.is_coordinator
 
     def plan() -> LoadPlan:
