@@ -19,6 +19,8 @@ from tests.waiting import PATIENCE_S, wait_for
 _RAY = str(Path(sys.executable).parent / "ray")
 TRAINER = "trainer"
 """A resource that only these nodes have: training that asks for it runs on no other."""
+_STARTS = 3
+"""Of one node: on a busy machine a raylet may give up while it starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,14 @@ class Nodes:
 
         `num_slots` are slots of `ckpt_io`; without any, no task after a save goes there.
         """
+        for _ in range(_STARTS):
+            node = self._start(num_gpus, num_slots, environment)
+            wait_for(lambda node=node: node.process.poll() is not None or node.find_id())
+            if node.process.poll() is None:
+                return node
+        raise AssertionError(f"no node came up in {_STARTS} starts")
+
+    def _start(self, num_gpus: int, num_slots: int, environment: dict[str, str]) -> Node:
         label = uuid.uuid4().hex
         slots = {IO_RESOURCE: num_slots} if num_slots else {}
         command = [
@@ -76,7 +86,6 @@ class Nodes:
         )
         node = Node(label=label, process=process)
         self._nodes.append(node)
-        wait_for(node.find_id)
         return node
 
     def drain(self, node: Node, *, deadline_s: int) -> None:

@@ -118,8 +118,15 @@ def test_training_is_the_same_bit_for_bit_and_the_copies_are_made_once_the_place
     assert dead.requests
 
     dead.recover()
-    said = run_python("-m", "ray_ckpt", "retry", root, environment={}).stdout
-    assert all(f"retry: publish step-{STEPS} hf to {place}\n" in said for place in places)
+    said: list[str] = []
+
+    def all_are_told_of() -> bool:
+        """Who tries at this very moment does not wait, and is told of if that fails as well."""
+        said.append(run_python("-m", "ray_ckpt", "retry", root, environment={}).stdout)
+        told = {p for p in places if f"retry: publish step-{STEPS} hf to {p}\n" in "".join(said)}
+        return told | copies(root, ActionState.SUCCEEDED).keys() == places.keys()
+
+    wait_for(all_are_told_of)
     wait_for(lambda: copies(root, ActionState.SUCCEEDED).keys() == places.keys())
     for place in places:
         exported = open_catalog(root).export("hf", STEPS).manifest

@@ -124,4 +124,4 @@ def test_everything_that_is_not_a_checkpoint_lies_in_the_private_folder(key: str
 
 
 def test_the_examples_in_the_docstrings_are_true() -> None:
-    assert doctest.testmod(names) == doctest.TestResults(failed=0, attempted=8)
+    assert doctest.testmod(names) == doctest.TestResults(failed=0, attempted=9)
