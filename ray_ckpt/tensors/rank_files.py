@@ -74,6 +74,7 @@ class RankFiles:
         self._remembers = into.full_every_saves > 1 and not memory.is_refused
         self._knowledge = self._known()
         self._next = NOTHING
+        self._is_sound: Callable[[WriteItem], bool] = lambda _: True
         self.unsound: set[MetadataIndex] = set()
         """Weights with NaN or Inf in them."""
 
@@ -82,16 +83,10 @@ class RankFiles:
         expected = self._knowledge.expected()
         looked = self._looked(item for item in self._tensors if item.index in expected)
         division = self._knowledge.divide(looked, full_every_saves=self._into.full_every_saves)
+        seen = self._knowledge.seen
+        self.unsound = {index for index in division.same if not seen[index].is_sound}
+        self._is_sound = lambda item: item.index in division.same or is_sound(item)
         files = self._divided(division, looked)
-        self.unsound = {
-            item.index
-            for item in self._tensors
-            if not (
-                self._knowledge.seen[item.index].is_sound
-                if item.index in division.same
-                else is_sound(item)
-            )
-        }
         self._next = Knowledge(
             seen=self._knowledge.after(self._found(files), expected=expected),
             file=self._still_file(files),
@@ -150,6 +145,8 @@ class RankFiles:
             for tensor, item in on_the_host(tensors, self._planner):
                 places[item.index] = shard.add(tensor)
                 plain |= {item.index} if is_plain(tensor) else set()
+                if not self._is_sound(item):  # looked at here, while the disk writes
+                    self.unsound.add(item.index)
             entry = shard.close()
         digests = zip(places, shard.digests(), strict=True) if self._remembers else ()
         of_plain = {index: digest for index, digest in digests if index in plain}

@@ -8,6 +8,7 @@ No byte is read again to be digested, and none is held longer than it takes to s
 """
 
 import mmap
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from ray_ckpt.core.manifest import FileEntry
@@ -16,6 +17,8 @@ from ray_ckpt.storage.digests import new_digest
 
 _IN_HAND = 2
 """Blocks beside those that are sent: one is filled, one is digested."""
+_SPARE: deque[mmap.mmap] = deque(maxlen=4)
+"""Blocks of objects that are done: memory that was used before costs a tenth of fresh pages."""
 
 
 class OrderedWrite:
@@ -31,10 +34,10 @@ class OrderedWrite:
         """Where in the block something ends whose digest is asked for."""
         self.digests: list[str] = []
         """Of everything before each mark, in order; all of them once the object is closed."""
-        self._free = [
-            mmap.mmap(-1, blocks.block_bytes) for _ in range(blocks.puts_at_once + _IN_HAND)
-        ]
-        self._block = self._free.pop()
+        num_blocks = blocks.puts_at_once + _IN_HAND
+        self._all = [_block(blocks.block_bytes) for _ in range(num_blocks)]
+        self._free = self._all[1:]
+        self._block = self._all[0]
         self._under_way: list[tuple[mmap.mmap, Future[None], Future[None]]] = []
         self._digesting = ThreadPoolExecutor(1, thread_name_prefix="ray_ckpt digest")
         self._sending = ThreadPoolExecutor(blocks.puts_at_once, thread_name_prefix="ray_ckpt write")
@@ -118,3 +121,17 @@ class OrderedWrite:
     def _end_threads(self) -> None:
         self._digesting.shutdown(cancel_futures=True)
         self._sending.shutdown(cancel_futures=True)
+        _SPARE.extend(self._all)
+        self._all = []
+
+
+def _block(num_bytes: int) -> mmap.mmap:
+    """One of that size, with whatever was in it."""
+    try:
+        block = _SPARE.pop()
+    except IndexError:
+        block = None
+    if block is not None and len(block) == num_bytes:
+        return block
+    # must be private: a process that is forked would share a spare block with this one
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
