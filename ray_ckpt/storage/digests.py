@@ -123,8 +123,7 @@ def digest_behind(before: str, all_of_it: str, num_bytes: int) -> str:
     first, whole = (
         int(text.removeprefix(f"{SHARD_ALGORITHM}:"), 16) for text in (before, all_of_it)
     )
-    moved = cast(int, cast(Any, combine_crc64nvme)(first, 0, num_bytes))
-    return f"{SHARD_ALGORITHM}:{whole ^ moved:016x}"
+    return crc64_text(whole ^ joined(first, 0, num_bytes))
 
 
 def algorithm_of(entry: FileEntry) -> str:

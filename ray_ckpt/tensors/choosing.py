@@ -137,8 +137,8 @@ def _refused(catalog: Catalog, plan: ResumePlan) -> IntegrityError:
 def _damage(catalog: Catalog, ranks: Ranks, manifest: Manifest) -> list[str]:
     """Each rank looks at its share of the files; all hear of all damage."""
     part = slice(ranks.rank, None, ranks.size)
-    own = ranks.together(lambda: catalog.damage_before_reading(manifest, part=part))
-    return [sentence for share in ranks.gather(own) for sentence in share]
+    shares = ranks.each(lambda: catalog.damage_before_reading(manifest, part=part))
+    return [sentence for share in shares for sentence in share]
 
 
 def set_aside(catalog: Catalog, ranks: Ranks, step: int, damage: str) -> None:

@@ -38,8 +38,8 @@ class Proof:
         """
         elsewhere = [e for number, e in enumerate(self._shards) if not _is_own(number, e, ranks)]
         told = ranks.gather({e.path: self.reads.ranges(self._key(e)) for e in elsewhere})
-        found = ranks.together(lambda: list(self._own_damage(ranks, told)))
-        damage = [sentence for of_rank in ranks.gather(found) for sentence in of_rank]
+        found = ranks.each(lambda: list(self._own_damage(ranks, told)))
+        damage = [sentence for of_rank in found for sentence in of_rank]
         if damage:
             raise DamageFoundError("; ".join(damage), self._uri)
 

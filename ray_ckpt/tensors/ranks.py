@@ -138,15 +138,21 @@ class Ranks:
     def together(self, function: Callable[[], T]) -> T:
         """What `function` returned here; if it raised anywhere, that on every rank."""
         results: list[T] = []
-        error: Exception | None = None
-        try:
-            results.append(function())
-        except Exception as raised:  # noqa: BLE001  every rank must hear of it, then it is raised
-            error = raised
-        for one in self.gather(error):
-            if one is not None:
-                raise one
+        self.each(lambda: results.append(function()))
         return results[0]
+
+    def each(self, function: Callable[[], T]) -> list[T]:
+        """What it returned on every rank, in order of rank, on every rank; or what it raised."""
+        outcome: list[Any] = [None, None]
+        try:
+            outcome[0] = function()
+        except Exception as raised:  # noqa: BLE001  every rank must hear of it, then it is raised
+            outcome[1] = raised
+        outcomes = self.gather(outcome)
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
 
     def any(self, value: bool) -> bool:
         """Whether it is so on any rank; the same answer on all."""

@@ -44,15 +44,11 @@ class SourceFiles:
 
         The same on every rank. Collective.
         """
-        return [
-            text
-            for share in ranks.gather(ranks.together(lambda: self._share(ranks)))
-            for text in share
-        ]
+        return [text for share in ranks.each(lambda: self._share(ranks)) for text in share]
 
     def identity(self, ranks: Ranks) -> str:
         """Equal for folders of the same tensors in the same files only. Collective."""
-        shares = ranks.gather(ranks.together(lambda: self._entries(ranks)))
+        shares = ranks.each(lambda: self._entries(ranks))
         lines = sorted(f"{e.path} {e.size_bytes} {e.digest}\n" for share in shares for e in share)
         return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
