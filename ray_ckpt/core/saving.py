@@ -67,6 +67,10 @@ class SaveConfig:
     to N steps in a row, written once: a hard link on a disk, a copy by the store on S3. Each step
     stays whole whatever becomes of the others; on a disk they share those bytes, and what befalls
     a sector befalls all N. For runs with a frozen base; not with `local_dir`."""
+    keep_in_memory_s: float | None = None
+    """The newest checkpoint's copy in host memory outlives a trainer that was killed, for so many
+    seconds: a restart on the same nodes reads no shard from storage. It is there from a commit to
+    the beginning of the next save. None: it goes with the trainer. Linux; not with mode `sync`."""
     on_failure: Literal["continue", "stop"] = "continue"
     """Whether a save that failed in the background stops training at the next step."""
     local_dir: str | None = None
@@ -88,7 +92,13 @@ class SaveConfig:
                 "until it is brought, and no two saves may be lost with it",
                 "full_every_saves",
             )
-        for name in ("every_s", "sigterm_notice_s", "timeout_s"):
+        if self.keep_in_memory_s is not None and self.mode == "sync":
+            raise ConfigError(
+                "mode 'sync' writes the model's own memory and makes no copy to keep: with "
+                "keep_in_memory_s choose 'async' or 'process'",
+                "keep_in_memory_s",
+            )
+        for name in ("every_s", "sigterm_notice_s", "keep_in_memory_s", "timeout_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be more than 0 seconds, got {value}", name)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ray_ckpt.storage.at_once import at_once
-from ray_ckpt.storage.base import Store
+from ray_ckpt.storage.base import Ranges
 from ray_ckpt.storage.digests import crc64_of, crc64_text, joined
 
 _BLOCK_BYTES = 8 << 20
@@ -42,7 +42,7 @@ class Range:
 class DigestedReads:
     """A store's reads of ranges, each digested as it arrives. Threads may share it."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Ranges) -> None:
         self._store = store
         self._ranges: defaultdict[str, list[Range]] = defaultdict(list)
         self._lock = threading.Lock()

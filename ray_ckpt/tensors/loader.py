@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.core.loading import LoadConfig
 from ray_ckpt.core.manifest import NeededSource, StartSource
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.host_memory.nearby import Nearby
 from ray_ckpt.storage.readers import reading
 from ray_ckpt.storage.step_errors import found_corrupt
 from ray_ckpt.tensors.choosing import Choice, choose, choose_newest, set_aside
@@ -43,6 +44,8 @@ class Loaded:
     """Where the run took its weights from before its first step."""
     needs: tuple[NeededSource, ...]
     """Which bases the saves of an adapter alone belong to."""
+    memories: tuple[Nearby, ...]
+    """Copies in this host's memory that it may have come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +99,14 @@ class Loader:
                 held.enter_context(source.held())
         base = base_of_saves(sources, self.model)
         restored = restore(sources, self.ranks, model=self.model, parts=parts)
+        memories = tuple(source.memory for source in sources if source.memory is not None)
+        memory_bytes = self.ranks.gather(sum(memory.num_bytes for memory in memories))
         report = LoadReport(
             step=choice.step or 0,
             reason=choice.reason,
             skipped=choice.skipped,
             sources=restored.sources,
+            memory_bytes=sum(memory_bytes),
             as_initialised=(*restored.as_initialised, *sorted(set(self.parts) - set(parts))),
         )
         return Loaded(
@@ -108,6 +114,7 @@ class Loader:
             choice=choice,
             origins=origins_of(choice, sources, self.ranks),
             needs=needs_of(base, self.ranks),
+            memories=memories,
         )
 
     def _choose(

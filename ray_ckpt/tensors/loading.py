@@ -43,6 +43,8 @@ class LoadReport:
     """Each folder that tensors came from, with the owners it supplied."""
     as_initialised: tuple[str, ...] = ()
     """Owners and parts that no source supplied: they have the values they were made with."""
+    memory_bytes: int = 0
+    """So many bytes, of all ranks, came from copies in their hosts' memory and not from storage."""
 
     def log(self) -> None:
         """Says so."""
@@ -50,6 +52,8 @@ class LoadReport:
         log.info("%s: %s", begin, self.reason)
         for source in self.sources:
             log.info("loaded %s", source)
+        if self.memory_bytes:
+            log.info("%.2f GB of it came from the hosts' memory", self.memory_bytes / 1e9)
         if self.as_initialised:
             log.info("as initialised: %s", ", ".join(self.as_initialised))
         for step, why in self.skipped:

@@ -29,6 +29,7 @@ from ray_ckpt.core.manifest import ModelEntry, NeededSource
 from ray_ckpt.core.saving import Everything, HuggingFace, ModelOnly, SaveConfig
 from ray_ckpt.core.schedule import SaveSchedule, fits
 from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.storage.host_memory.nearby import Nearby
 from ray_ckpt.tensors.contents import (
     Contents,
     everything,
@@ -93,7 +94,11 @@ class CheckpointManager:
             assets=assets,
         )
         self._writer = RootWriter(self._catalog, run, self._ranks, local_dir=self.config.local_dir)
-        self._saver = Saver(self.config.mode, timeout_s=self.config.timeout_s)
+        self._saver = Saver(
+            self.config.mode,
+            timeout_s=self.config.timeout_s,
+            keep_in_memory_s=self.config.keep_in_memory_s,
+        )
         self._outcomes = Outcomes(
             self._catalog.store,
             run.on_event,
@@ -103,6 +108,8 @@ class CheckpointManager:
         self._pending: PendingSave | None = None
         self._needs: tuple[NeededSource, ...] = ()
         """Which bases the saves of an adapter alone belong to; known from the load."""
+        self._memories: tuple[Nearby, ...] = ()
+        """Copies of an earlier trainer, which the state was loaded from; there until a save."""
         self._saved_at = time.monotonic()
         is_asked = self._catalog.records.take_save_request
         self._listener = Listener(self._ranks, self.config, is_asked=is_asked)
@@ -171,6 +178,9 @@ class CheckpointManager:
     def _begin(
         self, job: SaveJob, contents: Contents, reason: str, stopwatch: Stopwatch
     ) -> PendingSave:
+        for memory in self._memories:  # before as much is taken for the copy that is to come
+            memory.release()
+        self._memories = ()
         return self._saver.begin(
             job,
             contents.state_dict,
@@ -329,6 +339,7 @@ class CheckpointManager:
             loaded = self._loader.load(step, config or LoadConfig())
         self._writer.goes_on_from(loaded.choice.step, started_from=loaded.origins)
         self._needs = loaded.needs
+        self._memories = loaded.memories
         self._outcomes.began(loaded.choice, loaded.origins, world_size=self._ranks.size)
         if self._ranks.is_coordinator:
             loaded.report.log()

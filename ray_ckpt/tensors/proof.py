@@ -2,7 +2,8 @@
 
 Each rank digests what it reads on its way into place. One rank answers for each file: the one that
 wrote it, which reads nearly all of it where a run goes on as it was. It hears from the others what
-they have read of the file, reads what nobody wanted, and compares.
+they have read of the file, reads what nobody wanted, and compares. What comes from a copy in this
+host's memory is compared just so.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.digested_reads import DigestedReads, Range
 from ray_ckpt.storage.digests import digest_damage, is_of_ranges
+from ray_ckpt.storage.host_memory.nearby import Nearby
 from ray_ckpt.tensors.ranks import Ranks
 
 
@@ -24,11 +26,17 @@ class Proof:
     """For one load from one folder; the sizes of its files were compared before."""
 
     def __init__(self, store: Store, folder: str, manifest: Manifest) -> None:
-        self.reads = DigestedReads(store)
         self._uri = f"{store.uri}/{folder}"
         self._folder = folder
         files = sorted(manifest.files, key=lambda entry: entry.path)
         self._shards = [entry for entry in files if is_of_ranges(entry)]
+        self.memory = Nearby(store, folder, self._shards)
+        self.reads = DigestedReads(self.memory)
+
+    def begin_without_memory(self) -> None:
+        """All is to be read anew, and from the store alone."""
+        self.memory.close()
+        self.reads = DigestedReads(self.memory)
 
     def refuse_damage(self, ranks: Ranks) -> None:
         """Every byte of every shard was read by some rank, and is as it was committed. Collective.

@@ -8,10 +8,11 @@ reason, it is written from memory, so that a save never depends on an older step
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
 from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -26,14 +27,17 @@ from ray_ckpt.core.errors import (
 )
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.commit import Kept
+from ray_ckpt.storage.host_memory.copies import Around, FileInMemory, InSegment
 from ray_ckpt.tensors.save_target import SaveTarget
-from ray_ckpt.tensors.shard_file import digest_of_item, is_plain, new_shard, on_the_host
+from ray_ckpt.tensors.shard_file import digest_of_item, is_plain, new_shard, on_the_host, pieces_of
 from ray_ckpt.tensors.still import NOTHING, Division, Knowledge, Memory, Seen, StillFile
 
 log = logging.getLogger("ray_ckpt")
 _FOR_NOW = (ObjectNotFoundError, TransientError, StorageFullError)
 """Reasons why a file is not taken over this time."""
 _MOVING, _STILL = 0, 1
+Find = Callable[[Tensor], tuple[int, int] | None]
+"""Number of the segment that a tensor lies in, and where; None if it lies in none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ class RankFiles:
         self._remembers = into.full_every_saves > 1 and not memory.is_refused
         self._knowledge = self._known()
         self._next = NOTHING
+        self._files: Sequence[RankFile] = ()
         self._is_sound: Callable[[WriteItem], bool] = lambda _: True
         self.unsound: set[MetadataIndex] = set()
         """Weights with NaN or Inf in them."""
@@ -87,11 +92,45 @@ class RankFiles:
         self.unsound = {index for index in division.same if not seen[index].is_sound}
         self._is_sound = lambda item: item.index in division.same or is_sound(item)
         files = self._divided(division, looked)
+        self._files = files
         self._next = Knowledge(
             seen=self._knowledge.after(self._found(files), expected=expected),
             file=self._still_file(files),
         )
         return files
+
+    def in_memory(self, find: Find) -> list[FileInMemory]:
+        """The files, and where their plain tensors lie in memory that outlives this save."""
+        items = {item.index: item for item in self._tensors}
+        return [
+            FileInMemory(
+                entry=file.entry,
+                bytes_of_it=tuple(
+                    piece
+                    for index, place in file.places.items()
+                    if index in items
+                    for piece in self._lying(items[index], place, find)
+                ),
+            )
+            for file in self._files
+        ]
+
+    def _lying(
+        self, item: WriteItem, place: tuple[int, int], find: Find
+    ) -> Iterator[Around | InSegment]:
+        tensor = self._planner.resolve_data(item)
+        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+            return
+        found = find(tensor)
+        if found is None:
+            return
+        begin, length = place
+        front, elements, behind = pieces_of(tensor)
+        at = begin + front.nbytes
+        assert front.nbytes + elements.nbytes + behind.nbytes == length, "framed as it was written"
+        yield Around(begin, bytes(front))
+        yield InSegment(at, *found, elements.nbytes)
+        yield Around(at + elements.nbytes, bytes(behind))
 
     def remember(self) -> None:
         """The save has ended well: the next one may take over its still file."""

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import logging
 import os
 import pickle
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -34,11 +35,12 @@ from ray_ckpt.tensors.chunks import Chunk, Chunks, is_bare
 from ray_ckpt.tensors.index import read_foreign_metadata
 from ray_ckpt.tensors.item_reads import read_items, read_values
 from ray_ckpt.tensors.load_planner import ValueLoadPlanner
-from ray_ckpt.tensors.proof import Proof
+from ray_ckpt.tensors.proof import DamageFoundError, Proof
 from ray_ckpt.tensors.ranks import Ranks, ours, sentence
 from ray_ckpt.tensors.replicas import Replicas
 
 T = TypeVar("T")
+log = logging.getLogger("ray_ckpt")
 _BUFFER_BYTES = 1 << 16
 _READS_AT_ONCE = 2
 """At least: on a disk one of them is copied while the other waits."""
@@ -59,7 +61,6 @@ class DcpReader(FileSystemReader):
         self.runs_pickles = digest is not None
         self.proof = proof
         self._store = store
-        self._reads: Ranges = store if proof is None else proof.reads
         self._digest = digest
         self.fs = _StoreFileSystem(store)
 
@@ -83,6 +84,10 @@ class DcpReader(FileSystemReader):
     def is_far(self) -> bool:
         """Whether a read is a request to somewhere else."""
         return self._store.reads_at_once > 1
+
+    @property
+    def _reads(self) -> Ranges:
+        return self._store if self.proof is None else self.proof.reads
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -202,10 +207,29 @@ def load_into(
     own = [item for item in whole_plan.items if replicas.reads(item.dest_index.fqn)]
     own_plan = replace(whole_plan, items=own)
     proof: Proof | None = getattr(reader, "proof", None)
-    with _damage_comes_first(proof, ranks):
-        _agreed(lambda: reader.read_data(own_plan, planner).wait(), ranks, step)
+
+    _read_proven(
+        lambda: _agreed(lambda: reader.read_data(own_plan, planner).wait(), ranks, step),
+        proof,
+        ranks,
+    )
     _agreed(replicas.give, ranks, step)
     _agreed(planner.put_values, ranks, step)
+
+
+def _read_proven(read: Callable[[], None], proof: Proof | None, ranks: Ranks | None) -> None:
+    """What was read is as it was committed; if it is not so in memory, storage is read."""
+    try:
+        with _damage_comes_first(proof, ranks):
+            read()
+    except DamageFoundError as error:
+        assert proof is not None and ranks is not None, "damage is found by who looks for it"
+        if not ranks.any(proof.memory.num_bytes > 0):
+            raise
+        log.warning("a copy in memory is not as committed, all is read again: %s", error.what)
+        proof.begin_without_memory()
+        with _damage_comes_first(proof, ranks):
+            read()
 
 
 @contextlib.contextmanager

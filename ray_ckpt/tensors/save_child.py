@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
+from ray_ckpt.storage.host_memory.copies import FileInMemory
 from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_planner import ValueSavePlanner
 from ray_ckpt.tensors.save_protocol import SaveProtocol
@@ -38,7 +40,7 @@ from ray_ckpt.tensors.save_wire import (
     Unpacker,
     portable,
 )
-from ray_ckpt.tensors.staging import map_segment
+from ray_ckpt.tensors.staging import address_of, map_segment
 from ray_ckpt.tensors.still import Memory
 from ray_ckpt.tensors.writer import CommittingWriter
 
@@ -101,7 +103,7 @@ class _Server:
             case Segments() as segments:
                 self._map(segments)
             case Save() as save:
-                self._save(save)
+                return self._save(save)
         return None
 
     def _open_store(self) -> int:
@@ -128,7 +130,7 @@ class _Server:
                 self._mappings[number] = map_segment(descriptor, num_bytes)
                 os.close(descriptor)
 
-    def _save(self, save: Save) -> None:
+    def _save(self, save: Save) -> list[FileInMemory]:
         def check_lease() -> None:
             if os.getppid() != self._parent:
                 os._exit(1)
@@ -140,6 +142,15 @@ class _Server:
         job = replace(save.job, check_lease=check_lease, note=note, wrote=self._connection.send)
         writer = CommittingWriter(job, self._memory)
         self._protocol.save(save.values, _StagedPlanner(save.mappings), writer)
+        return writer.in_memory(self._find) if job.is_kept else []
+
+    def _find(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Number of the segment that the tensor lies in, and where; None if it lies in none."""
+        for number, mapping in self._mappings.items():
+            offset_bytes = tensor.data_ptr() - address_of(mapping)
+            if 0 <= offset_bytes < len(mapping):
+                return number, offset_bytes
+        return None
 
 
 class _StagedPlanner(ValueSavePlanner):

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ray_ckpt.core.errors import RayCkptError, SaveError
 from ray_ckpt.core.events import Volume
+from ray_ckpt.storage.host_memory.copies import FileInMemory
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.save_wire import Join, Noted, OpenStore, Segments, packed, portable
 from ray_ckpt.tensors.staging import Segment, Stager
@@ -67,8 +68,11 @@ class SaveProcess:
         """The child's process id; another one after a child was lost."""
         return self._child.pid
 
-    def save(self, job: SaveJob, staged: dict[str, Any]) -> None:
+    def save(self, job: SaveJob, staged: dict[str, Any]) -> list[FileInMemory]:
         """The step is committed; `staged`, which `stager` returned, may be overwritten.
+
+        Returns what this rank has written and where it lies in the stager's memory, if the job
+        says that it is kept.
 
         Raises the same on every rank: what a child raised, or SaveError for a child that died;
         the next save then starts all of them anew.
@@ -76,10 +80,14 @@ class SaveProcess:
         during = f"the save of step-{job.draft.step}"
         request = self._ranks.together(lambda: packed(job, staged, self._stager))
         self._make_ready()
-        errors = self._ranks.gather(_error_of(lambda: self._write(job, request, during)))
+        files: list[FileInMemory] = []
+        errors = self._ranks.gather(
+            _error_of(lambda: files.extend(self._write(job, request, during)))
+        )
         # rank 0 commits, last of all: what another rank heard later changes nothing
         if errors[0] is not None:
             raise _meant(errors)
+        return files
 
     def close(self) -> None:
         """The child has ended."""
@@ -118,10 +126,10 @@ class SaveProcess:
         if any(error is not None for error in errors):
             raise _meant(errors)
 
-    def _write(self, job: SaveJob, request: bytes, during: str) -> None:
+    def _write(self, job: SaveJob, request: bytes, during: str) -> list[FileInMemory]:
         try:
             self._child.share(self._stager.segments)
-            self._child.ask(request, during, partial(_pass_on, job))
+            return self._child.ask(request, during, partial(_pass_on, job))
         except BaseException as error:
             if not self._ranks.is_coordinator:
                 raise
@@ -130,6 +138,7 @@ class SaveProcess:
                 _discard(job)
                 raise
             log.warning("step-%d is saved, although %r", job.draft.step, error)
+            return []
 
 
 def _error_of(function: Callable[[], None]) -> BaseException | None:

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.events import Volume
 from ray_ckpt.core.saving import Mode
+from ray_ckpt.storage.host_memory.copies import FileInMemory
+from ray_ckpt.tensors.kept_copy import KeptCopy
 from ray_ckpt.tensors.pending import PendingSave
 from ray_ckpt.tensors.ranks import Phase, Ranks
 from ray_ckpt.tensors.save_planner import ValueSavePlanner
@@ -34,12 +36,17 @@ log = logging.getLogger("ray_ckpt")
 class Saver:
     """Owns the buffers and, in `process` mode, the process; one save at a time."""
 
-    def __init__(self, mode: Mode, *, timeout_s: float) -> None:
+    def __init__(
+        self, mode: Mode, *, timeout_s: float, keep_in_memory_s: float | None = None
+    ) -> None:
         self._mode = mode
         # of the thread that writes: training's thread has collectives of its own meanwhile
         self._ranks = Ranks(timeout_s=timeout_s)
         self._protocol = SaveProtocol(self._ranks.group)
-        self._stager = Stager(_memory(mode))
+        self._stager = Stager(_memory(mode, is_kept=keep_in_memory_s is not None))
+        self._kept_copy: KeptCopy | None = None
+        if keep_in_memory_s is not None:
+            self._kept_copy = KeptCopy(self._stager, stays_s=keep_in_memory_s)
         self._process: SaveProcess | None = None
         if mode == "process":
             self._process = SaveProcess(self._ranks, self._stager, timeout_s=timeout_s)
@@ -78,7 +85,9 @@ class Saver:
         def wrote(volume: Volume) -> None:
             pending.volume = volume
 
-        noted = replace(job, note=note, wrote=wrote)
+        noted = replace(job, note=note, wrote=wrote, is_kept=self._kept_copy is not None)
+        if self._kept_copy is not None:
+            self._kept_copy.spoil()
         staged = state_dict if self._mode == "sync" else self._stager.stage(state_dict)
         stopwatch.end_of("stage")
         pending = PendingSave(
@@ -98,13 +107,17 @@ class Saver:
         """Nothing is held any more; collective, and no save is in flight."""
         if self._process is not None:
             self._process.close()
+        if self._kept_copy is not None:
+            self._kept_copy.close()
         self._stager.close()
         self._ranks.close()
 
     def _write(self, job: SaveJob, state_dict: dict[str, Any]) -> None:
         try:
             job.note(job.attempt, Phase.STAGED)
-            self._save(job, state_dict)
+            files = self._save(job, state_dict)
+            if self._kept_copy is not None:
+                self._kept_copy.keep(job.step, files)
         except (CheckpointException, RayCkptError):
             raise  # every rank has heard of it
         except BaseException as error:
@@ -113,15 +126,16 @@ class Saver:
                 raise
             log.warning("step-%d is saved, but some rank has not heard: %r", job.step, error)
 
-    def _save(self, job: SaveJob, state_dict: dict[str, Any]) -> None:
+    def _save(self, job: SaveJob, state_dict: dict[str, Any]) -> list[FileInMemory]:
+        """The step is committed; which of its bytes are in shared memory, if they are kept."""
         if self._process is not None:
-            self._process.save(job, state_dict)
-            return
+            return self._process.save(job, state_dict)
         writer = CommittingWriter(job, self._memory)
         self._protocol.save(state_dict, ValueSavePlanner(), writer)
+        return writer.in_memory(self._stager.find) if job.is_kept else []
 
 
-def _memory(mode: Mode) -> HostMemory:
-    if mode == "process":
+def _memory(mode: Mode, *, is_kept: bool) -> HostMemory:
+    if mode == "process" or is_kept:
         return HostMemory.SHARED
     return HostMemory.PINNED if torch.cuda.is_available() else HostMemory.PLAIN

@@ -52,7 +52,7 @@ class ShardFile:
         if isinstance(item, io.BytesIO):
             self._file.write(item.getbuffer())
         elif is_plain(item):
-            for piece in _pieces(item):
+            for piece in pieces_of(item):
                 self._file.write(piece)
         else:
             torch.save(item, cast(Any, _Stream(self._file)))
@@ -105,13 +105,13 @@ def on_the_host(
 def digest_of_item(tensor: Tensor) -> str:
     """The digest that the tensor, a plain one, would have in a shard; nothing is written."""
     digest = new_digest(SHARD_ALGORITHM)
-    for piece in _pieces(tensor):
+    for piece in pieces_of(tensor):
         for begin in range(0, piece.nbytes, _LOOK_BYTES):
             digest.update(piece[begin : begin + _LOOK_BYTES])
     return digest.text()
 
 
-def _pieces(tensor: Tensor) -> tuple[memoryview, memoryview, memoryview]:
+def pieces_of(tensor: Tensor) -> tuple[memoryview, memoryview, memoryview]:
     """What a plain tensor is in a shard."""
     front, behind = around(TensorSpec(shape=tuple(tensor.shape), dtype=tensor.dtype))
     return memoryview(front), bytes_of(tensor), memoryview(behind)

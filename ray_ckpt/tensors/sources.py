@@ -23,6 +23,7 @@ from ray_ckpt.core.loading import Source
 from ray_ckpt.core.manifest import Manifest, NeededSource, StartSource
 from ray_ckpt.storage.backends import open_folder
 from ray_ckpt.storage.catalog import Catalog
+from ray_ckpt.storage.host_memory.nearby import Nearby
 from ray_ckpt.storage.hub.download import in_cache
 from ray_ckpt.storage.listing import manifest_in
 from ray_ckpt.storage.readers import reading
@@ -59,6 +60,12 @@ class OpenSource:
     """What it must be, where a step that was trained on it says so."""
     started_from: tuple[StartSource, ...] = ()
     """What the run that made a step had started from."""
+
+    @property
+    def memory(self) -> Nearby | None:
+        """Copies of its files in this host's memory; None where nobody looks for any."""
+        proof = self.reader.proof if isinstance(self.reader, DcpReader) else None
+        return None if proof is None else proof.memory
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, no purge takes it, if it is a step of another run."""

@@ -94,7 +94,7 @@ class Segment:
             weakref.finalize(self, os.close, self.descriptor)
             os.ftruncate(self.descriptor, num_bytes)
         self._mapping = map_segment(self.descriptor, num_bytes)
-        self._address = _bytes(self._mapping, 0, num_bytes).data_ptr()
+        self._address = address_of(self._mapping)
         self._unpin: weakref.finalize[Any, Any] | None = None
         if memory is not HostMemory.PLAIN and torch.cuda.is_available():
             pin_memory_utils.pin_memory(self._address, num_bytes)
@@ -122,6 +122,11 @@ def map_segment(descriptor: int, num_bytes: int) -> mmap.mmap:
     return mmap.mmap(descriptor, num_bytes, flags=kind)
 
 
+def address_of(mapping: mmap.mmap) -> int:
+    """Where the memory begins in this process."""
+    return _bytes(mapping, 0, len(mapping)).data_ptr()
+
+
 def tensor_at(mapping: mmap.mmap, offset_bytes: int, layout: Layout) -> Tensor:
     """A tensor in mapped memory, whose storage is as long as the tensor and not longer."""
     flat = _bytes(mapping, offset_bytes, layout.num_bytes).view(layout.dtype)
@@ -147,7 +152,9 @@ class Stager:
         if memory is HostMemory.PINNED and not torch.cuda.is_available():
             raise UsageError("pinned memory needs a CUDA device", do="use HostMemory.PLAIN")
         if memory is HostMemory.SHARED and not hasattr(os, "memfd_create"):
-            raise UsageError("shared staging needs Linux", do="save with mode='async'")
+            raise UsageError(
+                "shared staging needs Linux", do="save with mode='async', and keep_in_memory_s=None"
+            )
         self._memory = memory
         self._buffers: dict[Key, _Buffer] = {}
         self._sharded: dict[Key, DTensor] = {}
@@ -180,11 +187,17 @@ class Stager:
         layout = _layout(tensor)
         if not layout.num_bytes:
             return Slot(segment=None, offset_bytes=0, layout=layout)
+        found = self.find(tensor)
+        assert found is not None, "not a tensor of this stager"
+        return Slot(segment=found[0], offset_bytes=found[1], layout=layout)
+
+    def find(self, tensor: Tensor) -> tuple[int, int] | None:
+        """Number of the segment that the tensor lies in, and where; None if it lies in none."""
         for segment in self.segments:
             offset_bytes = segment.offset_of(tensor)
-            if offset_bytes is not None:
-                return Slot(segment=segment.number, offset_bytes=offset_bytes, layout=layout)
-        raise AssertionError("not a tensor of this stager")
+            if offset_bytes is not None and tensor.nbytes:
+                return segment.number, offset_bytes
+        return None
 
     def close(self) -> None:
         """Nothing is held any more; staged states stay valid for who still has them."""

@@ -29,9 +29,10 @@ from ray_ckpt.core.room import Room, refuse_without_room
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import STRONG_ALGORITHM, digest_of
 from ray_ckpt.storage.disk.posix import translated, write_synced
+from ray_ckpt.storage.host_memory.copies import FileInMemory
 from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.metadata_file import metadata_file
-from ray_ckpt.tensors.rank_files import Into, RankFile, RankFiles
+from ray_ckpt.tensors.rank_files import Find, Into, RankFile, RankFiles
 from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_layout import Layout, Places, Written, tensor_entries
 from ray_ckpt.tensors.save_plan import GlobalPlan
@@ -72,6 +73,8 @@ class SaveJob:
     """Told by the coordinator how many bytes the files of the step have."""
     full_every_saves: int = 1
     """So many steps in a row may share the bytes of what does not change; 1 for none."""
+    is_kept: bool = False
+    """Whether the copy that it is written from stays in memory."""
 
     @property
     def step(self) -> int:
@@ -232,6 +235,10 @@ class CommittingWriter:
             self._files.remember()
         if self._staging is not None:
             self._target.leave(self._staging)
+
+    def in_memory(self, find: Find) -> list[FileInMemory]:
+        """What this rank has written, as far as it lies in memory that outlives the save."""
+        return [] if self._files is None else self._files.in_memory(find)
 
     @property
     def _folder_of_attempt(self) -> Path:

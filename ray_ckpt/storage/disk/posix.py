@@ -93,22 +93,28 @@ def read_into(path: Path, offset: int, buffers: Sequence[memoryview]) -> None:
     Raises:
         IntegrityError: the file ends before.
     """
-    left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
-    at = offset
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        while left:
-            num_bytes = os.preadv(descriptor, left, at)
-            if not num_bytes:
-                end = at + sum(view.nbytes for view in left)
-                raise IntegrityError(f"ends before byte {end}", str(path))
-            at += num_bytes
-            while left and num_bytes >= left[0].nbytes:
-                num_bytes -= left.pop(0).nbytes
-            if num_bytes:
-                left[0] = left[0][num_bytes:]
+        if not fill(descriptor, offset, buffers):
+            end = offset + sum(buffer.nbytes for buffer in buffers)
+            raise IntegrityError(f"ends before byte {end}", str(path))
     finally:
         os.close(descriptor)
+
+
+def fill(descriptor: int, offset: int, buffers: Sequence[memoryview]) -> bool:
+    """Whether the file has bytes enough from there on to fill one buffer after the other."""
+    left = [buffer.cast("B") for buffer in buffers if buffer.nbytes]
+    while left:
+        num_bytes = os.preadv(descriptor, left, offset)
+        if not num_bytes:
+            return False
+        offset += num_bytes
+        while left and num_bytes >= left[0].nbytes:
+            num_bytes -= left.pop(0).nbytes
+        if num_bytes:
+            left[0] = left[0][num_bytes:]
+    return True
 
 
 def write_synced(path: Path, data: bytes) -> None:
