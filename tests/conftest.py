@@ -18,6 +18,22 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.servers.hub import HubDouble, Way
 from tests.servers.seaweed import S3Endpoint, make_bucket, seaweedfs
 
+LONG = "RAY_CKPT_LONG_TESTS"
+IS_LONG = bool(os.environ.get(LONG))
+
+
+def pytest_report_header() -> str:
+    """Whether slow tests run."""
+    return f"slow tests: {'run' if IS_LONG else f'left out, {LONG}=1 runs them'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests are left out, unless somebody has time."""
+    if not IS_LONG:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Under `-n`, modules that need Ray run in one process, on one cluster; no module is split."""

@@ -100,7 +100,6 @@ def test_the_training_loop_runs() -> None:
     shutil.rmtree("/tmp/ray_ckpt-readme")
 
 
-@pytest.mark.slow
 def test_the_torchrun_recipe_resumes_and_saves_before_it_is_killed(
     tmp_path: Path, root: str
 ) -> None:
@@ -122,7 +121,6 @@ def test_the_torchrun_recipe_resumes_and_saves_before_it_is_killed(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_the_ray_recipe_starts_from_a_folder_and_ends_in_one(
     tmp_path: Path, root: str, base: str, ray_cluster: str
 ) -> None:
@@ -141,7 +139,6 @@ def test_the_ray_recipe_starts_from_a_folder_and_ends_in_one(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers for an old name
 def test_the_lora_recipe_saves_an_adapter_that_peft_loads(
     tmp_path: Path, root: str, base: str, ray_cluster: str

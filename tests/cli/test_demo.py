@@ -13,7 +13,7 @@ import torch
 from ray_ckpt.storage.backends import open_catalog
 from tests.waiting import PATIENCE_S, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = pytest.mark.ray
 
 
 def demo(root: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -90,6 +90,7 @@ def test_it_says_how_long_each_part_took(told: dict[str, Any]) -> None:
     assert told["seconds"]["total"] > told["seconds"]["train"]
 
 
+@pytest.mark.slow
 def test_run_again_it_has_nothing_left_to_do(told: dict[str, Any]) -> None:
     process = demo(Path(told["root"]))
     out, err = process.communicate(timeout=PATIENCE_S)
@@ -100,6 +101,7 @@ def test_run_again_it_has_nothing_left_to_do(told: dict[str, Any]) -> None:
     assert again["exports"] == told["exports"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_root_that_training_resumes_from(tmp_path: Path) -> None:
     process = demo(tmp_path / "run")
     catalog = open_catalog(str(tmp_path / "run"))

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.servers.ports import free_ports
 from tests.waiting import PATIENCE_S, wait_for
 
 _RAY = str(Path(sys.executable).parent / "ray")
@@ -95,12 +96,12 @@ class Hosts:
 
     def start(self, *, num_nodes: int) -> None:
         """A new cluster is up; it knows nothing of any earlier one."""
-        port = _free_port()
+        port = free_ports(1)[0]
         self.address = f"127.0.0.1:{port}"
         self._num_starts += 1
         self.head = self._start(
             *("--head", "--port", str(port), "--include-dashboard=false"),
-            *("--ray-client-server-port", str(_free_port())),
+            *("--ray-client-server-port", str(free_ports(1)[0])),
         )
         wait_for(lambda: _answers(port))
         for _ in range(num_nodes):
@@ -188,12 +189,6 @@ def running() -> Iterator[tuple[int, Process]]:
 
 def _session(leader: int) -> list[Process]:
     return [process for session, process in running() if session == leader]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(port: int) -> bool:

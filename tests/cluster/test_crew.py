@@ -81,6 +81,7 @@ def _expect_as_if_alone(root: str, made: Manifest) -> None:
     assert weights <= set(made.files)
 
 
+@pytest.mark.slow
 def test_free_slots_of_other_nodes_have_a_part_in_it(step_root: str, nodes: Nodes) -> None:
     other = nodes.add(num_slots=2)
     progress = Slow(0.5)

@@ -1,7 +1,6 @@
 """Nodes die, come and leave with notice: training goes on, no sample is lost or learnt twice."""
 
 import json
-import os
 import threading
 import time
 from collections import defaultdict
@@ -29,10 +28,6 @@ from tests.waiting import PATIENCE_S, wait_for
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.skipif(
-        "RAY_CKPT_LONG_TESTS" not in os.environ,
-        reason="waits minutes for Ray's autoscaler: RAY_CKPT_LONG_TESTS=1",
-    ),
     # Ray Train reads deprecated settings of Ray Data in the process that calls fit
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

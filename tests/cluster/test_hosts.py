@@ -18,7 +18,7 @@ from tests.cluster.hosts import Hosts, Process, hosts
 from tests.roots import make_root
 from tests.waiting import PATIENCE_S, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 STEPS = 10, 20, 30
 
 
@@ -77,6 +77,7 @@ def manager_of(root: str) -> Process:
     return Process(pid=holder.pid, title="ray::Manager")
 
 
+@pytest.mark.slow
 def test_a_new_cluster_goes_on_where_the_lost_one_stopped(
     root: str, copies: str, cluster: Hosts
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_manager_moves_to_another_node_when_its_own_is_lost(
         cluster.kill_node(spare)
 
 
+@pytest.mark.slow
 def test_a_manager_that_stands_still_is_replaced_and_then_stands_by(
     root: str, copies: str, cluster: Hosts
 ) -> None:

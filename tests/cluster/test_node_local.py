@@ -51,7 +51,6 @@ def test_tasks_run_on_the_very_nodes_that_hold_the_files(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_a_node_that_dies_before_it_was_drained_takes_only_what_was_never_committed(
     root: str, tmp_path: Path, nodes: Nodes
 ) -> None:

@@ -89,7 +89,6 @@ def s3(s3_server: S3Endpoint) -> Iterator[S3Proxy]:
 
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.slow
 @needs_prometheus
 def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
     tmp_path: Path, s3: S3Proxy, s3_server: S3Endpoint

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,13 @@ from jobs.bench.plan import LLAMA_3_405B, llama_shapes
 from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export_plan import plan_export
+from tests.processes import run_python
 from tests.servers.hub import HubDouble
-from tests.waiting import PATIENCE_S
 
 
 def measure(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
     """The table's first line, and the rows for a script."""
-    command = [sys.executable, "-m", "jobs.bench", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "jobs.bench", *arguments, "--json", environment={})
     header, *rows, last = done.stdout.splitlines()
     [measured] = json.loads(last).values()
     assert len(rows) == len(measured)
@@ -49,6 +45,7 @@ def test_plans_of_small_models_are_measured() -> None:
     assert 1.0 <= deepseek["read_ratio"] < 1.1
 
 
+@pytest.mark.slow
 def test_saves_of_simulated_ranks_are_planned_and_indexed_beside_dcps_planner() -> None:
     header, rows = measure("scale", "--ranks", "2,16", "--tensors", "50", "--peers")
     assert header.split() == list(rows[0])
@@ -75,8 +72,14 @@ def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: 
     ("what", "ways"),
     [
         ("save", ("raw write", "ray_ckpt", "dcp.save")),
-        ("async", ("ray_ckpt: stands still", "dcp.async_save: until durable")),
-        ("losing", ("training alone", "ray_ckpt, process", "dcp.async_save")),
+        pytest.param(
+            *("async", ("ray_ckpt: stands still", "dcp.async_save: until durable")),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("losing", ("training alone", "ray_ckpt, process", "dcp.async_save")),
+            marks=pytest.mark.slow,
+        ),
         ("load", ("copy in memory: warm", "ray_ckpt: warm", "raw read: cold", "dcp.load: cold")),
     ],
 )
@@ -107,6 +110,7 @@ def test_what_stands_still_is_not_written_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
     _, rows = measure("vote", "--repeats", "1")
     assert [row["what"].partition(" x ")[2] for row in rows] == [
@@ -116,6 +120,7 @@ def test_a_step_without_a_save_is_measured_on_two_ranks() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_training_is_measured_beside_exports_that_give_way_and_others(tmp_path: Path) -> None:
     words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
     _, (alone, polite, rude) = measure("beside", *words)
@@ -127,7 +132,9 @@ def test_training_is_measured_beside_exports_that_give_way_and_others(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("root", ["tmp_path", pytest.param("s3_root", marks=pytest.mark.s3)])
+@pytest.mark.parametrize(
+    "root", ["tmp_path", pytest.param("s3_root", marks=[pytest.mark.s3, pytest.mark.slow])]
+)
 def test_looks_of_a_manager_are_measured_and_counted(
     root: str, request: pytest.FixtureRequest
 ) -> None:
@@ -142,6 +149,7 @@ def test_looks_of_a_manager_are_measured_and_counted(
     assert list(open_catalog(uri).store.list_objects("")) == []
 
 
+@pytest.mark.slow
 def test_exports_are_measured_beside_others_and_a_bare_copy(tmp_path: Path) -> None:
     words = ("--kind", "lora", "--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
     _, rows = measure("export", *words)
@@ -206,6 +214,7 @@ def test_an_export_is_measured_by_the_number_of_tasks_that_make_it(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_last_saves_are_measured_beside_torchtitans_and_a_raw_write(tmp_path: Path) -> None:
     words = ("--size-mb", "1", "--repeats", "1", "--folder", str(tmp_path))
     _, rows = measure("last", *words)

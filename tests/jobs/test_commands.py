@@ -9,15 +9,14 @@ import pytest
 from ray_ckpt.core.config import load_toml
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.lease import Lease
+from tests.processes import run_python
 from tests.roots import make_root
-from tests.waiting import PATIENCE_S
 
 JOBS = ("train", "export", "publish", "purge", "reconcile", "verify", "backfill", "sample")
 
 
 def run(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"jobs.{job}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    return run_python("-m", f"jobs.{job}", *arguments, environment=os.environ, check=False)
 
 
 def test_the_demo_config_is_valid_and_says_what_the_demo_says() -> None:

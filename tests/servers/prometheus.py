@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import urllib.error
 import urllib.parse
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.servers.ports import free_ports
 from tests.waiting import wait_for
 
 needs_prometheus = pytest.mark.skipif(
@@ -65,7 +65,7 @@ class Prometheus:
 @contextmanager
 def prometheus(folder: Path, *, targets: Path, rules: Path) -> Iterator[Prometheus]:
     """A server that scrapes every second what the file `targets` names, as Ray writes it."""
-    port = _free_port()
+    port = free_ports(1)[0]
     config = folder / "prometheus.yml"
     config.write_text(_CONFIG.format(rules=rules.resolve(), targets=targets))
     command = [
@@ -91,9 +91,3 @@ def _is_ready(server: Prometheus) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -12,17 +12,18 @@ import http.client
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import botocore.session
+
+from tests.servers.ports import free_ports
 
 START_LIMIT_SECONDS = 60.0
 STOP_LIMIT_SECONDS = 20.0
@@ -64,7 +65,7 @@ class S3Endpoint:
         return replace(self, access_key=ROTATED_KEY, secret_key=ROTATED_SECRET)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class _Ports:
     """One free port for each listener; the gRPC ones would otherwise be the others + 10000."""
 
@@ -85,7 +86,7 @@ def seaweedfs(folder: Path) -> Iterator[S3Endpoint]:
     `folder` must exist. RuntimeError if `weed` is missing, ends early or stays silent for
     START_LIMIT_SECONDS; its text holds the tail of the log.
     """
-    ports = _free_ports()
+    ports = _Ports(*free_ports(len(fields(_Ports))))
     (folder / "s3.json").write_text(json.dumps(_identities()))
     log = folder / "weed.log"
     process = _start(_weed_command(ports), folder=folder, log=log)
@@ -121,17 +122,6 @@ def client_of(endpoint: S3Endpoint) -> Any:
         aws_access_key_id=endpoint.access_key,
         aws_secret_access_key=endpoint.secret_key,
     )
-
-
-def _free_ports() -> _Ports:
-    """Ports that were free a moment ago; all are held before one is let go, so they differ."""
-    names = [field.name for field in fields(_Ports)]
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in names]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        numbers = [listener.getsockname()[1] for listener in sockets]
-    return _Ports(**dict(zip(names, numbers, strict=True)))
 
 
 def _identities() -> dict[str, object]:

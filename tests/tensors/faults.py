@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_ckpt.core import names
-from tests.tensors.ranks import fork_server
+from tests.forks import fork_server
 
 DIED = 9
 SURVIVED = 0

@@ -1,15 +1,10 @@
 """Real processes that train together over gloo, and the way to kill one.
 
-They are forked from a server that has imported torch once: a start takes milliseconds instead of
-seconds, and each process is as fresh as a new one.
-
-    with RankGroup(function, root, num_ranks=2) as group:
-        os.kill(group.pids[1], signal.SIGKILL)
+with RankGroup(function, root, num_ranks=2) as group:
+    os.kill(group.pids[1], signal.SIGKILL)
 """
 
 import contextlib
-import functools
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -19,18 +14,13 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from datetime import timedelta
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+from tests.forks import fork_server
+
 POLL_S = 0.005
 TIMEOUT_S = 240.0
-_PRELOAD = [
-    "torch.distributed.checkpoint",
-    "ray_ckpt.tensors.manager",
-    "ray_ckpt.storage.s3.store",
-    "tests.tensors.tiny",
-]
 
 
 class RankGroup:
@@ -110,14 +100,6 @@ def stopped(pid: int) -> Generator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-@functools.cache
-def fork_server() -> ForkServerContext:
-    """Starts processes that have imported what every test needs."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
 
 
 def _main(

@@ -54,6 +54,13 @@ def durable(request: pytest.FixtureRequest, root: str) -> str:
     return root if request.param == "disk" else request.getfixturevalue("s3_root")
 
 
+SLOW_ON_S3 = pytest.mark.parametrize(
+    "durable",
+    ["disk", pytest.param("s3", marks=[pytest.mark.s3, pytest.mark.slow])],
+    indirect=True,
+)
+
+
 def test_a_staged_save_is_no_checkpoint_until_all_of_it_was_brought(
     durable: str, disks: Path
 ) -> None:
@@ -90,7 +97,6 @@ def test_every_mode_stages_and_saves_go_on_beside_what_is_still_to_be_brought(
     assert saved_steps(root) == [5, 6]
 
 
-@pytest.mark.slow
 def test_each_host_brings_its_own_part_and_the_first_says_which_others_are_needed(
     root: str, disks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +120,7 @@ def test_each_host_brings_its_own_part_and_the_first_says_which_others_are_neede
     assert catalog.observe().drafts == ()
 
 
-@pytest.mark.slow
+@SLOW_ON_S3
 def test_a_node_that_is_lost_takes_only_what_was_never_committed_and_says_so(
     durable: str, disks: Path
 ) -> None:
@@ -176,7 +182,7 @@ def test_an_abandoned_save_is_told_of_for_the_grace_time_and_then_forgotten(
     assert ("checkpoint.purged", 5) in whats
 
 
-@pytest.mark.slow
+@SLOW_ON_S3
 def test_a_roll_back_happens_when_the_new_branch_is_committed_and_not_before(
     durable: str, disks: Path
 ) -> None:
@@ -191,7 +197,7 @@ def test_a_roll_back_happens_when_the_new_branch_is_committed_and_not_before(
     assert trashed == {5, 6}
 
 
-@pytest.mark.slow
+@SLOW_ON_S3
 def test_what_was_staged_by_a_run_that_died_gives_way_to_the_one_that_did_it_again(
     durable: str, disks: Path
 ) -> None:

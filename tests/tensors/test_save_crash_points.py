@@ -75,7 +75,6 @@ def _check(root: str, scenario: Scenario) -> tuple[int, set[float]]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_a_save_that_dies_anywhere_leaves_a_root_from_which_training_goes_on(
     tmp_path: Path, scenario: Scenario

@@ -93,7 +93,6 @@ def _train_and_note_commits(root: str, journal: str, mode: Mode) -> None:
         manager.save(step)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["async", "process"])
 def test_a_rank_killed_at_any_moment_of_a_save_costs_no_step_that_was_said_committed(
     tmp_path: Path, mode: Mode

@@ -71,8 +71,11 @@ def _save_twice(root: str, number: int, code: int) -> None:
     os._exit(DIED if refuse.was_asked else SURVIVED)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("code", KINDS, ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "code",
+    [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)],
+    ids=errno.errorcode.get,
+)
 def test_a_save_that_is_refused_anywhere_is_told_leaves_nothing_and_the_next_one_succeeds(
     tmp_path: Path, code: int
 ) -> None:

@@ -393,7 +393,6 @@ def _check(root: str) -> int:
     return steps[-1]
 
 
-@pytest.mark.slow
 def test_a_save_that_dies_while_it_takes_over_leaves_whole_steps(tmp_path: Path) -> None:
     roots = ((tmp_path / f"run{number}").as_posix() for number in itertools.count())
     found: list[int] = []
