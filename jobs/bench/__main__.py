@@ -1,10 +1,11 @@
 """Measure what ray_ckpt does on this machine: a table, and with --json one last line of JSON.
 
-python -m jobs.bench save         a training state is saved by two ranks: ours, DCP's, a raw write
+python -m jobs.bench save         a training state is saved by some ranks: ours, DCP's, a raw write
 python -m jobs.bench still        the same of a state most of which does not change: --still 0.9
 python -m jobs.bench async        the same beside training: how long it stands still, until durable
 python -m jobs.bench losing       the same beside training: how much later its steps are done
 python -m jobs.bench load         and loaded again, from the page cache and from the disk
+python -m jobs.bench restart      from the host's memory beside loads from the disk
 python -m jobs.bench check        exit 1 if saves or loads have become slow beside DCP's own
 python -m jobs.bench plan         plans the exports of two large models: names and shapes alone
 python -m jobs.bench scale        plans and indexes saves of 8 to 1,024 ranks, which are simulated
@@ -40,6 +41,7 @@ from jobs.bench.manager import measure_looks
 from jobs.bench.models import KINDS
 from jobs.bench.plan import measure_plans
 from jobs.bench.purge import measure_purges
+from jobs.bench.restart import measure_restarts
 from jobs.bench.save import measure_async_saves, measure_loads, measure_saves
 from jobs.bench.scale import measure_scale
 from jobs.bench.still import measure_still_saves
@@ -148,6 +150,11 @@ def load(parsed: argparse.Namespace) -> Sequence[Any]:
     return _in_a_folder(measure_loads, parsed)
 
 
+def restart(parsed: argparse.Namespace) -> Sequence[Any]:
+    """Rows of loads by who starts again; what was written is removed."""
+    return _in_a_folder(measure_restarts, parsed)
+
+
 def check_all(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of what must not become slow; what was written is removed."""
     return _in_a_folder(check, parsed)
@@ -246,6 +253,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Sequence[Any]]] = {
     "async": save_async,
     "losing": losing,
     "load": load,
+    "restart": restart,
     "check": check_all,
     "plan": plan,
     "scale": scale,

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import (
 
 from jobs.assets import make_assets
 from jobs.bench.models import config_of
+from jobs.bench.ranks import NUM_RANKS, on_ranks, sharded_decoder, write_raw
 from jobs.bench.timing import Timing, interleaved
-from jobs.bench.two_ranks import NUM_RANKS, on_two_ranks, sharded_decoder, write_raw
 from jobs.decoder import DecoderConfig
 from ray_ckpt import CheckpointManager, HuggingFace, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.core.config import Dtype
@@ -34,7 +34,7 @@ NUM_FILES = 4
 
 def measure_last_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Timing]:
     """Rank 0's times; the model has `size_mb` megabytes in float32."""
-    return on_two_ranks(partial(_measured, size_mb, repeats), below=folder)
+    return on_ranks(partial(_measured, size_mb, repeats), below=folder)
 
 
 def _measured(size_mb: int, repeats: int, folder: Path) -> list[Timing]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from jobs.bench.ranks import DEVICE, on_ranks
 from jobs.bench.rows import OURS
 from jobs.bench.timing import Timing, interleaved, stopwatch
 from jobs.bench.trained import Trained
-from jobs.bench.two_ranks import on_two_ranks
 
 ALONE = "training alone"
 _TRAINS_S_PER_GB = 4.0
@@ -31,8 +31,8 @@ class Losing(Timing):
 
 
 def measure_losses(folder: Path, *, size_mb: int, repeats: int) -> list[Losing]:
-    """Rank 0's times; the state has about `size_mb` megabytes on both ranks together."""
-    timings = on_two_ranks(partial(_losses, size_mb, repeats), below=folder)
+    """Rank 0's times; the state has about `size_mb` megabytes on all ranks together."""
+    timings = on_ranks(partial(_losses, size_mb, repeats), below=folder, device=DEVICE)
     alone_s = next(timing.median_s for timing in timings if timing.what == ALONE)
     return [Losing(**asdict(t), loses_s=t.median_s - alone_s) for t in timings]
 

@@ -1,4 +1,4 @@
-"""Two ranks save a training state and load it again: ours, DCP's own, and the machine's limit.
+"""Ranks save a training state and load it again: ours, DCP's own, and the machine's limit.
 
 The state is a decoder under FSDP2 and its AdamW, three times the size of the weights. A save ends
 when all bytes are on the disk; ours has digested them and committed the step by then. Loads find
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from jobs.bench.ranks import DEVICE, on_ranks
 from jobs.bench.rows import OURS, Compared, compared
 from jobs.bench.timing import Taken, Timing, in_turn, interleaved, stopwatch, timing_of
 from jobs.bench.trained import Trained
-from jobs.bench.two_ranks import on_two_ranks
 
 _RAW, _COPY = "raw write", "copy in memory"
 _SAVE, _ASYNC_SAVE, _LOAD = "dcp.save", "dcp.async_save", "dcp.load"
@@ -23,14 +23,14 @@ _WARM, _COLD, _READ = "warm", "cold", "raw read"
 
 
 def measure_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
-    """Rank 0's times; the state has about `size_mb` megabytes on both ranks together."""
-    timings = on_two_ranks(partial(_saves, size_mb, repeats), below=folder)
+    """Rank 0's times; the state has about `size_mb` megabytes on all ranks together."""
+    timings = on_ranks(partial(_saves, size_mb, repeats), below=folder, device=DEVICE)
     return compared(timings, limit=_RAW, peer=_SAVE)
 
 
 def measure_async_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
     """The same of saves beside training: how long it stands still, and until the step is safe."""
-    timings = on_two_ranks(partial(_async_saves, size_mb, repeats), below=folder)
+    timings = on_ranks(partial(_async_saves, size_mb, repeats), below=folder, device=DEVICE)
     rows: list[Compared] = []
     for half, limit, other in ((_STILL, _COPY, _RAW), (_DURABLE, _RAW, _COPY)):
         its = [t for t in timings if t.what.endswith(half) and not t.what.startswith(other)]
@@ -40,7 +40,7 @@ def measure_async_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Com
 
 def measure_loads(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
     """The same of loading it."""
-    timings = on_two_ranks(partial(_loads, size_mb, repeats), below=folder)
+    timings = on_ranks(partial(_loads, size_mb, repeats), below=folder, device=DEVICE)
     rows: list[Compared] = []
     for where, limit in ((_WARM, _COPY), (_COLD, _READ)):
         its = [timing for timing in timings if timing.what.endswith(where)]
@@ -94,7 +94,7 @@ def _loads(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
         trained.save()
         trained.save_with_dcp()
         ways: dict[str, Callable[[], object]] = {
-            _COPY: trained.copy,
+            _COPY: trained.copy_back,
             OURS: trained.manager.load,
             _LOAD: trained.load_with_dcp,
         }

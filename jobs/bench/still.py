@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from jobs.bench.ranks import NUM_RANKS, on_ranks, write_raw
 from jobs.bench.rows import Compared, compared
 from jobs.bench.timing import Taken, Timing, in_turn, stopwatch, timing_of
-from jobs.bench.two_ranks import NUM_RANKS, on_two_ranks, write_raw
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.core.events import SaveEvent
 from ray_ckpt.tensors.run import Run
@@ -52,7 +52,7 @@ def measure_still_saves(
     folder: Path, *, size_mb: int, repeats: int, still: float
 ) -> list[StillRow]:
     """Rank 0's times; `still` is the share of the state, of about `size_mb`, that never changes."""
-    timings = on_two_ranks(partial(_saves, size_mb, repeats, still), below=folder)
+    timings = on_ranks(partial(_saves, size_mb, repeats, still), below=folder)
     written = {t.what: t.written_mb for t in timings if isinstance(t, _Wrote)}
     return [
         StillRow(**asdict(row), written_mb=written[row.what])

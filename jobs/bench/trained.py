@@ -1,4 +1,4 @@
-"""A model and its optimizer that two ranks train, and every way to save and to load them."""
+"""A model and its optimizer that some ranks train, and every way to save and to load them."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from jobs.bench.models import config_of
-from jobs.bench.two_ranks import read_raw, sharded_decoder, write_raw
+from jobs.bench.ranks import DEVICE, read_raw, sharded_decoder, synchronize, write_raw
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 from ray_ckpt.core.saving import Mode
 
@@ -25,11 +25,18 @@ _NUM_TOKENS = 64
 class Trained:
     """A model and its optimizer after one step, and where they are saved."""
 
-    def __init__(self, size_mb: int, folder: Path, *, mode: Mode = "sync") -> None:
+    def __init__(
+        self,
+        size_mb: int,
+        folder: Path,
+        *,
+        mode: Mode = "sync",
+        keep_in_memory_s: float | None = None,
+    ) -> None:
         torch.manual_seed(0)
         self._folder = folder
         self._steps = count(1)
-        self._model = sharded_decoder(config_of(size_mb // 3))
+        self._model = sharded_decoder(config_of(size_mb // 3), DEVICE)
         self._optimizer = torch.optim.AdamW(self._model.parameters())
         for parameter in self._model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -38,10 +45,15 @@ class Trained:
         self.manager = CheckpointManager(
             str(folder / "ours"),
             TrainingState(model=ModelWrapper(self._model), optimizer=self._optimizer),
-            config=SaveConfig(every_steps=1, mode=mode, listen=False),
+            config=SaveConfig(
+                every_steps=1, mode=mode, listen=False, keep_in_memory_s=keep_in_memory_s
+            ),
         )
         self._held = self._local()
-        self._copies = [torch.empty_like(tensor) for tensor in self._held]
+        self._copies = [
+            torch.empty_like(tensor, device="cpu", pin_memory=DEVICE == "cuda")
+            for tensor in self._held
+        ]
         self._gloo: Any = dist.new_group(backend="gloo")
 
     def __enter__(self) -> "Trained":
@@ -52,10 +64,11 @@ class Trained:
 
     def train(self) -> None:
         """One step: forward, backward, and the optimizer's."""
-        tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.long)
+        tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device=DEVICE)
         self._model(tokens).float().logsumexp(-1).mean().backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
+        synchronize()
 
     def evict(self) -> None:
         """No byte of any save is in the page cache."""
@@ -125,9 +138,16 @@ class Trained:
         write_raw(self._folder / "raw", sum(tensor.nbytes for tensor in self._held))
 
     def copy(self) -> None:
-        """Each rank copies what it holds, to memory that is there."""
+        """Each rank copies what it holds to the host's memory, which is there, and pinned."""
         for tensor, its_copy in zip(self._held, self._copies, strict=True):
-            its_copy.copy_(tensor)
+            its_copy.copy_(tensor, non_blocking=True)
+        synchronize()
+
+    def copy_back(self) -> None:
+        """The other way round."""
+        for tensor, its_copy in zip(self._held, self._copies, strict=True):
+            tensor.copy_(its_copy, non_blocking=True)
+        synchronize()
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)
@@ -137,4 +157,4 @@ class Trained:
         values: list[Mapping[str, Any]] = [self._model.state_dict()]
         values += self._optimizer.state.values()
         tensors = [tensor for value in values for tensor in value.values()]
-        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors]

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
+from jobs.bench.ranks import on_ranks
 from jobs.bench.timing import Timing, interleaved
-from jobs.bench.two_ranks import on_two_ranks
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
 
 NUM_CALLS = 200
@@ -16,7 +16,7 @@ NUM_CALLS = 200
 
 def measure_votes(repeats: int) -> list[Timing]:
     """Rank 0's times of `NUM_CALLS` calls each, with and without anything to listen for."""
-    return on_two_ranks(partial(_measured, repeats))
+    return on_ranks(partial(_measured, repeats))
 
 
 def _measured(repeats: int, folder: Path) -> list[Timing]:

@@ -1,10 +1,14 @@
-"""Two processes that train together over gloo, for what a benchmark can only measure there."""
+"""Processes that train together, for what a benchmark can only measure there.
+
+Two over gloo; where a training state is measured and there are GPUs, one for each over NCCL.
+"""
 
 import mmap
 import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,18 +23,29 @@ from jobs.decoder import Decoder, DecoderConfig
 from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
 
 NUM_RANKS = 2
+"""Without GPUs."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where training states are measured."""
 
 
-def on_two_ranks(
-    measure: Callable[[Path], list[Timing]], *, below: Path | None = None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _World:
+    size: int
+    device: str
+    folder: Path
+
+
+def on_ranks(
+    measure: Callable[[Path], list[Timing]], *, below: Path | None = None, device: str = "cpu"
 ) -> list[Timing]:
-    """What `measure` returns on rank 0; both get the same folder, which is gone afterwards."""
+    """What `measure` returns on rank 0; all get the same folder, which is gone afterwards."""
+    size = torch.cuda.device_count() if device == "cuda" else NUM_RANKS
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(prefix="ray_ckpt-bench-", dir=below) as folder:
+        world = _World(size=size, device=device, folder=Path(folder))
         ranks = [
-            context.Process(target=_rank, args=(rank, Path(folder), measure, send))
-            for rank in range(NUM_RANKS)
+            context.Process(target=_rank, args=(rank, world, measure, send)) for rank in range(size)
         ]
         for rank in ranks:
             rank.start()
@@ -42,10 +57,10 @@ def on_two_ranks(
                 rank.join()
 
 
-def sharded_decoder(config: DecoderConfig) -> Decoder:
-    """One of these sizes under FSDP2, each block by itself; on both ranks."""
-    model = Decoder(config, VOCAB_SIZE)
-    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+def sharded_decoder(config: DecoderConfig, device: str = "cpu") -> Decoder:
+    """One of these sizes under FSDP2, each block by itself; on all ranks."""
+    model = Decoder(config, VOCAB_SIZE).to(device)
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for block in model.layers.values():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -75,14 +90,28 @@ def read_raw(path: Path) -> None:
     dist.barrier()
 
 
+def synchronize() -> None:
+    """All that this rank's GPU was told to do is done; nothing, without one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def _rank(
-    rank: int, folder: Path, measure: Callable[[Path], list[Timing]], send: Connection
+    rank: int,
+    world: _World,
+    measure: Callable[[Path], list[Timing]],
+    send: Connection,
 ) -> None:
     torch.set_num_threads(1)
+    if world.device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=NUM_RANKS
+        "cpu:gloo,cuda:nccl" if world.device == "cuda" else "gloo",
+        init_method=f"file://{world.folder}/store",
+        rank=rank,
+        world_size=world.size,
     )
-    timings = measure(folder)
+    timings = measure(world.folder)
     if rank == 0:
         send.send(timings)
     dist.destroy_process_group()
