@@ -144,7 +144,13 @@ def train_worker(values: dict[str, Any]) -> None:
     pids = [None] * world_size
     dist.all_gather_object(pids, os.getpid(), group=dist.new_group(backend="gloo"))
     if rank == 0:
-        reporter.progress(pids=pids, world_size=world_size, resumed_from=loaded.step, done=False)
+        reporter.progress(
+            pids=pids,
+            world_size=world_size,
+            resumed_from=loaded.step,
+            memory_bytes=loaded.memory_bytes,
+            done=False,
+        )
 
     for step in range(loaded.step + 1, config.steps + 1):
         started = time.perf_counter()

@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.at import a_place
 from jobs.bench.beside import measure_beside
 from jobs.bench.check import Checked, check, too_slow
 from jobs.bench.crew import measure_crews
@@ -75,7 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tasks", type=numbers, default=[1, 2, 4], help="crew: that make an export, as in 1,2,4"
     )
-    parser.add_argument("--root", help="manager, upload, purge: a folder or s3://...")
+    parser.add_argument(
+        "--root",
+        help="all of training states, upload, purge, manager: where to, a folder or s3://...",
+    )
     parser.add_argument(
         "--steps", type=numbers, default=[10, 100, 1000], help="manager: as in 10,100,1000"
     )
@@ -127,7 +131,7 @@ def scale(parsed: argparse.Namespace) -> Sequence[Any]:
 
 def save(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of saves that training waits for; what was written is removed."""
-    return _in_a_folder(measure_saves, parsed)
+    return _at_a_place(measure_saves, parsed)
 
 
 def still(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -137,27 +141,27 @@ def still(parsed: argparse.Namespace) -> Sequence[Any]:
 
 def save_async(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of saves beside training; what was written is removed."""
-    return _in_a_folder(measure_async_saves, parsed)
+    return _at_a_place(measure_async_saves, parsed)
 
 
 def losing(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of training with a save and without; what was written is removed."""
-    return _in_a_folder(measure_losses, parsed)
+    return _at_a_place(measure_losses, parsed)
 
 
 def load(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of loads; what was written is removed."""
-    return _in_a_folder(measure_loads, parsed)
+    return _at_a_place(measure_loads, parsed)
 
 
 def restart(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of loads by who starts again; what was written is removed."""
-    return _in_a_folder(measure_restarts, parsed)
+    return _at_a_place(measure_restarts, parsed)
 
 
 def check_all(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of what must not become slow; what was written is removed."""
-    return _in_a_folder(check, parsed)
+    return _at_a_place(check, parsed)
 
 
 def integrity(parsed: argparse.Namespace) -> Sequence[Any]:
@@ -195,6 +199,11 @@ def crew(parsed: argparse.Namespace) -> Sequence[Any]:
 def last(parsed: argparse.Namespace) -> Sequence[Any]:
     """Rows of last saves; what was written is removed."""
     return _in_a_folder(measure_last_saves, parsed)
+
+
+def _at_a_place(measure: Callable[..., Sequence[Any]], parsed: argparse.Namespace) -> Sequence[Any]:
+    with a_place(parsed.root, parsed.folder) as at:
+        return measure(at, size_mb=parsed.size_mb, repeats=parsed.repeats)
 
 
 def _in_a_folder(

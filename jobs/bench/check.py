@@ -6,8 +6,8 @@ generous margin: a busy machine must not fail it, a save that does its work twic
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from jobs.bench.at import At
 from jobs.bench.rows import OURS, Compared
 from jobs.bench.save import measure_async_saves, measure_loads, measure_saves
 
@@ -40,12 +40,12 @@ class Checked:
     """What it must be."""
 
 
-def check(folder: Path, *, size_mb: int, repeats: int) -> list[Checked]:
+def check(at: At, *, size_mb: int, repeats: int) -> list[Checked]:
     """One row for each; see `too_slow`."""
     return [
         row
         for measure, expected in LEAST.items()
-        for row in _checked(measure(folder, size_mb=size_mb, repeats=repeats), expected)
+        for row in _checked(measure(at, size_mb=size_mb, repeats=repeats), expected)
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from jobs.bench.at import At
 from jobs.bench.ranks import DEVICE, on_ranks
 from jobs.bench.rows import OURS
 from jobs.bench.timing import Timing, interleaved, stopwatch
@@ -30,17 +31,17 @@ class Losing(Timing):
     """The median less the one without a save."""
 
 
-def measure_losses(folder: Path, *, size_mb: int, repeats: int) -> list[Losing]:
+def measure_losses(at: At, *, size_mb: int, repeats: int) -> list[Losing]:
     """Rank 0's times; the state has about `size_mb` megabytes on all ranks together."""
-    timings = on_ranks(partial(_losses, size_mb, repeats), below=folder, device=DEVICE)
+    timings = on_ranks(partial(_losses, size_mb, repeats, at.root), below=at.folder, device=DEVICE)
     alone_s = next(timing.median_s for timing in timings if timing.what == ALONE)
     return [Losing(**asdict(t), loses_s=t.median_s - alone_s) for t in timings]
 
 
-def _losses(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
+def _losses(size_mb: int, repeats: int, root: str, _: Path) -> list[Timing]:
     with (
-        Trained(size_mb, folder / "thread", mode="async") as trained,
-        Trained(size_mb, folder / "process", mode="process") as other,
+        Trained(size_mb, f"{root}/thread", mode="async") as trained,
+        Trained(size_mb, f"{root}/process", mode="process") as other,
     ):
         num_steps = _steps_of(trained, _TRAINS_S_PER_GB * size_mb / 1000)
         begins: dict[str, tuple[Trained, Callable[[], Callable[[], object]]]] = {

@@ -30,19 +30,19 @@ class Sent:
 class Compared(Timing):
     """One way to do a thing that this machine limits."""
 
-    times_limit: float
-    """Of the limit's median: 1 is as fast as the machine."""
+    times_limit: float | None
+    """Of the limit's median: 1 is as fast as the machine; None where no limit was measured."""
     ratio: float
     """Of the other's median to this one's: above 1 is faster than it."""
 
 
 def compared(timings: Sequence[Timing], *, limit: str, peer: str) -> list[Compared]:
-    """The same times, each with its distance to these two, which are among them by their names."""
+    """The same times, each with its distance to these two; the peer, by its name, is among them."""
     medians = {timing.what: timing.median_s for timing in timings}
     return [
         Compared(
             **asdict(timing),
-            times_limit=timing.median_s / medians[limit],
+            times_limit=timing.median_s / medians[limit] if limit in medians else None,
             ratio=medians[peer] / timing.median_s,
         )
         for timing in timings

@@ -2,7 +2,8 @@
 
 The state is a decoder under FSDP2 and its AdamW, three times the size of the weights. A save ends
 when all bytes are on the disk; ours has digested them and committed the step by then. Loads find
-the files in the page cache (warm) or on the disk alone (cold); ours compares every digest.
+the files in the page cache (warm) or on the disk alone (cold); ours compares every digest. Below a
+root that is no path both go to that store, DCP's through fsspec, and nobody knows the limit.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from jobs.bench.at import At
 from jobs.bench.ranks import DEVICE, on_ranks
 from jobs.bench.rows import OURS, Compared, compared
 from jobs.bench.timing import Taken, Timing, in_turn, interleaved, stopwatch, timing_of
@@ -22,15 +24,17 @@ _STILL, _DURABLE = "stands still", "until durable"
 _WARM, _COLD, _READ = "warm", "cold", "raw read"
 
 
-def measure_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
+def measure_saves(at: At, *, size_mb: int, repeats: int) -> list[Compared]:
     """Rank 0's times; the state has about `size_mb` megabytes on all ranks together."""
-    timings = on_ranks(partial(_saves, size_mb, repeats), below=folder, device=DEVICE)
+    timings = on_ranks(partial(_saves, size_mb, repeats, at.root), below=at.folder, device=DEVICE)
     return compared(timings, limit=_RAW, peer=_SAVE)
 
 
-def measure_async_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
+def measure_async_saves(at: At, *, size_mb: int, repeats: int) -> list[Compared]:
     """The same of saves beside training: how long it stands still, and until the step is safe."""
-    timings = on_ranks(partial(_async_saves, size_mb, repeats), below=folder, device=DEVICE)
+    timings = on_ranks(
+        partial(_async_saves, size_mb, repeats, at.root), below=at.folder, device=DEVICE
+    )
     rows: list[Compared] = []
     for half, limit, other in ((_STILL, _COPY, _RAW), (_DURABLE, _RAW, _COPY)):
         its = [t for t in timings if t.what.endswith(half) and not t.what.startswith(other)]
@@ -38,35 +42,35 @@ def measure_async_saves(folder: Path, *, size_mb: int, repeats: int) -> list[Com
     return rows
 
 
-def measure_loads(folder: Path, *, size_mb: int, repeats: int) -> list[Compared]:
+def measure_loads(at: At, *, size_mb: int, repeats: int) -> list[Compared]:
     """The same of loading it."""
-    timings = on_ranks(partial(_loads, size_mb, repeats), below=folder, device=DEVICE)
+    timings = on_ranks(partial(_loads, size_mb, repeats, at.root), below=at.folder, device=DEVICE)
     rows: list[Compared] = []
     for where, limit in ((_WARM, _COPY), (_COLD, _READ)):
         its = [timing for timing in timings if timing.what.endswith(where)]
-        rows += compared(its, limit=f"{limit}: {where}", peer=f"{_LOAD}: {where}")
+        if its:
+            rows += compared(its, limit=f"{limit}: {where}", peer=f"{_LOAD}: {where}")
     return rows
 
 
-def _saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
-    trained = Trained(size_mb, folder)
-    ways: dict[str, Callable[[], object]] = {
-        _RAW: trained.write_raw,
-        OURS: trained.save,
-        _SAVE: trained.save_with_dcp,
-    }
+def _saves(size_mb: int, repeats: int, root: str, _: Path) -> list[Timing]:
+    trained = Trained(size_mb, root)
+    ways: dict[str, Callable[[], object]] = {OURS: trained.save, _SAVE: trained.save_with_dcp}
+    if trained.is_on_disk:
+        ways = {_RAW: trained.write_raw, **ways}
     with trained:
         return interleaved(ways, repeats, prepare=trained.clear)
 
 
-def _async_saves(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
-    trained = Trained(size_mb, folder, mode="async")
+def _async_saves(size_mb: int, repeats: int, root: str, _: Path) -> list[Timing]:
+    trained = Trained(size_mb, root, mode="async")
     ways: dict[str, Callable[[], Callable[[], object]]] = {
         _COPY: trained.begin_copy,
-        _RAW: trained.begin_raw_write,
         OURS: trained.begin_save,
         _ASYNC_SAVE: trained.begin_save_with_dcp,
     }
+    if trained.is_on_disk:
+        ways[_RAW] = trained.begin_raw_write
     with trained:
         taken = in_turn({w: partial(_halves, b, trained.clear) for w, b in ways.items()}, repeats)
     return [
@@ -88,8 +92,8 @@ def _halves(
     return begun, taken()
 
 
-def _loads(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
-    trained = Trained(size_mb, folder)
+def _loads(size_mb: int, repeats: int, root: str, _: Path) -> list[Timing]:
+    trained = Trained(size_mb, root)
     with trained:
         trained.save()
         trained.save_with_dcp()
@@ -99,6 +103,8 @@ def _loads(size_mb: int, repeats: int, folder: Path) -> list[Timing]:
             _LOAD: trained.load_with_dcp,
         }
         warm = interleaved(_named(ways, _WARM), repeats, prepare=dist.barrier)
+        if not trained.is_on_disk:
+            return warm
         ways[_READ] = trained.read_raw
         del ways[_COPY]
         return [*warm, *interleaved(_named(ways, _COLD), repeats, prepare=trained.evict)]

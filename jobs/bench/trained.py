@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
+from jobs.bench.at import remove
 from jobs.bench.models import config_of
 from jobs.bench.ranks import DEVICE, read_raw, sharded_decoder, synchronize, write_raw
 from ray_ckpt import CheckpointManager, ModelWrapper, SaveConfig, TrainingState
@@ -28,13 +29,13 @@ class Trained:
     def __init__(
         self,
         size_mb: int,
-        folder: Path,
+        root: str,
         *,
         mode: Mode = "sync",
         keep_in_memory_s: float | None = None,
     ) -> None:
         torch.manual_seed(0)
-        self._folder = folder
+        self._root = root
         self._steps = count(1)
         self._model = sharded_decoder(config_of(size_mb // 3), DEVICE)
         self._optimizer = torch.optim.AdamW(self._model.parameters())
@@ -43,7 +44,7 @@ class Trained:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.manager = CheckpointManager(
-            str(folder / "ours"),
+            f"{root}/ours",
             TrainingState(model=ModelWrapper(self._model), optimizer=self._optimizer),
             config=SaveConfig(
                 every_steps=1, mode=mode, listen=False, keep_in_memory_s=keep_in_memory_s
@@ -70,10 +71,15 @@ class Trained:
         self._optimizer.zero_grad()
         synchronize()
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the machine's own disk is the limit, and not a store."""
+        return "://" not in self._root
+
     def evict(self) -> None:
         """No byte of any save is in the page cache."""
-        if dist.get_rank() == 0:
-            for path in self._folder.glob("**/*.distcp"):
+        if dist.get_rank() == 0 and self.is_on_disk:
+            for path in Path(self._root).glob("**/*.distcp"):
                 file = os.open(path, os.O_RDONLY)
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(file)
@@ -81,16 +87,19 @@ class Trained:
 
     def read_raw(self) -> None:
         """Each rank reads its own file of our save, past the page cache."""
-        [path] = self._folder.glob(f"ours/step-*/__{dist.get_rank()}_0.distcp")
+        [path] = Path(self._root).glob(f"ours/step-*/__{dist.get_rank()}_0.distcp")
         read_raw(path)
 
     def clear(self) -> None:
         """Nothing is left of earlier saves."""
         dist.barrier()
         if dist.get_rank() == 0:
-            for pattern in ("ours/step-*", "dcp", "raw"):
-                for path in self._folder.glob(pattern):
-                    shutil.rmtree(path)
+            if self.is_on_disk:
+                for pattern in ("ours/step-*", "dcp", "raw"):
+                    for path in Path(self._root).glob(pattern):
+                        shutil.rmtree(path)
+            else:
+                remove(self._root, "ours/step-", "dcp/")
         dist.barrier()
 
     def save(self) -> None:
@@ -99,7 +108,7 @@ class Trained:
 
     def save_with_dcp(self) -> None:
         """As its documentation does it."""
-        dcp.save(self._state(), checkpoint_id=str(self._folder / "dcp"))
+        dcp.save(self._state(), checkpoint_id=self._dcp)
 
     def begin_copy(self) -> Callable[[], object]:
         """All that has to be done before training may go on."""
@@ -118,14 +127,15 @@ class Trained:
 
     def begin_save_with_dcp(self) -> Callable[[], object]:
         """As its documentation does it."""
-        where = str(self._folder / "dcp")
-        saved: Any = dcp.async_save(self._state(), checkpoint_id=where, process_group=self._gloo)
+        saved: Any = dcp.async_save(
+            self._state(), checkpoint_id=self._dcp, process_group=self._gloo
+        )
         return saved.result
 
     def load_with_dcp(self) -> None:
         """As its documentation does it."""
         state = self._state()
-        dcp.load(state, checkpoint_id=str(self._folder / "dcp"))
+        dcp.load(state, checkpoint_id=self._dcp)
         set_state_dict(
             self._model,
             self._optimizer,
@@ -135,7 +145,7 @@ class Trained:
 
     def write_raw(self) -> None:
         """Each rank writes as many bytes as it holds, past the page cache."""
-        write_raw(self._folder / "raw", sum(tensor.nbytes for tensor in self._held))
+        write_raw(Path(self._root, "raw"), sum(tensor.nbytes for tensor in self._held))
 
     def copy(self) -> None:
         """Each rank copies what it holds to the host's memory, which is there, and pinned."""
@@ -148,6 +158,10 @@ class Trained:
         for tensor, its_copy in zip(self._held, self._copies, strict=True):
             tensor.copy_(its_copy, non_blocking=True)
         synchronize()
+
+    @property
+    def _dcp(self) -> str:
+        return f"{self._root}/dcp"
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self._model, self._optimizer)

@@ -49,6 +49,8 @@ class Story:
     root: str
     killed_at_step: int | None = None
     resumed_from_step: int | None = None
+    memory_bytes: int = 0
+    """Of what it resumed from: these came from the host's memory."""
     losses: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
     """Every loss reported for a step; two for a step that was done again."""
     seconds: dict[str, float] = field(default_factory=dict[str, float])
@@ -150,7 +152,9 @@ def _watch(catalog: Catalog, story: Story, screen: Screen) -> dict[str, Any]:
     step = progress.get("step", 0)
     if story.killed_at_step is not None and progress.get("resumed_from"):
         if story.resumed_from_step is None:
-            screen.say(f"resumed from step-{progress['resumed_from']}")
+            story.memory_bytes = progress["memory_bytes"]
+            where = "this host's memory" if story.memory_bytes else "storage"
+            screen.say(f"resumed from step-{progress['resumed_from']}, which came from {where}")
         story.resumed_from_step = progress["resumed_from"]
     screen.show(status, num_steps=STEPS)
     is_due = progress.get("last_committed_step", 0) >= 30 and KILL_AFTER <= step < STEPS - 10
@@ -216,6 +220,7 @@ def _document(story: Story, observed: Observation) -> dict[str, Any]:
         "steps_committed": sorted(committed),
         "killed_at_step": story.killed_at_step,
         "resumed_from_step": story.resumed_from_step,
+        "resumed_from_memory_bytes": story.memory_bytes,
         "losses_repeated": len(story.repeated),
         "losses_identical": story.is_exact,
         "exports": [

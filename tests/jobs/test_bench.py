@@ -80,7 +80,7 @@ def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: 
             *("losing", ("training alone", "ray_ckpt, process", "dcp.async_save")),
             marks=pytest.mark.slow,
         ),
-        ("restart", ("copy in memory", "ray_ckpt, from memory", "dcp.load, from the disk")),
+        ("restart", ("copy in memory", "ray_ckpt, from memory", "dcp.load, from storage")),
         ("load", ("copy in memory: warm", "ray_ckpt: warm", "raw read: cold", "dcp.load: cold")),
     ],
 )
