@@ -120,6 +120,7 @@ def test_the_torchrun_recipe_resumes_and_saves_before_it_is_killed(
     assert open_catalog(root).manifest(last).lineage.resumed_from == 3
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_ray_recipe_starts_from_a_folder_and_ends_in_one(
     tmp_path: Path, root: str, base: str, ray_cluster: str
@@ -138,6 +139,7 @@ def test_the_ray_recipe_starts_from_a_folder_and_ends_in_one(
     assert 0 < moved < 0.01  # a few steps of AdamW away from where it started
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers for an old name
 def test_the_lora_recipe_saves_an_adapter_that_peft_loads(

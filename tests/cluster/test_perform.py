@@ -97,6 +97,7 @@ def test_an_error_on_the_cluster_comes_back_as_itself(
         perform_on_cluster(root, clash, address=ray_cluster)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_jobs_do_the_same_from_a_job_of_their_own(
     root: str, tmp_path: Path, ray_cluster: str

@@ -196,6 +196,7 @@ def test_a_worker_that_is_killed_is_told_of_with_its_last_words_and_tried_again(
     assert all_beats(manager.catalog.store) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_an_export_whose_node_dies_is_made_once_on_another(
     root: str, nodes: Nodes, crank: Cranks

@@ -77,10 +77,10 @@ def main() -> None:
         targets = Path(os.environ["RAY_TMPDIR"], "ray", "prom_metrics_service_discovery.json")
         start_manager(local_root, interval_s=0.2)
         start_manager(s3_root, interval_s=0.2)
-        save(s3_root, 1, DecoderConfig(), f"{copies}-slow")
         save(local_root, 6, TINY, copies)
         sys.stdout.write(f"{targets}\n")
         sys.stdout.flush()
+        save(s3_root, 1, DecoderConfig(), f"{copies}-slow")  # while somebody scrapes
         sys.stdin.read()
 
 

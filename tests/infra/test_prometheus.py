@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.metrics import METRICS
 from ray_ckpt.core.names import run_name
+from ray_ckpt.storage.backends import open_catalog
 from tests.servers.prometheus import Prometheus, needs_prometheus, prometheus
 from tests.servers.s3_proxy import S3Proxy
 from tests.servers.seaweed import S3Endpoint, make_bucket
@@ -22,8 +24,8 @@ from tests.waiting import wait_for
 ALERTS = Path("infra/prometheus/alerts.yml")
 ALERT_TESTS = Path("infra/prometheus/alerts.test.yml")
 DASHBOARD = Path("infra/grafana/ray_ckpt.json")
-SLOW_S = 0.3
-"""Before each 64 KiB of an export that is read: 200 KB/s a connection, so that copies take time."""
+SLOW_S = 0.5
+"""Before each 64 KiB of an export that is read: 130 KB/s a connection, so that copies take time."""
 
 
 def panels() -> list[dict[str, Any]]:
@@ -91,12 +93,13 @@ def s3(s3_server: S3Endpoint) -> Iterator[S3Proxy]:
 @pytest.mark.s3
 @needs_prometheus
 def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
-    tmp_path: Path, s3: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, s3: S3Proxy, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = f"test-{uuid.uuid4().hex[:12]}"
     make_bucket(s3_server, bucket)
     local_root, s3_root = str(tmp_path / "run"), f"s3://{bucket}/run"
-    s3.be_slow(SLOW_S, match="^GET .*/exports/")
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
     environment = {
         **os.environ,
         **s3.endpoint.environment(),
@@ -114,6 +117,8 @@ def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
         assert program.stdin is not None and program.stdout is not None
         targets = Path(program.stdout.readline().strip())
         with prometheus(tmp_path, targets=targets, rules=ALERTS) as server:
+            wait_for(lambda: has_exported(s3_root))
+            s3.be_slow(SLOW_S, match="^GET .*/exports/")
             draw_all(server)
             wait_for(lambda: ("RayCkptQuarantine", run_name(local_root)) in server.firing())
             wait_for(lambda: ("RayCkptDeadAction", run_name(local_root)) in server.firing())
@@ -125,6 +130,14 @@ def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
     assert fired == {run_name(local_root)}
     assert newest == {run_name(local_root): 6, run_name(s3_root): 1}
     assert damaged == {run_name(local_root): 1, run_name(s3_root): 0}
+
+
+def has_exported(root: str) -> bool:
+    records = open_catalog(root).records.actions().values()
+    return any(
+        record.action.kind is ActionKind.EXPORT and record.state is ActionState.SUCCEEDED
+        for record in records
+    )
 
 
 def by_run(server: Prometheus, title: str) -> dict[str, float]:

@@ -14,6 +14,7 @@ from torch import nn
 from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import LoadConfig
 from ray_ckpt.core.saving import Mode, SaveConfig
+from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.host_memory import copies
 from ray_ckpt.tensors.staging import Stager
@@ -147,10 +148,13 @@ def test_a_copy_that_was_changed_is_told_and_storage_is_read(root: str) -> None:
 
 
 def _shards(root: str, step: int) -> list[copies.HeldFile]:
-    from ray_ckpt.storage.backends import open_catalog
-
     files = open_catalog(root).manifest(step).files
     return [file for entry in files if (file := copies.held(entry)) is not None]
+
+
+def _wait_for_the_copy(root: str, step: int) -> None:
+    """The keeper, which is told of it once the step is committed, has heard."""
+    wait_until(lambda: [file.close() for file in _shards(root, step)])
 
 
 @MODES
@@ -159,8 +163,7 @@ def test_a_trainer_that_ends_well_leaves_nothing(root: str, mode: Mode) -> None:
     manager = plain_manager(root, model, _config(mode))
     manager.save(1)
     manager.wait()
-    [file] = _shards(root, 1)
-    file.close()
+    _wait_for_the_copy(root, 1)
     manager.close()
     wait_until(lambda: not _shards(root, 1))
 
@@ -193,8 +196,7 @@ def test_a_save_whose_keeper_was_killed_is_a_save(
     assert not _shards(root, 1)
     manager.save(2)
     manager.wait()
-    [file] = _shards(root, 2)
-    file.close()
+    _wait_for_the_copy(root, 2)
     manager.close()
     assert saved_steps(root) == [1, 2]
 

@@ -10,7 +10,7 @@ import os
 import uuid
 from pathlib import Path
 
-from ray_ckpt.storage.disk.posix import make_folder, sync_folder, translated
+from ray_ckpt.storage.disk.posix import made_in, sync_folder, translated
 
 TEMPORARY = ".tmp-"
 """How the names of files begin that are not whole; nobody counts them."""
@@ -38,8 +38,9 @@ class FileBlocks:
         self._path = path
         self._beside = beside
         with translated(path):
-            make_folder(path.parent)
-            self._descriptor, self._is_direct = _open(beside, past_the_cache=past_the_cache)
+            self._descriptor, self._is_direct = made_in(
+                path.parent, lambda: _open(beside, past_the_cache=past_the_cache)
+            )
 
     def put(self, number: int, block: memoryview, num_bytes: int) -> None:
         """Whole pages past the page cache; what is too much is cut off in the end."""

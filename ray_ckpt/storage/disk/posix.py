@@ -3,8 +3,9 @@
 import contextlib
 import errno
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ray_ckpt.core.errors import (
     AuthorizationError,
@@ -18,6 +19,9 @@ from ray_ckpt.core.errors import (
     UsageError,
 )
 
+T = TypeVar("T")
+_TIMES = 100
+"""More often in a row nobody takes a folder away that was just made."""
 _KINDS: dict[int, type[StorageError]] = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), AuthorizationError),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), StorageFullError),
@@ -48,6 +52,27 @@ def sync_file(path: Path) -> None:
 
 sync_folder = sync_file
 """The folder's entries are on the device: a new name in it survives a power cut."""
+
+
+def sync_folder_if_there(folder: Path) -> None:
+    """The same; nothing, if others have taken what was written there, and the folder with it."""
+    with contextlib.suppress(FileNotFoundError):
+        sync_folder(folder)
+
+
+def made_in(folder: Path, make: Callable[[], T]) -> T:
+    """What `make` has made in the folder, which is there, and stays there as long as that does.
+
+    Others remove a folder that they leave empty, maybe at this moment: then it is made once more.
+    """
+    for _ in range(_TIMES):
+        try:
+            make_folder(folder)
+            return make()
+        except FileNotFoundError:
+            continue
+    make_folder(folder)
+    return make()
 
 
 def make_folder(folder: Path) -> None:

@@ -9,7 +9,8 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -22,10 +23,12 @@ from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.base import ObjectInfo, UnfinishedWrite
 from ray_ckpt.storage.disk.file_blocks import TEMPORARY, FileBlocks, new_file
 from ray_ckpt.storage.disk.posix import (
+    made_in,
     make_folder,
     read_into,
     sync_file,
     sync_folder,
+    sync_folder_if_there,
     translated,
     write_synced,
 )
@@ -102,7 +105,7 @@ class LocalStore:
         with translated(self.path(key)), self._temporary(key) as temporary:
             write_synced(temporary, data)
             temporary.replace(self.path(key))
-            sync_folder(self.path(key).parent)
+            sync_folder_if_there(self.path(key).parent)
 
     def create(self, key: str, data: bytes) -> None:
         """Written beside and hard-linked into place: link, unlike rename, never replaces."""
@@ -118,7 +121,7 @@ class LocalStore:
             sync_file(temporary)
             progress.advance(temporary.stat().st_size)
             temporary.replace(self.path(key))
-            sync_folder(self.path(key).parent)
+            sync_folder_if_there(self.path(key).parent)
 
     def begin(self, key: str, size_bytes: int) -> FileBlocks:
         """Written beside, past the page cache, and linked into place."""
@@ -149,10 +152,12 @@ class LocalStore:
     def point(self, key: str, name: str) -> None:
         """A symbolic link, made beside and renamed over: at every moment it leads somewhere."""
         self.pointed(key)
-        with translated(self.path(key)), self._temporary(key) as temporary:
-            temporary.symlink_to(name)
+        with (
+            translated(self.path(key)),
+            self._temporary(key, partial(os.symlink, name)) as temporary,
+        ):
             temporary.replace(self.path(key))
-            sync_folder(self.path(key).parent)
+            sync_folder_if_there(self.path(key).parent)
 
     def pointed(self, key: str) -> str | None:
         """Where the link leads."""
@@ -251,12 +256,12 @@ class LocalStore:
             folder = folder.parent
 
     @contextlib.contextmanager
-    def _temporary(self, key: str) -> Generator[Path]:
-        """A private name beside `key`, gone afterwards whatever happens."""
+    def _temporary(self, key: str, make: Callable[[Path], None] = Path.touch) -> Generator[Path]:
+        """Something of a private name beside `key`, gone afterwards whatever happens."""
         parent = self.path(key).parent
-        make_folder(parent)
         temporary = parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
+            made_in(parent, lambda: make(temporary))
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
