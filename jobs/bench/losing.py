@@ -1,15 +1,21 @@
 """What a save costs training: the same steps with a save in the middle of them, and without.
 
-A save that runs beside training takes cores, memory and locks from it; what counts is how much
-later the steps are done, not how soon the call has returned.
+A save that runs beside training takes cores, memory and locks from it, as training does from the
+save: what counts is how much later the steps are done, and how soon the step is safe, not how soon
+the call has returned.
 """
 
+import statistics
+import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from jobs.bench.at import At
 from jobs.bench.ranks import DEVICE, on_ranks
@@ -24,7 +30,13 @@ _STEPS_AT_LEAST = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Losing(Timing):
+class _Beside(Timing):
+    durable_s: float
+    """The median until the step is safe, beside training; 0 where nothing is saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losing(_Beside):
     """Some seconds of training, with one save or without."""
 
     loses_s: float
@@ -48,26 +60,47 @@ def _losses(size_mb: int, repeats: int, root: str, _: Path) -> list[Timing]:
             ALONE: (trained, lambda: _nothing),
             f"{OURS}, async": (trained, trained.begin_save),
             f"{OURS}, process": (other, other.begin_save),
-            "dcp.async_save": (trained, trained.begin_save_with_dcp),
+            "dcp.async_save, thread": (trained, trained.begin_save_with_dcp),
+            "dcp.async_save, process": (
+                trained,
+                partial(trained.begin_save_with_dcp, AsyncCheckpointerType.PROCESS),
+            ),
         }
-        waits: list[Callable[[], object]] = []
+        durable_s: defaultdict[str, list[float]] = defaultdict(list)
+        waiting: list[threading.Thread] = []
 
         def prepare() -> None:
-            while waits:
-                waits.pop()()
+            while waiting:
+                waiting.pop().join()
             trained.clear()
             other.clear()
 
-        def train(who: Trained, begin: Callable[[], Callable[[], object]]) -> None:
-            waits.append(begin())
+        def train(what: str, who: Trained, begin: Callable[[], Callable[[], object]]) -> None:
+            began = time.perf_counter()
+            wait = begin()
+
+            def note() -> None:
+                wait()
+                durable_s[what].append(time.perf_counter() - began)
+
+            waiting.append(threading.Thread(target=note))
+            waiting[-1].start()
             for _ in range(num_steps):
                 who.train()
             dist.barrier()
 
-        ways = {what: partial(train, *way) for what, way in begins.items()}
+        ways = {what: partial(train, what, *way) for what, way in begins.items()}
         timings = interleaved(ways, repeats, prepare=prepare)
         prepare()
-    return timings
+    return [
+        _Beside(
+            **asdict(timing),
+            durable_s=0.0
+            if timing.what == ALONE
+            else statistics.median(durable_s[timing.what][-repeats:]),
+        )
+        for timing in timings
+    ]
 
 
 def _nothing() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.tensor import DTensor
 
 from jobs.bench.at import remove
@@ -125,10 +126,15 @@ class Trained:
         assert pending is not None, "every step is due"
         return pending.wait
 
-    def begin_save_with_dcp(self) -> Callable[[], object]:
+    def begin_save_with_dcp(
+        self, checkpointer: AsyncCheckpointerType = AsyncCheckpointerType.THREAD
+    ) -> Callable[[], object]:
         """As its documentation does it."""
         saved: Any = dcp.async_save(
-            self._state(), checkpoint_id=self._dcp, process_group=self._gloo
+            self._state(),
+            checkpoint_id=self._dcp,
+            process_group=self._gloo,
+            async_checkpointer_type=checkpointer,
         )
         return saved.result
 

@@ -77,7 +77,7 @@ def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: 
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            *("losing", ("training alone", "ray_ckpt, process", "dcp.async_save")),
+            *("losing", ("training alone", "ray_ckpt, process", "dcp.async_save, process")),
             marks=pytest.mark.slow,
         ),
         ("restart", ("copy in memory", "ray_ckpt, from memory", "dcp.load, from storage")),

@@ -26,11 +26,16 @@ from typing import NamedTuple
 from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.storage.disk.posix import fill
 from ray_ckpt.storage.host_memory import keeper
-from ray_ckpt.storage.host_memory.keeper import MESSAGE_BYTES, MOST_DESCRIPTORS, RELEASE
+from ray_ckpt.storage.host_memory.keeper import (
+    GOOD,
+    MESSAGE_BYTES,
+    MOST_DESCRIPTORS,
+    RELEASE,
+    SPOILT,
+)
 
 _ANSWER_S = 5.0
 """A keeper that lives answers at once."""
-_GOOD, _SPOILT = b"\1", b"\0"
 _HEAD_BYTES = 9
 """Of a table: whether it is good, and the length of what says where the bytes lie."""
 _TABLE = 0
@@ -99,7 +104,7 @@ class Keeper:
     def spoil(self) -> None:
         """The copies are about to be overwritten: from now on nobody takes them for good."""
         if self._table is not None:
-            self._table[:1] = _SPOILT
+            self._table[:1] = SPOILT
 
     def hold(self, files: Sequence[FileInMemory], segments: Mapping[int, int]) -> None:
         """These files and no others are held; `segments` are descriptors by number.
@@ -122,7 +127,7 @@ class Keeper:
         finally:
             os.close(descriptor)
         self._table = table
-        table[:1] = _GOOD
+        table[:1] = GOOD
 
     def close(self) -> None:
         """The keeper has ended, and what it held is free."""
@@ -148,7 +153,7 @@ def _table(files: Sequence[FileInMemory], segments: Sequence[int]) -> bytes:
 
     of_each = {name_of(f.entry): [piece(one) for one in f.bytes_of_it] for f in files}
     head = json.dumps(of_each).encode()
-    return _SPOILT + len(head).to_bytes(_HEAD_BYTES - 1, "little") + head + around
+    return SPOILT + len(head).to_bytes(_HEAD_BYTES - 1, "little") + head + around
 
 
 class HeldFile:
@@ -160,7 +165,7 @@ class HeldFile:
         self._end = weakref.finalize(self, _close, connection, descriptors)
         table = descriptors[_TABLE]
         flag, *length = os.pread(table, _HEAD_BYTES, 0)
-        self.is_good = bytes([flag]) == _GOOD
+        self.is_good = bytes([flag]) == GOOD
         """False while its owner copies a newer state over it."""
         num_bytes = int.from_bytes(bytes(length), "little")
         head = os.pread(table, num_bytes, _HEAD_BYTES)

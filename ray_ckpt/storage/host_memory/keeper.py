@@ -3,9 +3,10 @@
     owner      --- names, and the descriptors of the memory -->  keeper
     a reader   --- connects by the name of a file ------------>  the descriptors
 
-It never looks into what it holds. It ends with its owner's word; once the owner is dead, with the
-last reader's word, when nobody has asked for so many seconds, or when memory runs short. Nothing
-has a name in a file system: whatever ends the keeper frees the memory and leaves nothing behind.
+Of what it holds it looks at one byte: whether the copies are good. It ends with its owner's word;
+once the owner is dead, if they are not good, with a reader's word, when nobody has asked for so
+many seconds, or when memory runs short. Nothing has a name in a file system: whatever ends the
+keeper frees the memory and leaves nothing behind.
 
 Run as a file, without this package: it starts in milliseconds and is as small as Python is.
 """
@@ -24,6 +25,8 @@ from pathlib import Path
 MOST_DESCRIPTORS = 250
 """In one message; Linux carries 253."""
 MESSAGE_BYTES = 64 << 10
+GOOD, SPOILT = b"\1", b"\0"
+"""First byte of the first descriptor: whether the copies are whole, or being overwritten."""
 RELEASE = b"release"
 """A reader's word that nobody will need the copies again."""
 _LOOK_S = 1.0
@@ -63,7 +66,10 @@ class _Keeper:
         if not self._is_orphan:
             return False
         is_late = self._ends_at is not None and time.monotonic() >= self._ends_at
-        return is_late or not self._listeners or is_short_of_memory()
+        return is_late or not self._has_good_copies() or is_short_of_memory()
+
+    def _has_good_copies(self) -> bool:
+        return bool(self._listeners) and os.pread(self._descriptors[0], 1, 0) == GOOD
 
     def _hear_owner(self, owner: socket.socket) -> None:
         try:

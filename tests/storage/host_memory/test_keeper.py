@@ -128,22 +128,32 @@ def test_who_holds_the_same_does_not_fail(owner: Keeper) -> None:
     assert _pid() == pid
 
 
-def _own(stays_s: float, ready: Connection) -> None:
+def _own(stays_s: float, spoils: bool, ready: Connection) -> None:
     owner = Keeper(stays_s=stays_s)
     _hold(owner)
-    ready.send(True)
+    _found().close()
+    pid = _pid()
+    if spoils:
+        owner.spoil()
+    ready.send(pid)
     signal.pause()
 
 
-def _owner_that_dies(stays_s: float) -> None:
-    """The keeper of a process that was killed."""
+def _owner_that_dies(stays_s: float, *, spoils: bool = False) -> int:
+    """The keeper of a process that was killed, and maybe about to overwrite its copies."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process: BaseProcess = context.Process(target=_own, args=(stays_s, there))
+    process: BaseProcess = context.Process(target=_own, args=(stays_s, spoils, there))
     process.start()
-    here.recv()
+    pid = here.recv()
     process.kill()
     process.join()
+    return pid
+
+
+def test_memory_that_holds_nothing_good_is_free_at_once() -> None:
+    pid = _owner_that_dies(LONG_S, spoils=True)
+    wait_for(lambda: _is_gone(pid))
 
 
 def test_a_keeper_outlives_its_owner_and_ends_with_a_readers_word() -> None:
