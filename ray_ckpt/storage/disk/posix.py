@@ -86,7 +86,8 @@ def make_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():  # somebody may have made it this moment
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # others may make it at this moment, or remove it
+        folder.mkdir()
     sync_folder(folder.parent)
 
 
