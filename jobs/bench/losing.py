@@ -30,27 +30,21 @@ _STEPS_AT_LEAST = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Beside(Timing):
-    durable_s: float
-    """The median until the step is safe, beside training; 0 where nothing is saved."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Losing(_Beside):
+class Losing(Timing):
     """Some seconds of training, with one save or without."""
 
+    durable_s: float
+    """The median until the step is safe, beside training; 0 where nothing is saved."""
     loses_s: float
     """The median less the one without a save."""
 
 
 def measure_losses(at: At, *, size_mb: int, repeats: int) -> list[Losing]:
     """Rank 0's times; the state has about `size_mb` megabytes on all ranks together."""
-    timings = on_ranks(partial(_losses, size_mb, repeats, at.root), below=at.folder, device=DEVICE)
-    alone_s = next(timing.median_s for timing in timings if timing.what == ALONE)
-    return [Losing(**asdict(t), loses_s=t.median_s - alone_s) for t in timings]
+    return on_ranks(partial(_losses, size_mb, repeats, at.root), below=at.folder, device=DEVICE)
 
 
-def _losses(size_mb: int, repeats: int, root: str, _: Path) -> list[Timing]:
+def _losses(size_mb: int, repeats: int, root: str, _: Path) -> list[Losing]:
     with (
         Trained(size_mb, f"{root}/thread", mode="async") as trained,
         Trained(size_mb, f"{root}/process", mode="process") as other,
@@ -92,12 +86,13 @@ def _losses(size_mb: int, repeats: int, root: str, _: Path) -> list[Timing]:
         ways = {what: partial(train, what, *way) for what, way in begins.items()}
         timings = interleaved(ways, repeats, prepare=prepare)
         prepare()
+    medians = {what: statistics.median(each[-repeats:]) for what, each in durable_s.items()}
+    alone_s = next(timing.median_s for timing in timings if timing.what == ALONE)
     return [
-        _Beside(
+        Losing(
             **asdict(timing),
-            durable_s=0.0
-            if timing.what == ALONE
-            else statistics.median(durable_s[timing.what][-repeats:]),
+            durable_s=0.0 if timing.what == ALONE else medians[timing.what],
+            loses_s=timing.median_s - alone_s,
         )
         for timing in timings
     ]

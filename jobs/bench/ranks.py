@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from jobs.corpus import VOCAB_SIZE
 from jobs.decoder import Decoder, DecoderConfig
 from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
 
+T = TypeVar("T", bound=Timing)
 NUM_RANKS = 2
 """Without GPUs."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,8 +38,8 @@ class _World:
 
 
 def on_ranks(
-    measure: Callable[[Path], list[Timing]], *, below: Path | None = None, device: str = "cpu"
-) -> list[Timing]:
+    measure: Callable[[Path], list[T]], *, below: Path | None = None, device: str = "cpu"
+) -> list[T]:
     """What `measure` returns on rank 0; all get the same folder, which is gone afterwards."""
     size = torch.cuda.device_count() if device == "cuda" else NUM_RANKS
     context = multiprocessing.get_context("spawn")

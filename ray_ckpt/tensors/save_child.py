@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
@@ -40,7 +40,7 @@ from ray_ckpt.tensors.save_wire import (
     Unpacker,
     portable,
 )
-from ray_ckpt.tensors.staging import address_of, map_segment
+from ray_ckpt.tensors.staging import Span, found_in, map_segment
 from ray_ckpt.tensors.still import Memory
 from ray_ckpt.tensors.writer import CommittingWriter
 
@@ -142,15 +142,10 @@ class _Server:
         job = replace(save.job, check_lease=check_lease, note=note, wrote=self._connection.send)
         writer = CommittingWriter(job, self._memory)
         self._protocol.save(save.values, _StagedPlanner(save.mappings), writer)
-        return writer.in_memory(self._find) if job.is_kept else []
-
-    def _find(self, tensor: Tensor) -> tuple[int, int] | None:
-        """Number of the segment that the tensor lies in, and where; None if it lies in none."""
-        for number, mapping in self._mappings.items():
-            offset_bytes = tensor.data_ptr() - address_of(mapping)
-            if 0 <= offset_bytes < len(mapping):
-                return number, offset_bytes
-        return None
+        if not job.is_kept:
+            return []
+        spans = [Span.of(number, mapping) for number, mapping in self._mappings.items()]
+        return writer.in_memory(partial(found_in, spans))
 
 
 class _StagedPlanner(ValueSavePlanner):

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.cuda._pin_memory_utils as pin_memory_utils
@@ -79,6 +79,30 @@ class Slot:
     layout: Layout
 
 
+class Span(NamedTuple):
+    """Where a segment lies in this process."""
+
+    number: int
+    """The segment's."""
+    address: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, number: int, mapping: mmap.mmap) -> "Span":
+        """Of the segment that is mapped there."""
+        num_bytes = len(mapping)
+        return cls(number, _bytes(mapping, 0, num_bytes).data_ptr(), num_bytes)
+
+
+def found_in(spans: Iterable[Span], tensor: Tensor) -> tuple[int, int] | None:
+    """Number of the segment that the tensor lies in, and its byte there; None if it has none."""
+    address = tensor.data_ptr()
+    for span in spans:
+        if tensor.nbytes and 0 <= address - span.address < span.num_bytes:
+            return span.number, address - span.address
+    return None
+
+
 class Segment:
     """A stretch of host memory, freed when nobody holds it or a tensor in it any more."""
 
@@ -94,21 +118,17 @@ class Segment:
             weakref.finalize(self, os.close, self.descriptor)
             os.ftruncate(self.descriptor, num_bytes)
         self._mapping = map_segment(self.descriptor, num_bytes)
-        self._address = address_of(self._mapping)
+        self.span = Span.of(self.number, self._mapping)
         self._unpin: weakref.finalize[Any, Any] | None = None
         if memory is not HostMemory.PLAIN and torch.cuda.is_available():
-            pin_memory_utils.pin_memory(self._address, num_bytes)
-            self._unpin = weakref.finalize(self, pin_memory_utils.unpin_memory, self._address)
+            address = self.span.address
+            pin_memory_utils.pin_memory(address, num_bytes)
+            self._unpin = weakref.finalize(self, pin_memory_utils.unpin_memory, address)
             self._unpin.atexit = False  # CUDA may be gone before the interpreter is
 
     def tensor(self, offset_bytes: int, layout: Layout) -> Tensor:
         """A tensor in this memory."""
         return tensor_at(self._mapping, offset_bytes, layout)
-
-    def offset_of(self, tensor: Tensor) -> int | None:
-        """Where the tensor begins in this memory, in bytes; None if it lies elsewhere."""
-        offset_bytes = tensor.data_ptr() - self._address
-        return offset_bytes if 0 <= offset_bytes < self.num_bytes else None
 
     def close(self) -> None:
         """CUDA has forgotten the memory; tensors in it stay valid."""
@@ -120,11 +140,6 @@ def map_segment(descriptor: int, num_bytes: int) -> mmap.mmap:
     """The memory behind a segment's descriptor, or new private memory if it is -1."""
     kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if descriptor == -1 else mmap.MAP_SHARED
     return mmap.mmap(descriptor, num_bytes, flags=kind)
-
-
-def address_of(mapping: mmap.mmap) -> int:
-    """Where the memory begins in this process."""
-    return _bytes(mapping, 0, len(mapping)).data_ptr()
 
 
 def tensor_at(mapping: mmap.mmap, offset_bytes: int, layout: Layout) -> Tensor:
@@ -193,11 +208,7 @@ class Stager:
 
     def find(self, tensor: Tensor) -> tuple[int, int] | None:
         """Number of the segment that the tensor lies in, and where; None if it lies in none."""
-        for segment in self.segments:
-            offset_bytes = segment.offset_of(tensor)
-            if offset_bytes is not None and tensor.nbytes:
-                return segment.number, offset_bytes
-        return None
+        return found_in((segment.span for segment in self.segments), tensor)
 
     def close(self) -> None:
         """Nothing is held any more; staged states stay valid for who still has them."""

@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from ray_ckpt.core.errors import ConfigError
 from ray_ckpt.core.loading import LoadConfig
 from ray_ckpt.core.saving import Mode, SaveConfig
 from ray_ckpt.storage.backends import open_catalog
-from ray_ckpt.storage.disk.store import LocalStore
 from ray_ckpt.storage.host_memory import copies
 from ray_ckpt.tensors.staging import Stager
 from tests.tensors.plain import Layer, before, plain_manager, saved_steps, signal_self
 from tests.tensors.ranks import RankGroup, run, wait_until
+from tests.tensors.shard_reads import counted_shard_reads
 
 ROWS = 96_000
 """1.5 MB in float32: what is read beside the tensors does not count."""
@@ -88,15 +88,7 @@ def _dies_with_other_values_in_memory(root: str, config: SaveConfig) -> None:
 
 def _load(root: str, frozen: bool = False) -> tuple[int, set[float], int, int]:
     """Step, numbers found, bytes of shards from storage, bytes from memory."""
-    taken: list[int] = []
-    read_into_each = LocalStore.read_into_each
-
-    def counted(self: LocalStore, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        if key.endswith(".distcp"):
-            taken.extend(buffer.nbytes for buffer in buffers)
-        read_into_each(self, key, offset, buffers)
-
-    LocalStore.read_into_each = counted  # type: ignore[method-assign]
+    taken = counted_shard_reads()
     model = Frozen(value=-1.0) if frozen else Layer(value=-1.0, num_rows=ROWS)
     manager = plain_manager(root, model)
     report = manager.load(config=LoadConfig(on_damage="raise"))

@@ -3,7 +3,7 @@
 import io
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.disk.store import LocalStore
 from tests.tensors.plain import EVERY_STEP_SYNC, Layer, plain_manager, save_steps
 from tests.tensors.ranks import run
+from tests.tensors.shard_reads import counted_shard_reads
 from tests.tensors.tiny import error_of
 
 NUM_ROWS = 96_000
@@ -32,20 +33,14 @@ def _save(root: str) -> None:
 
 def _bytes_of_load(root: str) -> int:
     """How many bytes of shards this rank reads to load the newest step."""
-    taken: list[int] = []
-    read_into_each = LocalStore.read_into_each
+    taken = counted_shard_reads()
     open_read = LocalStore.open_read
-
-    def counted(self: LocalStore, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        if key.endswith(".distcp"):
-            taken.extend(buffer.nbytes for buffer in buffers)
-        read_into_each(self, key, offset, buffers)
 
     def opened(self: LocalStore, key: str) -> Any:
         assert not key.endswith(".distcp"), "a shard is read in ranges alone"
         return open_read(self, key)
 
-    LocalStore.read_into_each, LocalStore.open_read = counted, opened  # in this process alone
+    LocalStore.open_read = opened  # in this process alone
     model = Layer(value=-1.0, num_rows=NUM_ROWS)
     manager = plain_manager(root, model)
     manager.load()

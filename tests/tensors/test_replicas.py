@@ -1,6 +1,5 @@
 """What several ranks hold alike is read by one of them from far away, by each from a disk."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.states import TrainingState
 from tests.tensors.plain import EVERY_STEP_SYNC
 from tests.tensors.ranks import run
+from tests.tensors.shard_reads import counted_shard_reads
 
 WIDTH = 400
 
@@ -54,16 +54,7 @@ def _save(root: str) -> list[torch.Tensor]:
 
 def _load(root: str, shape: tuple[int, ...]) -> tuple[list[torch.Tensor], int]:
     """What this rank holds after a load, and how many bytes of shards it has read."""
-    taken: list[int] = []
-    kind: Any = S3Store if root.startswith("s3://") else LocalStore
-    read_into_each = kind.read_into_each
-
-    def counted(self: Any, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        if key.endswith(".distcp"):
-            taken.extend(buffer.nbytes for buffer in buffers)
-        read_into_each(self, key, offset, buffers)
-
-    kind.read_into_each = counted  # in this process alone
+    taken = counted_shard_reads(S3Store if root.startswith("s3://") else LocalStore)
     training = Training(root, shape, seed=2)
     training.manager.load()
     training.manager.close()
