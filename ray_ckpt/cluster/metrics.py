@@ -1,9 +1,10 @@
 """What a manager has seen, told to Ray's metrics: the charts of `infra/grafana`, the alerts.
 
-A thread of its own tells every few seconds, since Ray drops a gauge that nobody sets for twenty;
-what grows old does so there, also while a round of the manager hangs. Totals are gauges too: a
-counter of Ray's cannot be 0, and a rate misses what a series begins with. All of it comes from the
-manager, so that a run has one series each and no trainer ever waits for a metric.
+A thread of its own tells every second: Ray drops a gauge that nobody sets for two of its reports,
+which are a second apart at least. What grows old does so there, also while a round of the manager
+hangs. Totals are gauges too: a counter of Ray's cannot be 0, and a rate misses what a series begins
+with. All of it comes from the manager, so that a run has one series each and no trainer ever waits
+for a metric.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.lease import TRAINER, has_ended
 
 log = logging.getLogger("ray_ckpt")
-TELL_EVERY_S = 4.0
+TELL_EVERY_S = 1.0
 LOOK_FOR_TRAINER_EVERY_S = 10.0
 
 

@@ -3,8 +3,8 @@
     python -m tests.infra.small_run LOCAL_ROOT S3_ROOT COPIES
 
 Prints where Ray says what is to be scraped, and lives until its input ends. The run on disk saves,
-exports, copies and purges; one of its steps is damaged. The one on S3 has one step to copy, which
-takes as long as the store lets it.
+exports, copies and purges; one of its steps is damaged. The one on S3 has one step, exported, which
+somebody may ask to be copied.
 """
 
 import os
@@ -32,7 +32,7 @@ DAMAGED = 3
 BEATS_EVERY_SECOND = Limits(hung_after_s=24.0)
 
 
-def policy(copies: str) -> LifecyclePolicy:
+def policy(*copies: str) -> LifecyclePolicy:
     return LifecyclePolicy(
         export=(
             ExportPolicy(
@@ -43,13 +43,13 @@ def policy(copies: str) -> LifecyclePolicy:
                 max_shard_bytes=1_000_000,  # many files, so that a copy counts bytes on its way
             ),
         ),
-        publish=(PublishPolicy(export="hf", to=copies),),
+        publish=tuple(PublishPolicy(export="hf", to=place) for place in copies),
         keep=KeepConfig(latest=2),
         limits=BEATS_EVERY_SECOND,
     )
 
 
-def save(root: str, steps: int, sizes: DecoderConfig, copies: str) -> None:
+def save(root: str, steps: int, sizes: DecoderConfig, *copies: str) -> None:
     """As a trainer does it, without an end: another save is due."""
     torch.manual_seed(0)
     model = Decoder(sizes, VOCAB_SIZE)
@@ -61,7 +61,7 @@ def save(root: str, steps: int, sizes: DecoderConfig, copies: str) -> None:
         ),
         config=SaveConfig(every_steps=1),
         assets=HfAssets(family="llama", files=make_assets(sizes).files),
-        run=Run(policy=policy(copies), on_event=Reporter(root).saved),
+        run=Run(policy=policy(*copies), on_event=Reporter(root).saved),
     )
     for step in range(1, steps + 1):
         manager.save(step)
@@ -80,7 +80,7 @@ def main() -> None:
         save(local_root, 6, TINY, copies)
         sys.stdout.write(f"{targets}\n")
         sys.stdout.flush()
-        save(s3_root, 1, DecoderConfig(), f"{copies}-slow")  # while somebody scrapes
+        save(s3_root, 1, DecoderConfig())
         sys.stdin.read()
 
 

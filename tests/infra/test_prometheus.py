@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from ray_ckpt.core.actions import Action
 from ray_ckpt.core.lifecycle import ActionKind, ActionState
 from ray_ckpt.core.metrics import METRICS
 from ray_ckpt.core.names import run_name
+from ray_ckpt.core.observation import Request
 from ray_ckpt.storage.backends import open_catalog
 from tests.servers.prometheus import Prometheus, needs_prometheus, prometheus
 from tests.servers.s3_proxy import S3Proxy
@@ -24,8 +26,8 @@ from tests.waiting import wait_for
 ALERTS = Path("infra/prometheus/alerts.yml")
 ALERT_TESTS = Path("infra/prometheus/alerts.test.yml")
 DASHBOARD = Path("infra/grafana/ray_ckpt.json")
-SLOW_S = 0.5
-"""Before each 64 KiB of an export that is read: 130 KB/s a connection, so that copies take time."""
+SLOW_S = 1.0
+"""Before each 64 KiB of an export that is read: 66 KB/s a connection, so that a copy takes time."""
 
 
 def panels() -> list[dict[str, Any]]:
@@ -103,7 +105,7 @@ def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
     environment = {
         **os.environ,
         **s3.endpoint.environment(),
-        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_metrics_report_interval_ms": "3000",
         "RAY_AUTH_MODE": "disabled",
     }
     arguments = (local_root, s3_root, str(tmp_path / "copies"))
@@ -117,13 +119,19 @@ def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
         assert program.stdin is not None and program.stdout is not None
         targets = Path(program.stdout.readline().strip())
         with prometheus(tmp_path, targets=targets, rules=ALERTS) as server:
-            wait_for(lambda: has_exported(s3_root))
+            export = wait_for(lambda: exported(s3_root))
             s3.be_slow(SLOW_S, match="^GET .*/exports/")
+            to = str(tmp_path / "slow")
+            copy = Request(step=export.step, export=export.export, destination=to)
+            open_catalog(s3_root).records.add_request(copy)
             draw_all(server)
+            s3.recover()
             wait_for(lambda: ("RayCkptQuarantine", run_name(local_root)) in server.firing())
             wait_for(lambda: ("RayCkptDeadAction", run_name(local_root)) in server.firing())
             assert set(server.rules().values()) == {"ok"}
             fired = {run for alert, run in server.firing() if alert == "RayCkptQuarantine"}
+            both = {run_name(local_root), run_name(s3_root)}
+            wait_for(lambda: both == set(by_run(server, "Newest committed step A")))
             newest = by_run(server, "Newest committed step A")
             damaged = by_run(server, "Damaged A")
         program.stdin.close()
@@ -132,12 +140,12 @@ def test_a_real_prometheus_draws_every_panel_and_raises_an_alarm(
     assert damaged == {run_name(local_root): 1, run_name(s3_root): 0}
 
 
-def has_exported(root: str) -> bool:
-    records = open_catalog(root).records.actions().values()
-    return any(
-        record.action.kind is ActionKind.EXPORT and record.state is ActionState.SUCCEEDED
-        for record in records
-    )
+def exported(root: str) -> Action | None:
+    """What has made the root's export."""
+    for record in open_catalog(root).records.actions().values():
+        if record.action.kind is ActionKind.EXPORT and record.state is ActionState.SUCCEEDED:
+            return record.action
+    return None
 
 
 def by_run(server: Prometheus, title: str) -> dict[str, float]:
