@@ -34,6 +34,8 @@ def adopt(
 
     Each is checked and gets a manifest; one that cannot be taken over is named and left alone.
     Nothing in it is executed or changed.
+
+    Example: ray-ckpt adopt /old/run --family llama --hf-assets ./Llama-3.1-8B
     """
     from ray_ckpt.tensors.adopt import adopt_step, foreign_steps
 
@@ -88,7 +90,10 @@ def pin(
     until: str | None,
     as_json: bool,
 ) -> None:
-    """Keep a checkpoint from every purge, for ever or for a while."""
+    """Keep a checkpoint from every purge, for ever or for a while.
+
+    Example: ray-ckpt pin /runs/a 500 --reason "in the paper" --for 90d
+    """
     if not reason.strip():
         raise ConfigError("the pin says no reason", "--reason", do="say why the step must stay")
     end = _end(duration, until)
@@ -116,7 +121,10 @@ def _end(duration: str | None, until: str | None) -> str | None:
 @click.option("--name", help="Only this pin; without it all of them.")
 @json_option
 def unpin(root: str, step: int, name: str | None, as_json: bool) -> None:
-    """Let policies purge a checkpoint again."""
+    """Let policies purge a checkpoint again.
+
+    Example: ray-ckpt unpin /runs/a 500
+    """
     gone = open_root(root).unpin(step, name=name)
     text = (
         f"removed from step-{step}: {', '.join(gone)}" if gone else f"step-{step} has no such pin"
@@ -142,6 +150,8 @@ def purge(
 
     Without options the run's own policy decides. The newest two verified checkpoints, pinned ones
     and ones with unfinished exports or copies always stay.
+
+    Example: ray-ckpt purge /runs/a --keep-latest 3 --keep-every 1000 --apply
     """
     from ray_ckpt.cluster.purge import apply_purge, plan_purge
 
@@ -166,7 +176,10 @@ def purge(
 @click.argument("step", type=int)
 @json_option
 def undo(root: str, step: int, as_json: bool) -> None:
-    """Bring a purged checkpoint back from the trash."""
+    """Bring a purged checkpoint back from the trash.
+
+    Example: ray-ckpt undo /runs/a 500
+    """
     catalog = open_root(root)
     catalog.restore(step)
     emit(
@@ -180,7 +193,10 @@ def undo(root: str, step: int, as_json: bool) -> None:
 @root_argument
 @json_option
 def save_now(root: str, as_json: bool) -> None:
-    """Ask the trainer that writes to ROOT to save at its next step."""
+    """Ask the trainer that writes to ROOT to save at its next step.
+
+    Example: ray-ckpt save-now /runs/a
+    """
     catalog = open_root(root)
     trainer = holder_of(catalog.store, TRAINER)
     if trainer is None:

@@ -73,7 +73,7 @@ def backfill(
     it again after a kill: what is done is not done again, and what was purged since stays purged.
     One that cannot be done is named, and the next one comes. Exit 1 if there was one.
 
-    Example: ray-ckpt backfill /old/run --family qwen3 --hf-assets /models/Qwen3-8B --dtype bfloat16
+    Example: ray-ckpt backfill /old/run --family qwen3 --hf-assets ./Qwen3-8B --dtype bfloat16
     """
     from ray_ckpt.cluster.backfill import Backfill, backfill
     from ray_ckpt.storage.foreign_folders import strange_folders

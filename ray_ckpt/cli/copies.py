@@ -28,6 +28,8 @@ def copies(root: str, step: int | None, as_json: bool) -> None:
     """Look at every copy again, where it lies: each byte, or what the Hub's tag leads to.
 
     Exit 1 if one is stale, gone, or cannot be looked at. Nothing is changed.
+
+    Example: ray-ckpt copies s3://bucket/run --step 500
     """
     catalog = open_root(root)
     refuse_unknown(catalog, step)

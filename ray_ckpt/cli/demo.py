@@ -76,6 +76,8 @@ def demo(root: str | None, destination: str | None, hold: bool, as_json: bool) -
     """Train, kill a worker, resume, export, publish and purge: two minutes on two cores.
 
     Run it again with the same --root and it goes on where it stopped.
+
+    Example: ray-ckpt demo --root /tmp/first --hold
     """
     root = root or f"{tempfile.mkdtemp(prefix='ray_ckpt-demo-')}/run"
     catalog = open_catalog(root)

@@ -37,6 +37,8 @@ def doctor(
 
     Looks at the root and at every place that copies go to, as this host and these keys see them; a
     few small objects are written below .ray_ckpt/ and removed. Exit 1 if something is a problem.
+
+    Example: ray-ckpt doctor s3://bucket/run --to hf://org/model
     """
     catalog = open_catalog(root)
     observed = _observed(catalog)

@@ -26,6 +26,8 @@ def du(root: str, as_json: bool) -> None:
 
     Checkpoints are told apart into model, optimizer and the rest. Copies elsewhere are listed as
     they were recorded, and not part of any sum. Nothing is changed.
+
+    Example: ray-ckpt du s3://bucket/run
     """
     catalog = open_root(root)
     observed = catalog.observe().at(time.time())

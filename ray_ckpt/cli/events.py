@@ -25,7 +25,10 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("-f", "--follow", is_flag=True, help="Go on with what happens, until interrupted.")
 @json_option
 def events(root: str, step: int | None, since: str | None, follow: bool, as_json: bool) -> None:
-    """Tell what happened, oldest first; with --json one object a line."""
+    """Tell what happened, oldest first; with --json one object a line.
+
+    Example: ray-ckpt events /runs/a --since 1h --follow
+    """
     oldest = "" if since is None else utc(max(0.0, time.time() - _age_s(since)))
     catalog = open_root(root)
     reader = EventReader(catalog.store, since=oldest)

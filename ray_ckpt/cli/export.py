@@ -221,6 +221,8 @@ def publish(
     """Copy one export, or a checkpoint, to another place: all of it or none of it, and only once.
 
     A copied checkpoint is DEST/step-N: a run can load it from there, ray-ckpt fetch brings it back.
+
+    Example: ray-ckpt publish /runs/a --step 500 --name hf-bf16 --to hf://org/model
     """
     catalog = open_root(root)
     if checkpoint is (name is not None):

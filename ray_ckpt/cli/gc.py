@@ -25,6 +25,8 @@ def gc(root: str, apply: bool, as_json: bool) -> None:
     That is what dead attempts left (staging, unfinished uploads, heartbeats, scratch folders of
     this host), trash whose grace time is over, and records of checkpoints that are nowhere. A
     manager does it by itself every few minutes. Exit 1 if something could not be removed.
+
+    Example: ray-ckpt gc /runs/a --apply
     """
     catalog = open_root(root)
     manager: str | None = None

@@ -33,7 +33,10 @@ _LOOK = "what to type says ray-ckpt copies"
 @root_argument
 @json_option
 def ls(root: str, as_json: bool) -> None:
-    """List every checkpoint: its state, size, pins, exports and copies."""
+    """List every checkpoint: its state, size, pins, exports and copies.
+
+    Example: ray-ckpt ls s3://bucket/run
+    """
     catalog = open_root(root)
     observed = catalog.observe()
 
@@ -58,7 +61,10 @@ def ls(root: str, as_json: bool) -> None:
 @click.argument("step", type=int)
 @json_option
 def show(root: str, step: int, as_json: bool) -> None:
-    """Show one checkpoint: what it holds, where it comes from, what was done with it."""
+    """Show one checkpoint: what it holds, where it comes from, what was done with it.
+
+    Example: ray-ckpt show s3://bucket/run 500
+    """
     catalog = open_root(root)
     view = catalog.checkpoint(step)
     manifest = catalog.manifest(step)
@@ -109,7 +115,10 @@ def show(root: str, step: int, as_json: bool) -> None:
 @click.option("--step", type=int, help="Only this checkpoint; without it all, and every export.")
 @json_option
 def verify(root: str, step: int | None, as_json: bool) -> None:
-    """Recompute every digest and compare it with the manifest. Exit 1 if anything differs."""
+    """Recompute every digest and compare it with the manifest. Exit 1 if anything differs.
+
+    Example: ray-ckpt verify s3://bucket/run --step 500
+    """
     from ray_ckpt.cluster.checking import check_here, check_on_cluster
     from ray_ckpt.cluster.reach import connect
 
@@ -142,6 +151,8 @@ def resume_plan(root: str, as_json: bool) -> None:
     """Say which step a run resumes from, why, and why newer ones are passed over.
 
     Exit 1 if steps are here and none can be used: a run refuses to start from scratch there.
+
+    Example: ray-ckpt resume-plan s3://bucket/run
     """
     observed = open_root(root).observe()
     chosen = plan_resume(observed.checkpoints, run_id=observed.run_id)

@@ -34,6 +34,8 @@ def plan(root: str, policy_file: Path | None, as_json: bool) -> None:
     """Show what the manager would do now, in order, what waits for what, and why.
 
     Exit 1 if an action of a step that is here is dead, or something cannot be as it was wished.
+
+    Example: ray-ckpt plan /runs/a --policy train.toml
     """
     catalog = open_root(root)
     observed = catalog.observe()

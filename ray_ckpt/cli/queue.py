@@ -28,6 +28,8 @@ def drain(root: str, timeout_s: float | None, as_json: bool) -> None:
 
     Waits for the root's manager where one is alive, else does the work in this process. Interrupt
     it whenever you like: what is left stays asked for. Exit 1 if something has failed for good.
+
+    Example: ray-ckpt drain /runs/a --timeout 600
     """
     from ray_ckpt.cluster.drain import drain as work_off
     from ray_ckpt.cluster.executors import Threads
@@ -76,7 +78,10 @@ _OF_STEP = click.option("--step", type=int, help="Only actions about this checkp
 @_KIND
 @json_option
 def retry(root: str, step: int | None, kind: str | None, as_json: bool) -> None:
-    """Give actions that failed, were cancelled or wait for another try a fresh start, now."""
+    """Give actions that failed, were cancelled or wait for another try a fresh start, now.
+
+    Example: ray-ckpt retry /runs/a --kind export
+    """
     catalog = open_root(root)
     refuse_unknown(catalog, step)
     waiting = (ActionState.RETRY_WAIT, ActionState.BLOCKED)
@@ -98,6 +103,8 @@ def cancel(root: str, step: int | None, kind: str | None, as_json: bool) -> None
     """Give up actions that have not ended; one that runs is stopped. `retry` brings them back.
 
     A checkpoint whose required copy was cancelled stays: purge never takes it.
+
+    Example: ray-ckpt cancel /runs/a --step 500 --kind publish
     """
     if step is None and kind is None:
         raise UsageError("cancel what?", "", "nothing was cancelled", "give --step, --kind or both")

@@ -65,6 +65,8 @@ def submit(
     """Submit a job with the file CONFIG and FIELD=VALUE on top; print how to see it.
 
     With --wait the exit code is the job's own.
+
+    Example: ray-ckpt submit train.toml root=s3://bucket/run --wait
     """
     from ray_ckpt.cluster.jobs import follow, reach_jobs
     from ray_ckpt.cluster.submit import JobFacts, submit_job

@@ -49,7 +49,10 @@ _STYLES = {"saving": "yellow", "committed": "cyan", "verified": "green", "trashe
 )  # fmt: skip
 @json_option
 def watch(root: str, once: bool, every_s: float, as_json: bool) -> None:
-    """Show what happens to a run's checkpoints while it happens, until Ctrl-C."""
+    """Show what happens to a run's checkpoints while it happens, until Ctrl-C.
+
+    Example: ray-ckpt watch s3://bucket/run
+    """
     catalog = open_root(root)
     if once:
         _show_once(catalog, as_json=as_json)

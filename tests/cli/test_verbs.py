@@ -1,10 +1,12 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -393,6 +395,20 @@ def test_every_verb_helps_and_takes_json() -> None:
         *("drain", "retry", "cancel", "gc", "import", "copies", "purge-hub"),
         *("doctor", "submit", "watch", "diff", "du", "report", "backfill"),
     }
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
+def test_the_example_in_each_help_is_a_command_that_parses(
+    verb: click.Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.toml").touch()
+    for folder in ("Llama-3.1-8B", "Qwen3-8B"):
+        (tmp_path / folder).mkdir()
+    _, _, example = (verb.help or "").partition("Example: ray-ckpt ")
+    name, *arguments = shlex.split(example)
+    assert name == verb.name
+    assert verb.make_context(name, arguments).params
 
 
 def test_python_dash_m_is_the_same_command(run_root: str) -> None:
