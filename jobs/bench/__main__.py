@@ -18,10 +18,13 @@ python -m jobs.bench crew         the same by one task of a cluster and by sever
 python -m jobs.bench upload       a large file and small ones go to S3 and back: ours and others
 python -m jobs.bench purge        a step is hidden, then removed; beside a plain removal
 python -m jobs.bench last         a last save becomes one, written by the ranks that train
+
+With --config FILE what is not typed comes from that TOML, under the same names: size-mb = 1500.
 """
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -48,14 +51,20 @@ from jobs.bench.scale import measure_scale
 from jobs.bench.still import measure_still_saves
 from jobs.bench.upload import measure_uploads
 from jobs.bench.vote import measure_votes
+from jobs.command import run_job
+from ray_ckpt.core.config import parse_toml
+from ray_ckpt.storage.disk.config_file import config_text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m jobs.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=BENCHMARKS)
+    parser.add_argument("--config", type=Path, help="TOML of what follows, as in repeats = 9")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--layers", type=int, help="plan: fewer layers than the real models have")
     parser.add_argument("--nodes", type=int, default=8, help="plan: that make the export")
@@ -93,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", action="store_true", help="scale: DCP's planner as well")
     parser.add_argument("--actions", type=int, default=100, help="manager: done by one")
     parsed = parser.parse_args(arguments)
+    if parsed.config is not None:
+        typed = sys.argv[1:] if arguments is None else arguments
+        parsed = parser.parse_args([*options_in(parsed.config), *typed])
     found = BENCHMARKS[parsed.what](parsed)
     rows = [asdict(row) for row in found]
     print_table(rows)
@@ -101,6 +113,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     slow = too_slow([row for row in found if isinstance(row, Checked)])
     if slow:
         raise SystemExit("\n".join(["", *slow]))
+
+
+def options_in(config: Path) -> list[str]:
+    """What the file says, as it would be typed.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+    """
+    document = parse_toml(config_text(config), where=str(config))
+    return [_option(name, value) for name, value in document.items() if value is not False]
+
+
+def _option(name: str, value: Any) -> str:
+    if value is True:
+        return f"--{name}"
+    return f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def numbers(text: str) -> list[int]:
@@ -296,4 +324,4 @@ def _text(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_job(main)

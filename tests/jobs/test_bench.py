@@ -45,6 +45,15 @@ def test_plans_of_small_models_are_measured() -> None:
     assert 1.0 <= deepseek["read_ratio"] < 1.1
 
 
+def test_a_file_says_what_is_not_typed(tmp_path: Path) -> None:
+    (tmp_path / "bench.toml").write_text("layers = 4\nnodes = 3\njson = true\n")
+    known = ["plan", "--config", str(tmp_path / "bench.toml")]
+    done = run_python("-m", "jobs.bench", *known, "--nodes", "1", environment={})
+    llama, _ = json.loads(done.stdout.splitlines()[-1])["plan"]
+    assert llama["num_inputs"] == 39
+    assert llama["node_read_gb"] > 60  # all of it by one node, not by three
+
+
 @pytest.mark.slow
 def test_saves_of_simulated_ranks_are_planned_and_indexed_beside_dcps_planner() -> None:
     header, rows = measure("scale", "--ranks", "2,16", "--tensors", "50", "--peers")
