@@ -22,7 +22,8 @@ from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.tensors.adapters import make_adapter
-from ray_ckpt.tensors.reader import read_asset, read_tensors
+from ray_ckpt.tensors.load_into import read_tensors
+from ray_ckpt.tensors.reader import read_asset
 from ray_ckpt.tensors.transforms import cast_floating
 
 TOLERANCE = 1e-3

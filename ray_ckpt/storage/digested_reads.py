@@ -63,10 +63,16 @@ class DigestedReads:
 
     def read_into_each(self, key: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """As the store does it."""
-        self._store.read_into_each(key, offset, buffers)
-        found = _range_of(offset, buffers)
+        self.read_parts(key, offset, [buffers])
+
+    def read_parts(self, key: str, offset: int, parts: Sequence[Sequence[memoryview]]) -> None:
+        """One read, of which each part is digested by itself."""
+        self._store.read_into_each(key, offset, [buffer for part in parts for buffer in part])
+        found: list[Range] = []
+        for part in parts:
+            found.append(_range_of(found[-1].end if found else offset, part))
         with self._lock:
-            self._ranges[key].append(found)
+            self._ranges[key] += found
 
     def ranges(self, key: str) -> list[Range]:
         """What was read of the file, in order, nothing twice."""
@@ -92,6 +98,17 @@ class DigestedReads:
         buffer = memoryview(bytearray(end - begin))
         self._store.read_into_each(key, begin, [buffer])
         return _range_of(begin, [buffer])
+
+
+def read_parts(reads: Ranges, key: str, offset: int, parts: Sequence[Sequence[memoryview]]) -> None:
+    """One read into the buffers of several parts, each of which is digested by itself.
+
+    So two who read many parts each, and one of them both, count no byte twice.
+    """
+    if isinstance(reads, DigestedReads):
+        reads.read_parts(key, offset, parts)
+    else:
+        reads.read_into_each(key, offset, [buffer for part in parts for buffer in part])
 
 
 def apart(ranges: Iterable[Range]) -> list[Range]:

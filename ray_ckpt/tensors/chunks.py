@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.storage.base import Ranges
+from ray_ckpt.storage.digested_reads import read_parts
 from ray_ckpt.tensors.framing import HEAD_BYTES, elements_at
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.torch_file import around
@@ -45,19 +45,16 @@ class Chunk:
     """What stands before the elements, if it is as long as `torch.save` makes it."""
 
     @classmethod
-    def of(
-        cls, folder: str, stored: _StorageInfo, shape: Sequence[int], dtype: torch.dtype
-    ) -> "Chunk":
-        """As DCP's index says it."""
-        spec = TensorSpec(shape=tuple(shape), dtype=dtype)
+    def of(cls, key: str, begin: int, length: int, spec: TensorSpec, *, is_plain: bool) -> "Chunk":
+        """As an index says it."""
         return cls(
-            key=f"{folder}/{stored.relative_path}",
-            begin=stored.offset,
-            length=stored.length,
-            shape=tuple(shape),
-            dtype=dtype,
-            is_plain=is_bare(stored),
-            frame=_frame(spec, stored.length) if is_bare(stored) else None,
+            key=key,
+            begin=begin,
+            length=length,
+            shape=spec.shape,
+            dtype=spec.dtype,
+            is_plain=is_plain,
+            frame=_frame(spec, length) if is_plain else None,
         )
 
 
@@ -66,11 +63,6 @@ def _frame(spec: TensorSpec, length: int) -> bytes | None:
         return None
     front, behind = around(spec)
     return front if len(front) + spec.size_bytes + len(behind) == length else None
-
-
-def is_bare(stored: _StorageInfo) -> bool:
-    """Whether nothing was put around what torch wrote; an older torch has no word for it."""
-    return not getattr(stored, "transform_descriptors", None)
 
 
 class Chunks:
@@ -98,35 +90,42 @@ class Chunks:
             self._elements[where] = None if at is None else chunk.begin + at
         return self._elements[where]
 
-    def is_in_order(self, chunk: Chunk) -> bool:
-        """Whether its elements can be read by their numbers."""
-        return chunk.frame is not None or self.elements_at(chunk) is not None
-
     def read(self, chunk: Chunk, begin: int, into: Tensor) -> None:
         """The elements from number `begin` on, as many as there are in `into`, which is contiguous.
 
         Raises:
             IntegrityError: the chunk cannot be read, or holds another tensor than the index says.
         """
-        if begin == 0 and chunk.frame is not None and self._came_framed(chunk, chunk.frame, into):
-            return
+        if begin == 0 and chunk.frame is not None:
+            self.read_run([(chunk, into)])
+        else:
+            self._read_by_head(chunk, begin, into)
+
+    def read_run(self, run: Sequence[tuple[Chunk, Tensor]]) -> None:
+        """The first elements of chunks that have a frame and lie one behind the other, in one read.
+
+        Of all but the last chunk there is room for every element.
+        """
+        fronts = [bytearray(len(chunk.frame or b"")) for chunk, _ in run]
+        parts = [
+            [memoryview(front), *_to_the_end(chunk, chunk.begin + len(front), 0, into)]
+            for (chunk, into), front in zip(run, fronts, strict=True)
+        ]
+        first, _ = run[0]
+        read_parts(self._reads, first.key, first.begin, parts)
+        for (chunk, into), front in zip(run, fronts, strict=True):
+            if front == chunk.frame:
+                self._elements[chunk.key, chunk.begin] = chunk.begin + len(front)
+            else:
+                self._read_by_head(chunk, 0, into)
+
+    def _read_by_head(self, chunk: Chunk, begin: int, into: Tensor) -> None:
         at = self.elements_at(chunk)
         if at is None:
             into.copy_(self._loaded(chunk)[begin : begin + into.numel()])
             return
         offset = at + begin * into.element_size()
         self._reads.read_into_each(chunk.key, offset, _to_the_end(chunk, offset, begin, into))
-
-    def _came_framed(self, chunk: Chunk, front: bytes, into: Tensor) -> bool:
-        """Whether what stands before the first elements, which come with it, is as expected."""
-        found = bytearray(len(front))
-        at = chunk.begin + len(front)
-        buffers = [memoryview(found), *_to_the_end(chunk, at, 0, into)]
-        self._reads.read_into_each(chunk.key, chunk.begin, buffers)
-        if found != front:
-            return False
-        self._elements[chunk.key, chunk.begin] = at
-        return True
 
     def _loaded(self, chunk: Chunk) -> Tensor:
         """All elements of a chunk that is framed in another way, in order."""

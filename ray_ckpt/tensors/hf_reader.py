@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a DCP checkpoint under native names, resharded as it is read.
+"""A Hugging Face folder as a checkpoint under native names, resharded as it is read.
 
 Each rank reads the tensors that its own shards need, makes the native ones of them and copies its
 part; memory is bounded by the largest native tensor and what it is made of.
@@ -12,24 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner, StorageReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadItemType
-from torch.futures import Future
 
 from ray_ckpt.core.errors import IntegrityError, ObjectNotFoundError, UsageError
 from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.listing import sizes_in
+from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.chunks import bytes_of
 from ray_ckpt.tensors.fqn import told
+from ray_ckpt.tensors.load_plan import LoadPlan, Read
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.safetensors_file import DTYPES
 from ray_ckpt.tensors.source_files import SourceFiles
+from ray_ckpt.tensors.step_index import StepIndex
+from ray_ckpt.tensors.values import Values
 
 _SUFFIX = ".safetensors"
 _AGAIN = "download or export the folder again"
@@ -196,11 +191,16 @@ class HfFolder:
             )
 
 
-class HfReader(StorageReader):
-    """A DCP storage reader whose tensors are made from a Hugging Face folder's.
+class HfReader:
+    """Reads tensors that are made from a Hugging Face folder's.
 
     `to_native` is a pure `sd -> sd`, recorded once; it names what nothing speaks for in its errors.
     """
+
+    runs_pickles = False
+    proof = None
+    is_far = False
+    """As a tensor is made, it is not nearer to one rank than to another."""
 
     def __init__(
         self, folder: HfFolder, to_native: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -208,57 +208,28 @@ class HfReader(StorageReader):
         self.uri = folder.uri
         self._folder = folder
         self._recording: Recording = record(to_native, folder.specs())
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing to do: one reader reads one folder."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Never chosen by a path alone."""
-        return False
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Each native tensor as one chunk."""
-        specs = {name: output.spec for name, output in self._recording.outputs.items()}
-        return Metadata({name: _one_chunk(spec) for name, spec in specs.items()})
+        self.index = StepIndex.of_specs(
+            {name: output.spec for name, output in self._recording.outputs.items()}
+        )
 
     def tensor(self, name: str) -> Tensor:
         """One native tensor, whole, on the CPU."""
         return self._recording.run([name], self._folder.read)[name]
 
-    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    def read(
+        self, plan: LoadPlan, state_dict: Mapping[str, Any], values: Values, progress: Progress
+    ) -> None:
         """One native tensor after the other; each rank copies the part it holds."""
-        items: dict[str, list[Any]] = {}
-        for item in plan.items:
-            assert item.type == LoadItemType.TENSOR, "a Hugging Face folder holds tensors alone"
-            items.setdefault(item.storage_index.fqn, []).append(item)
-        for name, parts in items.items():
+        del state_dict, values  # a Hugging Face folder holds tensors alone
+        of_tensor: dict[str, list[Read]] = {}
+        for read in plan.reads:
+            of_tensor.setdefault(read.name, []).append(read)
+        for name, reads in of_tensor.items():
             tensor = self.tensor(name)
-            for item in parts:
-                target = planner.resolve_tensor(item).detach()
-                ranges = zip(item.storage_offsets, item.lengths, strict=True)
-                target.copy_(tensor[tuple(slice(at, at + n) for at, n in ranges)])
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-def _one_chunk(spec: TensorSpec) -> TensorStorageMetadata:
-    shape = torch.Size(spec.shape)
-    chunk = ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)
-    return TensorStorageMetadata(TensorProperties(dtype=spec.dtype), shape, [chunk])
+            for read in reads:
+                ranges = zip(read.offsets, read.sizes, strict=True)
+                read.target.copy_(tensor[tuple(slice(at, at + n) for at, n in ranges)])
+                progress.advance(read.target.nbytes)
 
 
 def _read_into(stream: Any, view: memoryview, what: str) -> None:

@@ -10,10 +10,9 @@ The way back of an export, bit for bit. No model is built, and none is held in m
 import json
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError
@@ -56,13 +55,9 @@ def import_folder(catalog: Catalog, path: str, *, family: str | None = None) -> 
     naming = Naming.of(assets, converters=())
     source = open_source(Source(path=path, format="hf"), naming)
     assert isinstance(source.reader, HfReader), "it was opened as one"
-    metadata = source.reader.read_metadata().state_dict_metadata
-    make_adapter(assets.family, assets.config() or {}).expect_whole(metadata)
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    specs = source.reader.index.specs()
+    make_adapter(assets.family, assets.config() or {}).expect_whole(specs)
+    tensors = {name: spec.on_meta() for name, spec in specs.items()}
     writer = RootWriter(catalog, Run(), Ranks())
     try:
         writer.goes_on_from(None, started_from=(source.origin(),))

@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ray_ckpt.core.errors import ConfigError, IntegrityError, RayCkptError, StateDictError
 from ray_ckpt.core.loading import BASE
 from ray_ckpt.tensors.fqn import told
+from ray_ckpt.tensors.load_into import load_into
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.optimizer_state import OptimizerState
 from ray_ckpt.tensors.proof import DamageFoundError
 from ray_ckpt.tensors.random_state import RandomState
 from ray_ckpt.tensors.ranks import Ranks
-from ray_ckpt.tensors.reader import load_into
 from ray_ckpt.tensors.sources import OpenSource
 
 log = logging.getLogger("ray_ckpt")

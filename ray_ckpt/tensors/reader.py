@@ -3,44 +3,33 @@
 import contextlib
 import functools
 import io
-import logging
 import os
 import pickle
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar, cast
+from collections.abc import Generator, Mapping
+from typing import Any, cast
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    FileSystemReader,
-    LoadPlan,
-    LoadPlanner,
-    StorageReader,
-)
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from torch.futures import Future
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 
 from ray_ckpt.core import names
-from ray_ckpt.core.errors import IntegrityError, RayCkptError, StateDictError
+from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.at_once import at_once
-from ray_ckpt.storage.base import Ranges, Store
+from ray_ckpt.storage.base import Store
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import digest_of
-from ray_ckpt.storage.progress import UNTOLD, Progress
-from ray_ckpt.tensors.chunks import Chunk, Chunks, is_bare
+from ray_ckpt.storage.progress import Progress
+from ray_ckpt.tensors.chunks import Chunks
 from ray_ckpt.tensors.index import read_foreign_metadata
-from ray_ckpt.tensors.item_reads import read_items, read_values
-from ray_ckpt.tensors.load_planner import ValueLoadPlanner
-from ray_ckpt.tensors.proof import DamageFoundError, Proof
-from ray_ckpt.tensors.ranks import Ranks, ours, sentence
-from ray_ckpt.tensors.replicas import Replicas
+from ray_ckpt.tensors.load_plan import LoadPlan
+from ray_ckpt.tensors.piece_reads import read_pieces, read_values
+from ray_ckpt.tensors.proof import Proof
+from ray_ckpt.tensors.step_index import StepIndex
+from ray_ckpt.tensors.values import Values
 
-T = TypeVar("T")
-log = logging.getLogger("ray_ckpt")
 _BUFFER_BYTES = 1 << 16
 _READS_AT_ONCE = 2
 """At least: on a disk one of them is copied while the other waits."""
@@ -71,63 +60,57 @@ class DcpReader(FileSystemReader):
             IntegrityError: its SHA-256 is not the manifest's, or, in a foreign folder, it names
                 anything but torch's own metadata types.
         """
-        metadata = self._metadata
+        metadata = self._unpickled(self._store.read(f"{self.path}/{names.METADATA}"))
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
+    @property
+    def index(self) -> StepIndex:
+        """What the folder holds; read once."""
+        return self._index
+
     @functools.cached_property
-    def _metadata(self) -> Metadata:
-        return self._unpickled(self._store.read(f"{self.path}/{names.METADATA}"))
+    def _index(self) -> StepIndex:
+        return StepIndex.of(self.read_metadata())
 
     @property
     def is_far(self) -> bool:
         """Whether a read is a request to somewhere else."""
         return self._store.reads_at_once > 1
 
-    @property
-    def _reads(self) -> Ranges:
-        return self._store if self.proof is None else self.proof.reads
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    def read(
+        self, plan: LoadPlan, state_dict: Mapping[str, Any], values: Values, progress: Progress
     ) -> None:
-        """The index that the plan is made from."""
-        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
-        self._index = metadata.state_dict_metadata
+        """Tensors straight into place, values together; what is framed in another way by torch.
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Tensors straight into place, values together; what is framed in another way by torch."""
-        tensors = [
-            (item, chunk) for item in plan.items if (chunk := self._chunk_of(item)) is not None
-        ]
-        # by where they lie: a disk reads ahead
-        tensors.sort(key=lambda read: (read[1].key, read[1].begin))
-        chunks = Chunks(self._reads)
-        num_threads = max(_READS_AT_ONCE, self._reads.reads_at_once)
-        of_each = at_once(chunks.is_in_order, [c for _, c in tensors], num_threads=num_threads)
-        plain = [read for read, it_is in zip(tensors, of_each, strict=True) if it_is]
-        read_items(chunks, plain, planner, num_threads=num_threads)
-        values = [
-            (item, stored)
-            for item in plan.items
-            if item.type is LoadItemType.BYTE_IO
-            and is_bare(stored := self.storage_data[item.storage_index])
-        ]
-        read_values(self._reads, str(self.path), values, planner)
-        done = {id(item) for item, _ in (*plain, *values)}
-        others = [item for item in plan.items if id(item) not in done]
-        return super().read_data(replace(plan, items=others), planner)
+        Raises:
+            IntegrityError: a file ends before its time.
+        """
+        reads = self._store if self.proof is None else self.proof.reads
+        chunks = Chunks(reads)
+        folder = str(self.path)
+        pieces = [(r, self.index.chunk(folder, r.number, r.piece)) for r in plan.reads]
+        num_threads = max(_READS_AT_ONCE, reads.reads_at_once)
+        to_look_at = [(read.name, chunk) for read, chunk in pieces if chunk.frame is None]
+        found = at_once(lambda at: chunks.elements_at(at[1]), to_look_at, num_threads=num_threads)
+        odd = {n for (n, _), begin in zip(to_look_at, found, strict=True) if begin is None}
+        plain = [(read, chunk) for read, chunk in pieces if read.name not in odd]
+        read_pieces(chunks, plain, num_threads=num_threads, progress=progress)
+        bare = [name for name in plan.values if not self.index.is_wrapped(name)]
+        read_values(reads, folder, self.index, bare, values.arrived)
+        odd.update(set(plan.values) - set(bare))
+        if odd:
+            self._read_by_torch({name: state_dict[name] for name in odd}, values, progress)
 
-    def _chunk_of(self, item: ReadItem) -> Chunk | None:
-        """What the item is read from; None for what is no tensor."""
-        entry = self._index[item.storage_index.fqn]
-        if item.type is LoadItemType.BYTE_IO or not isinstance(entry, TensorStorageMetadata):
-            return None
-        stored = self.storage_data[item.storage_index]
-        offsets = item.storage_index.offset
-        sizes = next(c.sizes for c in entry.chunks if offsets is None or c.offsets == offsets)
-        return Chunk.of(str(self.path), stored, sizes, entry.properties.dtype)
+    def _read_by_torch(
+        self, state_dict: dict[str, Any], values: Values, progress: Progress
+    ) -> None:
+        planner = _TorchPlanner(values, progress)
+        metadata = self.read_metadata()
+        planner.set_up_planner(state_dict, metadata, is_coordinator=False)
+        self.set_up_storage_reader(metadata, is_coordinator=False)
+        self.read_data(planner.create_local_plan(), planner).wait()
 
     def _unpickled(self, data: bytes) -> Metadata:
         if self._digest is None:
@@ -161,126 +144,6 @@ def step_reader(catalog: Catalog, manifest: Manifest) -> DcpReader:
     return committed_reader(catalog.store, names.step_dir(manifest.step), manifest)
 
 
-def read_tensors(
-    catalog: Catalog, manifest: Manifest, keys: Sequence[str], *, progress: Progress = UNTOLD
-) -> dict[str, Tensor]:
-    """These tensors, whole and on the CPU, in this process alone."""
-    entries = {entry.name: entry for entry in manifest.tensors}
-    state_dict = {
-        key: torch.empty(entries[key].shape, dtype=getattr(torch, entries[key].dtype))
-        for key in keys
-    }
-    reader = step_reader(catalog, manifest)
-    load_into(state_dict, reader, progress=progress)
-    return state_dict
-
-
-def load_into(
-    state_dict: dict[str, Any],
-    reader: StorageReader,
-    *,
-    ranks: Ranks | None = None,
-    progress: Progress = UNTOLD,
-) -> None:
-    """Every tensor of `state_dict` filled in place, every other entry replaced.
-
-    Each rank plans by itself, since no plan depends on another's; then all know that all could.
-    Collective, unless this process loads alone.
-
-    Raises:
-        StateDictError: a tensor has another shape on storage; no tensor was read.
-        DamageFoundError: what was read is not what was committed; no pickle of it was run.
-        IntegrityError: it cannot be read.
-    """
-    planner = ValueLoadPlanner(reader, progress)
-    is_coordinator = ranks is None or ranks.is_coordinator
-
-    def plan() -> LoadPlan:
-        metadata = reader.read_metadata()
-        planner.set_up_planner(state_dict, metadata, is_coordinator)
-        reader.set_up_storage_reader(metadata, is_coordinator)
-        return planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-
-    step = str(getattr(reader, "uri", reader))
-    whole_plan = _agreed(plan, ranks, step)
-    replicas = Replicas(planner.state_dict, is_far=getattr(reader, "is_far", False))
-    own = [item for item in whole_plan.items if replicas.reads(item.dest_index.fqn)]
-    own_plan = replace(whole_plan, items=own)
-    proof: Proof | None = getattr(reader, "proof", None)
-
-    _read_proven(
-        lambda: _agreed(lambda: reader.read_data(own_plan, planner).wait(), ranks, step),
-        proof,
-        ranks,
-    )
-    _agreed(replicas.give, ranks, step)
-    _agreed(planner.put_values, ranks, step)
-
-
-def _read_proven(read: Callable[[], None], proof: Proof | None, ranks: Ranks | None) -> None:
-    """What was read is as it was committed; if it is not so in memory, storage is read."""
-    try:
-        with _damage_comes_first(proof, ranks):
-            read()
-    except DamageFoundError as error:
-        assert proof is not None and ranks is not None, "damage is found by who looks for it"
-        if not ranks.any(proof.memory.num_bytes > 0):
-            raise
-        log.warning("a copy in memory is not as committed, all is read again: %s", error.what)
-        proof.begin_without_memory()
-        with _damage_comes_first(proof, ranks):
-            read()
-
-
-@contextlib.contextmanager
-def _damage_comes_first(proof: Proof | None, ranks: Ranks | None) -> Generator[None]:
-    """What the block has read is as it was committed; if it is not, no other error matters."""
-    if proof is None:
-        yield
-        return
-    assert ranks is not None, "who loads alone has nobody to share the proof with"
-    try:
-        yield
-    except RayCkptError:  # every rank has the same one
-        proof.refuse_damage(ranks)
-        raise
-    proof.refuse_damage(ranks)
-
-
-def _agreed(act: Callable[[], T], ranks: Ranks | None, step: str) -> T:
-    """What it returned here, if it raised nowhere."""
-    results: list[T] = []
-    own: Exception | None = None
-    try:
-        results.append(act())
-    except Exception as error:  # noqa: BLE001  every rank must hear of it, then it is raised
-        own = error
-    everywhere = [own] if ranks is None else ranks.gather(own)
-    raised = {rank: error for rank, error in enumerate(everywhere) if error is not None}
-    if raised:
-        raise _meant(raised, step) from (own or next(iter(raised.values())))
-    return results[0]
-
-
-def _meant(raised: Mapping[int, Exception], step: str) -> RayCkptError:
-    meant = ours(raised)
-    if meant is not None:
-        return meant
-    text = sentence(raised)
-    if all(isinstance(cause, ValueError) for cause in raised.values()):
-        return StateDictError(
-            f"{step} does not fit the model: {text}",
-            safe="no tensor was read, the model is as it was",
-            do="load it with the model and optimizer it was saved from",
-        )
-    return IntegrityError(
-        f"{step} cannot be read: {text}",
-        step,
-        "storage was not changed; what it was read into may hold some of its values",
-        "do not train on: start again from another step or source, or once it can be read",
-    )
-
-
 def read_asset(catalog: Catalog, manifest: Manifest, name: str) -> bytes | None:
     """One file of `hf_assets/`, its digest checked; None if the step has no such file.
 
@@ -312,3 +175,20 @@ class _StoreFileSystem(FileSystem):
         assert mode == "rb", "a committed step is never written"
         with self._store.open_read(os.fspath(path)) as raw:
             yield cast(io.IOBase, io.BufferedReader(cast(io.RawIOBase, raw), _BUFFER_BYTES))
+
+
+class _TorchPlanner(DefaultLoadPlanner):
+    """Of a flat state dict; hands values on as they lie there."""
+
+    def __init__(self, values: Values, progress: Progress) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._values = values
+        self._progress = progress
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """A piece has arrived."""
+        self._progress.advance(tensor.nbytes)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """A value has arrived; its pickle is run later."""
+        self._values.arrived(read_item.dest_index.fqn, value.getvalue())

@@ -88,8 +88,8 @@ class Columns:
             own=list(numbers)[len(table.entries) :],
             paths={key: path for key, path in paths.items() if key not in table.paths},
             entries=np.array(entries, np.int32),
-            offsets=_padded([chunk.offsets if chunk else () for chunk in chunks], depth, 0),
-            sizes=_padded([chunk.sizes if chunk else () for chunk in chunks], depth, 1),
+            offsets=padded([chunk.offsets if chunk else () for chunk in chunks], depth, 0),
+            sizes=padded([chunk.sizes if chunk else () for chunk in chunks], depth, 1),
         )
 
 
@@ -118,8 +118,8 @@ def _entry(item: WriteItem) -> Entry:
     return Entry(item.index.fqn, item.type.value, tuple(data.size), properties)
 
 
-def _padded(rows: Sequence[Sequence[int]], depth: int, rest: int) -> Ints:
-    """[len(rows), depth]."""
+def padded(rows: Sequence[Sequence[int]], depth: int, rest: int) -> Ints:
+    """[len(rows), depth]; short rows are filled up."""
     filler = (rest,) * depth
     flat = [number for row in rows for number in (*row, *filler[len(row) :])]
     return np.array(flat, np.int64).reshape(len(rows), depth)

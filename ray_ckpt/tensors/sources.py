@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.distributed.checkpoint import StorageReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ConfigError, ObjectNotFoundError, RayCkptError
@@ -31,11 +29,13 @@ from ray_ckpt.tensors.adapters import StateDictAdapter, make_adapter
 from ray_ckpt.tensors.converters import ModelConverter, entries_of, make_converters
 from ray_ckpt.tensors.hf_reader import HfFolder, HfReader
 from ray_ckpt.tensors.index import NOT_THE_MODEL
+from ray_ckpt.tensors.load_into import Reader
 from ray_ckpt.tensors.quantized import dequantize
 from ray_ckpt.tensors.ranks import Ranks
 from ray_ckpt.tensors.reader import DcpReader, proving_reader
 from ray_ckpt.tensors.run import CONFIG, HfAssets
 from ray_ckpt.tensors.source_files import SourceFiles
+from ray_ckpt.tensors.step_index import StepIndex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class OpenSource:
     """A source that was found and whose index was read; no tensor was."""
 
     uri: str
-    reader: StorageReader
+    reader: Reader
     owners: tuple[str, ...]
     parts: tuple[str, ...]
     """Names of what it supplies beside the model."""
@@ -64,8 +64,7 @@ class OpenSource:
     @property
     def memory(self) -> Nearby | None:
         """Copies of its files in this host's memory; None where nobody looks for any."""
-        proof = self.reader.proof if isinstance(self.reader, DcpReader) else None
-        return None if proof is None else proof.memory
+        return None if self.reader.proof is None else self.reader.proof.memory
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, no purge takes it, if it is a step of another run."""
@@ -119,13 +118,13 @@ def open_step(
 ) -> OpenSource:
     """A committed step of the run itself."""
     reader = proving_reader(catalog.store, names.step_dir(manifest.step), manifest)
-    own = manifest.model.keys if manifest.model is not None else _tensors_of(reader)
+    own = manifest.model.keys if manifest.model is not None else _tensors_of(reader.index)
     return OpenSource(
         uri=reader.uri,
         reader=reader,
         owners=owners,
         parts=parts,
-        shapes=_shapes(reader),
+        shapes=_shapes(reader.index),
         model_keys=frozenset(own),
         started_from=manifest.lineage.started_from,
     )
@@ -150,17 +149,16 @@ def _open_dcp(source: Source, naming: Naming) -> OpenSource:
         else proving_reader(catalog.store, folder, manifest)
     )
     try:
-        metadata = reader.read_metadata()
+        ends = reader.index.ends()
     except ObjectNotFoundError as error:
         raise _no_dcp(source) from error
-    known = manifest.model.keys if manifest and manifest.model else _tensors_of(reader)
-    ends = _ends(metadata)
+    known = manifest.model.keys if manifest and manifest.model else _tensors_of(reader.index)
     return OpenSource(
         uri=reader.uri,
         reader=reader,
         owners=source.owners,
         parts=source.parts,
-        shapes=_shapes(reader),
+        shapes=_shapes(reader.index),
         model_keys=frozenset(known),
         named=source,
         files=SourceFiles(
@@ -250,7 +248,7 @@ def _from_hf_folder(
     except RayCkptError as error:
         where = error.where or folder.uri  # adapters know names, not where these come from
         raise type(error)(error.what, where, "nothing was loaded", error.do) from error
-    shapes = _shapes(reader)
+    shapes = _shapes(reader.index)
     return OpenSource(
         uri=folder.uri,
         reader=reader,
@@ -296,26 +294,12 @@ def split(path: str) -> tuple[Catalog, str]:
     return open_folder(str(in_cache(path)) if names.is_repository(path) else path)
 
 
-def _shapes(reader: StorageReader) -> dict[str, tuple[int, ...] | None]:
-    return {
-        key: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-    }
+def _shapes(index: StepIndex) -> dict[str, tuple[int, ...] | None]:
+    """None for what is no tensor."""
+    known = zip(index.names, index.shapes, index.dtypes, strict=True)
+    return {name: shape if dtype is not None else None for name, shape, dtype in known}
 
 
-def _ends(metadata: Metadata) -> dict[str, int]:
-    """File to the end of the last item in it."""
-    ends: dict[str, int] = {}
-    for stored in (metadata.storage_data or {}).values():
-        end = stored.offset + stored.length
-        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), end)
-    return ends
-
-
-def _tensors_of(reader: DcpReader) -> list[str]:
+def _tensors_of(index: StepIndex) -> list[str]:
     """Tensors that by their names are no optimizer's, dataloader's, ...: the model's, one hopes."""
-    return [
-        key
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and key.partition(".")[0] not in NOT_THE_MODEL
-    ]
+    return [name for name in index.specs() if name.partition(".")[0] not in NOT_THE_MODEL]

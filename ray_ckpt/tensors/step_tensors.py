@@ -4,19 +4,12 @@ A tensor lies in chunks, one for each rank that held a part of it.
 """
 
 import itertools
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from ray_ckpt.core.errors import IntegrityError
 from ray_ckpt.core.manifest import Manifest
@@ -30,6 +23,7 @@ from ray_ckpt.tensors.chunks import (
     rows_of,
     split_dimension,
 )
+from ray_ckpt.tensors.piece_reads import read_values
 from ray_ckpt.tensors.reader import DcpReader, step_reader
 from ray_ckpt.tensors.recording import TensorSpec
 
@@ -45,7 +39,7 @@ class StepTensors:
         self.uri = reader.uri
         self._store = store
         self._folder = str(reader.path)
-        self._metadata: Metadata = reader.read_metadata()
+        self._index = reader.index
         self._places: dict[str, list[tuple[Chunk, list[Rows]]]] = {}
         self._chunks = Chunks(store)
 
@@ -56,34 +50,26 @@ class StepTensors:
 
     def specs(self) -> dict[str, TensorSpec]:
         """Shape and dtype of every tensor."""
-        return {
-            key: TensorSpec(shape=tuple(entry.size), dtype=entry.properties.dtype)
-            for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        return self._index.specs()
 
     def others(self) -> list[str]:
         """Keys of what is no tensor, sorted."""
-        entries = self._metadata.state_dict_metadata.items()
-        return sorted(key for key, entry in entries if not isinstance(entry, TensorStorageMetadata))
+        return sorted(self._index.values())
 
     def pickled(self, key: str) -> bytes:
         """What is no tensor, as it lies there: nothing of it is run."""
-        stored: Mapping[MetadataIndex, Any] = cast(Any, self._metadata.storage_data)
-        info = stored[MetadataIndex(key)]
-        data = bytearray(info.length)
-        file = f"{self._folder}/{info.relative_path}"
-        self._store.read_into(file, info.offset, memoryview(data))
-        return bytes(data)
+        found: dict[str, bytes] = {}
+        read_values(self._store, self._folder, self._index, [key], found.__setitem__)
+        return found[key]
 
     def dtype(self, key: str) -> torch.dtype:
         """Of one tensor's elements."""
-        return self._entry(key).properties.dtype
+        return self._spec(key).dtype
 
     def whole(self, key: str) -> Tensor:
         """One tensor, contiguous and on the CPU."""
-        entry = self._entry(key)
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        spec = self._spec(key)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
         parts = tensor.view(-1).split(BLOCK_BYTES // tensor.element_size())
         begins = itertools.accumulate((part.numel() for part in parts), initial=0)
         with ThreadPoolExecutor(self.reads_at_once) as threads:
@@ -116,24 +102,28 @@ class StepTensors:
 
     def _placed(self, key: str) -> list[tuple[Chunk, list[Rows]]]:
         if key not in self._places:
-            entry = self._entry(key)
-            split = split_dimension(entry.size, entry.chunks)
+            shape, index = self._spec(key).shape, self._index
+            number = index.numbers[key]
+            parts = {
+                piece: ChunkStorageMetadata(
+                    torch.Size(index.offsets_in(number, piece)),
+                    torch.Size(index.sizes_in(number, piece)),
+                )
+                for piece in index.pieces(number)
+            }
+            split = split_dimension(shape, list(parts.values()))
             self._places[key] = [
-                (self._chunk(key, entry, chunk), list(rows_of(entry.size, chunk, split)))
-                for chunk in entry.chunks
+                (index.chunk(self._folder, number, piece), list(rows_of(shape, part, split)))
+                for piece, part in parts.items()
             ]
         return self._places[key]
 
-    def _entry(self, key: str) -> TensorStorageMetadata:
-        entry = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
+    def _spec(self, key: str) -> TensorSpec:
+        number = self._index.numbers.get(key)
+        dtype = None if number is None else self._index.dtypes[number]
+        if number is None or dtype is None:
             raise IntegrityError(f"the index names no tensor {key}", self.uri)
-        return entry
-
-    def _chunk(self, key: str, entry: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> Chunk:
-        stored: Mapping[MetadataIndex, Any] = cast(Any, self._metadata.storage_data)
-        info = stored[MetadataIndex(key, chunk.offsets)]
-        return Chunk.of(self._folder, info, chunk.sizes, entry.properties.dtype)
+        return TensorSpec(shape=self._index.shapes[number], dtype=dtype)
 
 
 def step_tensors(catalog: Catalog, manifest: Manifest) -> StepTensors:

@@ -16,9 +16,9 @@ from ray_ckpt.core.names import MANIFEST
 from ray_ckpt.core.saving import SaveConfig
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.adopt import adopt_step, foreign_steps
+from ray_ckpt.tensors.load_into import read_tensors
 from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
-from ray_ckpt.tensors.reader import read_tensors
 from ray_ckpt.tensors.states import TrainingState
 from tests.tensors.conftest import SavedRun
 from tests.tensors.ranks import run

@@ -31,7 +31,7 @@ from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.export import export_step
 from ray_ckpt.tensors.export_plan import plan_export
-from ray_ckpt.tensors.reader import read_tensors
+from ray_ckpt.tensors.load_into import read_tensors
 from ray_ckpt.tensors.shard_writer import write_shard
 from ray_ckpt.tensors.step_tensors import step_tensors
 from ray_ckpt.tensors.transforms import TORCH_DTYPES, cast_floating

@@ -10,7 +10,7 @@ from ray_ckpt.core.export_spec import ExportSpec
 from ray_ckpt.core.loading import FromWeights
 from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.export import export_step
-from ray_ckpt.tensors.reader import read_tensors
+from ray_ckpt.tensors.load_into import read_tensors
 from tests.processes import run_python
 from tests.roots import make_root
 from tests.servers.hub import HubDouble

@@ -100,7 +100,7 @@ def test_another_run_starts_from_it(llama: Path, root: str, tmp_path: Path) -> N
 
 
 def _native(root: str) -> dict[str, torch.Tensor]:
-    from ray_ckpt.tensors.reader import read_tensors
+    from ray_ckpt.tensors.load_into import read_tensors
 
     catalog = open_catalog(root)
     manifest = catalog.manifest(0)

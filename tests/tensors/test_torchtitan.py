@@ -40,8 +40,8 @@ from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.tensors.adapters import make_adapter
 from ray_ckpt.tensors.adopt import adopt_step, foreign_steps
 from ray_ckpt.tensors.export import export_step
+from ray_ckpt.tensors.load_into import read_tensors
 from ray_ckpt.tensors.loading import LoadReport
-from ray_ckpt.tensors.reader import read_tensors
 from tests.tensors.ranks import run
 from tests.tensors.tiny import error_of, files_in, same_tensors
 

@@ -28,7 +28,7 @@ from ray_ckpt.storage.digests import find_damage
 from ray_ckpt.storage.history import EventReader
 from ray_ckpt.storage.proven import Origin, bring_all
 from ray_ckpt.tensors.adapters import make_adapter
-from ray_ckpt.tensors.reader import read_tensors
+from ray_ckpt.tensors.load_into import read_tensors
 from tests.cluster.chaos.training import MODEL, states
 from tests.cluster.chaos.world import EXPORT_EVERY, KEEP_EVERY, REPOSITORY, World
 
