@@ -1,4 +1,6 @@
-"""What planning and committing a save cost by ranks and tensors: ranks simulated in one process.
+"""What planning a save, committing it and planning a load cost by ranks and tensors.
+
+Ranks are simulated in one process.
 
 Every rank's messages are made and read as in a save; nothing travels and no tensor is there. A
 model's tensors are cut into rows as FSDP2 does it; a learning rate for each tenth of them is on
@@ -27,14 +29,22 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest
 from ray_ckpt.core.room import Room
+from ray_ckpt.tensors.load_plan import Part, Read, reads_of
 from ray_ckpt.tensors.metadata_file import metadata_file
 from ray_ckpt.tensors.save_columns import Columns, Table, packed, unpacked
 from ray_ckpt.tensors.save_layout import Layout, Places, Written, tensor_entries
 from ray_ckpt.tensors.save_plan import GlobalPlan
+from ray_ckpt.tensors.step_index import StepIndex
 from ray_ckpt.tensors.writer import Told
 
 R = TypeVar("R")
@@ -62,11 +72,15 @@ class Scaled:
     """The same when nothing has changed."""
     metadata_mb: float
     metadata_cpu_s: float
-    """Of `.metadata`, in every save."""
+    """Of `.metadata` and our index beside it, in every save."""
     manifest_cpu_s: float
     """Of the manifest with its index, in every save; DCP has none."""
     peak_mb: float
     """How much the coordinator's memory grew from when it had all messages."""
+    load_mb: float
+    """That each rank reads to know where all lies."""
+    load_cpu_s: float
+    """Of a rank's own plan of a load, from what it has read on."""
 
 
 def measure_scale(
@@ -142,7 +156,11 @@ def _ours(num_ranks: int, num_tensors: int) -> Scaled:
     places = Places.of(written, layouts)
     meta = StorageMeta(checkpoint_id="step-1")
     data = clock.of("metadata", lambda: metadata_file(plan, places, meta))
-    clock.of("manifest", lambda: _manifest(plan, places))
+    manifest = clock.of("manifest", lambda: _manifest(plan, places))
+    index = clock.of("metadata too", lambda: StepIndex.of_save(plan, places).to_bytes())
+    peak_mb = memory.peak_mb()
+    held = items_of(num_ranks // 2, num_ranks, num_tensors)
+    clock.of("load", lambda: _loads(manifest, index, held))
     return Scaled(
         what="ray_ckpt",
         num_ranks=num_ranks,
@@ -153,9 +171,11 @@ def _ours(num_ranks: int, num_tensors: int) -> Scaled:
         plan_cpu_s=clock.seconds["table"] + clock.seconds["plan"],
         again_cpu_s=clock.seconds["again"],
         metadata_mb=len(data) / 1e6,
-        metadata_cpu_s=clock.seconds["metadata"],
+        metadata_cpu_s=clock.seconds["metadata"] + clock.seconds["metadata too"],
         manifest_cpu_s=clock.seconds["manifest"],
-        peak_mb=memory.peak_mb(),
+        peak_mb=peak_mb,
+        load_mb=(len(manifest) + len(index)) / 1e6,
+        load_cpu_s=clock.seconds["load"],
     )
 
 
@@ -207,6 +227,40 @@ def _manifest(plan: GlobalPlan, places: Places) -> bytes:
     ).to_json()
 
 
+def _loads(manifest: bytes, index: bytes, held: Sequence[WriteItem]) -> list[Read]:
+    """What a rank that holds this reads of each file."""
+    Manifest.without_tensors(manifest, "step-1")
+    known = StepIndex.from_bytes(index)
+    return reads_of(
+        known,
+        [
+            Part(
+                name=item.index.fqn,
+                number=known.numbers[item.index.fqn],
+                local=torch.empty(item.tensor_data.chunk.sizes, device="meta"),
+                offsets=item.tensor_data.chunk.offsets,
+            )
+            for item in held
+            if item.tensor_data is not None
+        ],
+    )
+
+
+def _dcps_loads(data: bytes, held: Sequence[WriteItem]) -> list[ReadItem]:
+    """The same by DCP."""
+    metadata = pickle.loads(data)
+    return [
+        read
+        for item in held
+        if item.tensor_data is not None
+        for read in create_read_items_for_chunk_list(
+            item.index.fqn,
+            metadata.state_dict_metadata[item.index.fqn],
+            [item.tensor_data.chunk],
+        )
+    ]
+
+
 def _dcps(num_ranks: int, num_tensors: int) -> Scaled:
     """By DCP's own code; the items' places are filled in as its writer does it."""
     clock = _Clock()
@@ -232,6 +286,9 @@ def _dcps(num_ranks: int, num_tensors: int) -> Scaled:
         return pickle.dumps(metadata)
 
     data = clock.of("metadata", stored)
+    peak_mb = memory.peak_mb()
+    held = items_of(num_ranks // 2, num_ranks, num_tensors)
+    clock.of("load", lambda: _dcps_loads(data, held))
     gathered_mb = sum(map(len, messages)) / 1e6
     return Scaled(
         what="DefaultSavePlanner",
@@ -245,7 +302,9 @@ def _dcps(num_ranks: int, num_tensors: int) -> Scaled:
         metadata_mb=len(data) / 1e6,
         metadata_cpu_s=clock.seconds["metadata"],
         manifest_cpu_s=0.0,
-        peak_mb=memory.peak_mb(),
+        peak_mb=peak_mb,
+        load_mb=len(data) / 1e6,
+        load_cpu_s=clock.seconds["load"],
     )
 
 

@@ -388,4 +388,5 @@ def _refuse_unlisted_files(tensors: Sequence[TensorEntry], listed: set[str]) -> 
     """Readers open a chunk's file by its name: it must be one whose digest is known."""
     unlisted = {c.file for entry in tensors for c in entry.chunks} - listed
     if unlisted:
-        raise ValueError(f"tensors lie in {sorted(unlisted)}, which are not among the files")
+        some = ", ".join(sorted(unlisted)[:3])
+        raise ValueError(f"tensors lie in {some}, which are not among the files")

@@ -3,6 +3,7 @@
 <root>/
     step-500/                      a DCP checkpoint
         ray_ckpt.manifest.json         written last, removed first: it alone means "committed"
+        ray_ckpt.index.npz             what .metadata says, in columns of numbers
         ray_ckpt.pin.<name>.json       keeps the step from every purge
         hf_assets/                     config.json and tokenizer, for exports
     exports/<name>/step-500/       a Hugging Face folder with a manifest of its own
@@ -44,6 +45,8 @@ import re
 MANIFEST = "ray_ckpt.manifest.json"
 METADATA = ".metadata"
 """DCP's own index of a checkpoint (a pickle), as torch names it."""
+INDEX = "ray_ckpt.index.npz"
+"""The same as columns of numbers, which a load needs; a folder of others has none."""
 ASSETS = "hf_assets"
 EXPORTS = "exports"
 PRIVATE = ".ray_ckpt"

@@ -5,6 +5,7 @@ is read from storage each time it is asked for; only an `Observer` remembers wha
 """
 
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -87,14 +88,16 @@ class Catalog:
             )
         return ExportView(name=name, step=step, manifest=manifest)
 
-    def manifest(self, step: int) -> Manifest:
-        """The manifest of a committed step; one read.
+    def manifest(
+        self, step: int, *, read: Callable[[bytes, str], Manifest] = Manifest.from_json
+    ) -> Manifest:
+        """The manifest of a committed step; one read. `read` makes it of its text and place.
 
         Raises:
             StepNotFoundError: the step is not committed.
             IntegrityError: its manifest cannot be read.
         """
-        manifest = manifest_in(self.store, names.step_dir(step))
+        manifest = manifest_in(self.store, names.step_dir(step), read=read)
         if manifest is None:
             raise step_errors.not_readable(self.uri, step, self.observe())
         return manifest

@@ -1,6 +1,6 @@
 """What one folder holds, and what that makes of it. Looks only, and decides nothing."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -22,15 +22,17 @@ Told: TypeAlias = Manifest | IntegrityError | None
 """What a folder's manifest says: the error where it cannot be read, None where there is none."""
 
 
-def manifest_in(store: Store, folder: str) -> Manifest | None:
-    """The manifest of a folder, or None; one read.
+def manifest_in(
+    store: Store, folder: str, *, read: Callable[[bytes, str], Manifest] = Manifest.from_json
+) -> Manifest | None:
+    """The manifest of a folder, or None; one read. `read` makes it of its text and place.
 
     Raises:
         IntegrityError: there is one, and it cannot be read.
     """
     key = names.manifest_key(folder)
     try:
-        return Manifest.from_json(store.read(key), f"{store.uri}/{key}")
+        return read(store.read(key), f"{store.uri}/{key}")
     except ObjectNotFoundError:
         return None
 

@@ -50,7 +50,7 @@ def choose(catalog: Catalog, ranks: Ranks, step: int, *, hold: Hold) -> Choice:
         IntegrityError: it is damaged; storage is not touched.
     """
     ranks.on_coordinator(lambda: hold(step))
-    manifest = ranks.together(lambda: catalog.manifest(step))
+    manifest = ranks.together(lambda: catalog.manifest(step, read=Manifest.without_tensors))
     damage = _damage(catalog, ranks, manifest)
     if damage:
         raise corrupt(catalog.uri, step, damage)

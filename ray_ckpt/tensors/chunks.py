@@ -9,6 +9,7 @@ Elements are numbered in row-major order. A part of a tensor lies in it as rows 
 import io
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -76,6 +77,7 @@ class Chunks:
     def __init__(self, reads: Ranges) -> None:
         self._reads = reads
         self._elements: dict[tuple[str, int], int | None] = {}
+        self._looking: dict[tuple[str, int], threading.Lock] = {}
 
     def elements_at(self, chunk: Chunk) -> int | None:
         """The byte of the file at which its elements begin, in order, as its head says.
@@ -83,12 +85,13 @@ class Chunks:
         None if they are framed in another way.
         """
         where = chunk.key, chunk.begin
-        if where not in self._elements:
-            head = bytearray(min(HEAD_BYTES, chunk.length))
-            self._reads.read_into(chunk.key, chunk.begin, memoryview(head))
-            at = elements_at(bytes(head), chunk.shape, chunk.dtype) if chunk.is_plain else None
-            self._elements[where] = None if at is None else chunk.begin + at
-        return self._elements[where]
+        with self._looking.setdefault(where, threading.Lock()):  # once, whoever needs it first
+            if where not in self._elements:
+                head = bytearray(min(HEAD_BYTES, chunk.length))
+                self._reads.read_into(chunk.key, chunk.begin, memoryview(head))
+                at = elements_at(bytes(head), chunk.shape, chunk.dtype) if chunk.is_plain else None
+                self._elements[where] = None if at is None else chunk.begin + at
+            return self._elements[where]
 
     def read(self, chunk: Chunk, begin: int, into: Tensor) -> None:
         """The elements from number `begin` on, as many as there are in `into`, which is contiguous.

@@ -26,7 +26,7 @@ from ray_ckpt.storage.readers import reading
 from ray_ckpt.tensors.chunks import BLOCK_BYTES
 from ray_ckpt.tensors.export_plan import plan_export
 from ray_ckpt.tensors.hf_reader import HfFolder
-from ray_ckpt.tensors.reader import DcpReader
+from ray_ckpt.tensors.reader import DcpReader, committed_reader
 from ray_ckpt.tensors.recording import Recording
 from ray_ckpt.tensors.sources import split
 from ray_ckpt.tensors.step_tensors import StepTensors
@@ -49,11 +49,15 @@ class Step:
 
     def __init__(self, catalog: Catalog, folder: str, manifest: Manifest | None) -> None:
         files = {entry.path: entry for entry in manifest.files} if manifest else {}
-        digest = files[names.METADATA].digest if files else None
+        reader = (
+            DcpReader(catalog.store, folder, digests=None)
+            if manifest is None
+            else committed_reader(catalog.store, folder, manifest)
+        )
         self.catalog = catalog
         self.folder = folder
         self.manifest = manifest
-        self.tensors = StepTensors(catalog.store, DcpReader(catalog.store, folder, digest=digest))
+        self.tensors = StepTensors(catalog.store, reader)
         self.uri = self.tensors.uri
         self.specs = self.tensors.specs()
         self.others = {key: partial(self.tensors.pickled, key) for key in self.tensors.others()}

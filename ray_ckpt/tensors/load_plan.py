@@ -50,11 +50,12 @@ class LoadPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class Part:
     """What this rank holds of a tensor."""
 
     name: str
     number: int
+    """Of the name in the index."""
     local: Tensor
     offsets: Sequence[int]
 
@@ -68,18 +69,23 @@ def plan_load(
         ValueError: the step lacks an entry, or has something else of its name.
     """
     places = _Places()
-    parts: list[_Part] = []
+    parts: list[Part] = []
     values: list[str] = []
     for name, held in state_dict.items():
         number = _number(index, name, held)
         if index.dtypes[number] is None:
             values.append(name)
         elif (local := places.held(held)) is not None and reads(name):
-            parts.append(_Part(name=name, number=number, local=local[0], offsets=local[1]))
+            parts.append(Part(name=name, number=number, local=local[0], offsets=local[1]))
+    return LoadPlan(reads=reads_of(index, parts), values=values)
+
+
+def reads_of(index: StepIndex, parts: Sequence[Part]) -> list[Read]:
+    """What fills the parts, in the order in which it lies."""
     found = [read for some in _together(index, parts) for read in _overlaps(index, some)]
     lie = np.array([read.piece for read in found], np.int64)
     order = np.lexsort((index.begins[lie], index.file_numbers[lie]))
-    return LoadPlan(reads=[found[at] for at in order.tolist()], values=values)
+    return [found[at] for at in order.tolist()]
 
 
 def _number(index: StepIndex, name: str, held: Any) -> int:
@@ -125,7 +131,7 @@ class _Places:
         return self._known[key]
 
 
-def _together(index: StepIndex, parts: Sequence[_Part]) -> Iterator[Sequence[_Part]]:
+def _together(index: StepIndex, parts: Sequence[Part]) -> Iterator[Sequence[Part]]:
     """As many at once as have not too many pieces."""
     begin = num_pairs = 0
     for end, part in enumerate(parts):
@@ -137,7 +143,7 @@ def _together(index: StepIndex, parts: Sequence[_Part]) -> Iterator[Sequence[_Pa
     yield parts[begin:]
 
 
-def _overlaps(index: StepIndex, parts: Sequence[_Part]) -> Iterator[Read]:
+def _overlaps(index: StepIndex, parts: Sequence[Part]) -> Iterator[Read]:
     depth = index.offsets.shape[1]
     numbers = np.array([part.number for part in parts], np.int64)
     begins = padded([part.offsets for part in parts], depth, 0)

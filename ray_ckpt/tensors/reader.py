@@ -38,19 +38,24 @@ _READS_AT_ONCE = 2
 class DcpReader(FileSystemReader):
     """A DCP storage reader for one folder of a store.
 
-    `digest` is what our manifest says of `.metadata`; None for a foreign folder, of which nothing
-    that is pickled is run. With a `proof`, every shard is digested while it is read.
+    `digests` is what our manifest says of its files, by name; None for a foreign folder, of which
+    nothing that is pickled is run. With a `proof`, every shard is digested while it is read.
     """
 
     def __init__(
-        self, store: Store, folder: str, *, digest: str | None, proof: Proof | None = None
+        self,
+        store: Store,
+        folder: str,
+        *,
+        digests: Mapping[str, str] | None,
+        proof: Proof | None = None,
     ) -> None:
         super().__init__(folder)
         self.uri = f"{store.uri}/{folder}"
-        self.runs_pickles = digest is not None
+        self.runs_pickles = digests is not None
         self.proof = proof
         self._store = store
-        self._digest = digest
+        self._digests = digests
         self.fs = _StoreFileSystem(store)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -72,7 +77,19 @@ class DcpReader(FileSystemReader):
 
     @functools.cached_property
     def _index(self) -> StepIndex:
-        return StepIndex.of(self.read_metadata())
+        if self._digests is None or names.INDEX not in self._digests:
+            return StepIndex.of(self.read_metadata())
+        data = self._store.read(f"{self.path}/{names.INDEX}")
+        self._refuse_other(names.INDEX, data, self._digests[names.INDEX])
+        index = StepIndex.from_bytes(data)
+        unlisted = sorted(set(index.files) - self._digests.keys())
+        if unlisted:
+            raise IntegrityError(
+                f"{names.INDEX} names {unlisted[0]}, which the manifest does not",
+                self.uri,
+                "nothing was read and nothing was changed",
+            )
+        return index
 
     @property
     def is_far(self) -> bool:
@@ -113,24 +130,33 @@ class DcpReader(FileSystemReader):
         self.read_data(planner.create_local_plan(), planner).wait()
 
     def _unpickled(self, data: bytes) -> Metadata:
-        if self._digest is None:
+        if self._digests is None:
             return read_foreign_metadata(data, self.uri)
-        if digest_of(data) != self._digest:
+        self._refuse_other(names.METADATA, data, self._digests[names.METADATA])
+        return cast(Metadata, pickle.loads(data))  # hash checked above
+
+    def _refuse_other(self, name: str, data: bytes, digest: str) -> None:
+        if digest_of(data) != digest:
             raise IntegrityError(
-                f"{names.METADATA} is {digest_of(data)}, the manifest says {self._digest}",
+                f"{name} is {digest_of(data)}, the manifest says {digest}",
                 self.uri,
                 "nothing was unpickled and nothing was changed",
             )
-        return cast(Metadata, pickle.loads(data))  # hash checked above
 
 
 def committed_reader(
     store: Store, folder: str, manifest: Manifest, *, proof: Proof | None = None
 ) -> DcpReader:
-    """The reader of a folder that has our manifest; of an adopted one it runs no pickle either."""
+    """The reader of a folder that has our manifest.
+
+    Of an adopted one it runs no pickle, and goes by what all tools go by.
+    """
     digests = {entry.path: entry.digest for entry in manifest.files}
-    reader = DcpReader(store, folder, digest=digests[names.METADATA], proof=proof)
-    reader.runs_pickles = not manifest.lineage.adopted
+    is_ours = not manifest.lineage.adopted
+    if not is_ours:
+        digests.pop(names.INDEX, None)
+    reader = DcpReader(store, folder, digests=digests, proof=proof)
+    reader.runs_pickles = is_ours
     return reader
 
 

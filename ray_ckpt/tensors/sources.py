@@ -144,7 +144,7 @@ def _open_dcp(source: Source, naming: Naming) -> OpenSource:
     catalog, folder = split(source.path)
     manifest = manifest_in(catalog.store, folder)
     reader = (
-        DcpReader(catalog.store, folder, digest=None)
+        DcpReader(catalog.store, folder, digests=None)
         if manifest is None
         else proving_reader(catalog.store, folder, manifest)
     )

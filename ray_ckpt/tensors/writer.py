@@ -37,6 +37,7 @@ from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_layout import Layout, Places, Written, tensor_entries
 from ray_ckpt.tensors.save_plan import GlobalPlan
 from ray_ckpt.tensors.save_target import IntoRoot, SaveTarget, Superseded
+from ray_ckpt.tensors.step_index import StepIndex
 from ray_ckpt.tensors.still import Memory
 
 log = logging.getLogger("ray_ckpt")
@@ -198,7 +199,11 @@ class CommittingWriter:
         # the step's name instead of a path of this machine; equal for equal content
         meta = StorageMeta(checkpoint_id=self._folder)
         with translated(self._folder_of_attempt):
-            files = {names.METADATA: metadata_file(plan, lying, meta), **self._assets()}
+            files = {
+                names.METADATA: metadata_file(plan, lying, meta),
+                names.INDEX: StepIndex.of_save(plan, lying).to_bytes(),
+                **self._assets(),
+            }
             extra = [self._write(name, data) for name, data in files.items()]
         shards = [entry for rank in written for entry in rank.files]
         tensors = tensor_entries(plan, lying)

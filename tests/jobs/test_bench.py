@@ -65,6 +65,7 @@ def test_saves_of_simulated_ranks_are_planned_and_indexed_beside_dcps_planner() 
         assert ours["metadata_mb"] > 0
         assert ours["plan_cpu_s"] > 0
         assert ours["peak_mb"] >= 0
+        assert all(one["load_cpu_s"] > 0 and one["load_mb"] > 0 for one in (ours, theirs))
 
 
 def test_what_trust_costs_is_measured_beside_torchs_own_save_and_load(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jobs.corpus import EOS_ID, VOCAB_SIZE
 from jobs.decoder import Decoder, hf_config
+from ray_ckpt.core import names
 from ray_ckpt.core.errors import (
     ConfigError,
     IntegrityError,
@@ -169,7 +170,7 @@ def _damage_asset(root: Path, manifest: Manifest) -> Manifest:
 
 
 def _damage_index(root: Path, manifest: Manifest) -> Manifest:
-    (root / "step-12/.metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    (root / "step-12" / names.INDEX).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     return manifest
 
 

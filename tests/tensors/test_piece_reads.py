@@ -53,7 +53,7 @@ def num_bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def read(step: Path, key: str, part: Part, into: Tensor) -> None:
-    reader = DcpReader(LocalStore(str(step.parent)), step.name, digest=None)
+    reader = DcpReader(LocalStore(str(step.parent)), step.name, digests=None)
     number = reader.index.numbers[key]
     begins = [p.indices(n)[0] for p, n in zip(part, reader.index.shapes[number], strict=True)]
     wanted = Read(
@@ -82,7 +82,7 @@ class Told(Progress):
 
 def _stored(step: Path, key: str) -> tuple[str, int, int]:
     """File, first byte and length of the tensor, with what frames it."""
-    index = DcpReader(LocalStore(str(step.parent)), step.name, digest=None).index
+    index = DcpReader(LocalStore(str(step.parent)), step.name, digests=None).index
     return index.place(index.pieces(index.numbers[key])[0])
 
 
@@ -152,7 +152,7 @@ def test_large_pieces_are_read_block_by_block(
 
 def test_values_come_together(step: Path, num_bytes_read: list[int]) -> None:
     state: dict[str, Any] = dict.fromkeys(VALUES)
-    load_into(state, DcpReader(LocalStore(str(step.parent)), step.name, digest=None))
+    load_into(state, DcpReader(LocalStore(str(step.parent)), step.name, digests=None))
     assert state == VALUES
     assert len(num_bytes_read) == 1
 

@@ -215,4 +215,4 @@ def _open(folder: Path, change: Callable[[Metadata], None] = lambda _: None) -> 
             return metadata
 
     store = LocalStore(str(folder))
-    return StepTensors(store, Changed(store, "step", digest=None))
+    return StepTensors(store, Changed(store, "step", digests=None))

@@ -1,0 +1,105 @@
+"""What a step holds, in columns: the same from a save, from its file, and from DCP's own index."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ray_ckpt.core import names
+from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.storage.backends import open_catalog
+from ray_ckpt.tensors.reader import DcpReader, step_reader
+from ray_ckpt.tensors.step_index import StepIndex
+from tests.roots import flip_byte, make_root
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("index") / "run"
+    make_root(str(root), (10,))
+    return root / "step-10"
+
+
+def by_name(index: StepIndex) -> dict[str, Any]:
+    """All that it says, whatever the order."""
+    return {
+        name: (
+            index.shapes[number],
+            index.dtypes[number],
+            sorted(
+                (index.offsets_in(number, p), index.sizes_in(number, p), index.place(p))
+                for p in index.pieces(number)
+            ),
+        )
+        for name, number in index.numbers.items()
+    }
+
+
+def test_a_step_has_an_index_that_says_what_dcps_own_says(step: Path) -> None:
+    catalog = open_catalog(str(step.parent))
+    own = step_reader(catalog, catalog.manifest(10))
+    dcps = DcpReader(catalog.store, step.name, digests=None)
+    assert by_name(own.index) == by_name(dcps.index)
+    assert own.index.specs() == dcps.index.specs()
+    assert own.index.ends() == dcps.index.ends()
+    assert len(own.index.values()) > 0
+
+
+def test_a_load_of_a_step_of_ours_needs_no_pickle_of_objects(
+    step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = open_catalog(str(step.parent))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(DcpReader, "read_metadata", refuse)
+    assert step_reader(catalog, catalog.manifest(10)).index.names
+
+
+def test_an_index_that_was_altered_is_refused(tmp_path: Path) -> None:
+    make_root(str(tmp_path), (10,))
+    flip_byte(tmp_path / "step-10" / names.INDEX)
+    catalog = open_catalog(str(tmp_path))
+    with pytest.raises(IntegrityError, match=f"{names.INDEX} is sha256"):
+        _ = step_reader(catalog, catalog.manifest(10)).index
+
+
+@pytest.mark.parametrize("largest", [0, 255, 256, 2**31, 2**40])
+def test_numbers_of_any_size_come_back(largest: int) -> None:
+    rows = np.array([[0, largest], [largest, 1]], np.int64)
+    index = StepIndex(
+        names=["a", "läßt", "v"],
+        shapes=[(largest, 2), (), ()],
+        dtypes=[torch.bfloat16, torch.float8_e4m3fn, None],
+        starts=np.array([0, 1, 2, 2]),
+        offsets=rows,
+        sizes=rows + 1,
+        files=["__0_0.distcp"],
+        file_numbers=np.zeros(2, np.int32),
+        begins=rows[:, 1],
+        lengths=rows[:, 0],
+    )
+    again = StepIndex.from_bytes(index.to_bytes())
+    assert (again.names, again.shapes, again.dtypes) == (index.names, index.shapes, index.dtypes)
+    for name in ("starts", "offsets", "sizes", "begins", "lengths", "file_numbers"):
+        assert np.array_equal(getattr(again, name), getattr(index, name))
+        assert getattr(again, name).dtype == getattr(index, name).dtype
+
+
+def test_an_index_of_nothing_comes_back() -> None:
+    again = StepIndex.from_bytes(StepIndex.of_specs({}).to_bytes())
+    assert (again.names, again.files) == ([], [""])
+    assert again.offsets.shape == (0, 0)
+
+
+def test_an_index_of_files_that_the_manifest_does_not_list_is_refused(step: Path) -> None:
+    """Readers open a file by its name."""
+    catalog = open_catalog(str(step.parent))
+    digests = {entry.path: entry.digest for entry in catalog.manifest(10).files}
+    shard = next(path for path in digests if path.endswith(".distcp"))
+    without = {path: digest for path, digest in digests.items() if path != shard}
+    with pytest.raises(IntegrityError, match=f"names {shard}, which the manifest does not"):
+        _ = DcpReader(catalog.store, step.name, digests=without).index
