@@ -200,7 +200,7 @@ class HfReader:
     runs_pickles = False
     proof = None
     is_far = False
-    """As a tensor is made, it is not nearer to one rank than to another."""
+    """Each replica makes what it holds by itself."""
 
     def __init__(
         self, folder: HfFolder, to_native: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
