@@ -32,7 +32,7 @@ def base(tmp_path: Path) -> Path:
 def test_there_and_back(cli: Cli, base: Path, root: str) -> None:
     told = cli("import", base, root)
     assert told.code == 0
-    assert told.out == f"{root}/step-0: 21 tensors of a llama model, 61.3 kB\n"
+    assert told.out == f"{root}/step-0: 21 tensors of a llama model, 64.3 kB\n"
     assert json.loads(cli("ls", root, "--json").out)[0]["state"] == "committed"
     exported = cli("export", root, "--step", 0, "--dtype", "float32", "--json")
     made = Path(json.loads(exported.out)["path"])

@@ -50,6 +50,7 @@ class _Copying:
         self._target = target
         self._progress = progress
         self._is_refused = threading.Event()
+        self._telling = threading.Lock()
 
     def bring(self, entry: FileEntry) -> bool:
         """Whether the file is there now, equal to its entry; else the service would not copy it."""
@@ -71,6 +72,13 @@ class _Copying:
         except (TransientError, StorageFullError):
             raise
         except StorageError as error:
+            self._refused(key, error)
+            return False
+        return True
+
+    def _refused(self, key: str, error: StorageError) -> None:
+        """Told once, also where several files are refused at the same moment."""
+        with self._telling:
             if not self._is_refused.is_set():
                 log.warning(
                     "%s is not copied there by the store, its bytes go through this host: %s",
@@ -78,8 +86,6 @@ class _Copying:
                     error.what,
                 )
             self._is_refused.set()
-            return False
-        return True
 
     def _found(self, entry: FileEntry) -> str | None:
         """Digest of what is there, as far as it can be the file; its bytes are read at need."""
