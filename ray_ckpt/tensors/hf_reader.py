@@ -19,7 +19,7 @@ from ray_ckpt.storage.listing import sizes_in
 from ray_ckpt.storage.progress import Progress
 from ray_ckpt.tensors.chunks import bytes_of
 from ray_ckpt.tensors.fqn import told
-from ray_ckpt.tensors.load_plan import LoadPlan, Read
+from ray_ckpt.tensors.load_plan import LoadPlan, Read, narrowed
 from ray_ckpt.tensors.recording import Recording, TensorSpec, record
 from ray_ckpt.tensors.safetensors_file import DTYPES
 from ray_ckpt.tensors.source_files import SourceFiles
@@ -227,8 +227,7 @@ class HfReader:
         for name, reads in of_tensor.items():
             tensor = self.tensor(name)
             for read in reads:
-                ranges = zip(read.offsets, read.sizes, strict=True)
-                read.target.copy_(tensor[tuple(slice(at, at + n) for at, n in ranges)])
+                read.target.copy_(narrowed(tensor, read.offsets, read.sizes))
                 progress.advance(read.target.nbytes)
 
 

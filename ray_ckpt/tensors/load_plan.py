@@ -173,7 +173,7 @@ def _overlaps(index: StepIndex, parts: Sequence[Part]) -> Iterator[Read]:
             piece=piece,
             offsets=tuple(in_piece[:num_dims]),
             sizes=sizes,
-            target=part.local if is_all else _narrowed(part.local, in_part, sizes),
+            target=part.local if is_all else narrowed(part.local, in_part[:num_dims], sizes),
         )
 
 
@@ -185,5 +185,6 @@ def _pairs(starts: Ints, ends: Ints) -> tuple[npt.NDArray[np.intp], Ints]:
     return of_each, starts[of_each] + within
 
 
-def _narrowed(tensor: Tensor, begins: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    return tensor[tuple(slice(at, at + n) for at, n in zip(begins, sizes, strict=False))]
+def narrowed(tensor: Tensor, begins: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """So much of it from there on, in each dimension: a view."""
+    return tensor[tuple(slice(at, at + n) for at, n in zip(begins, sizes, strict=True))]

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ray_ckpt.tensors.chunks import BLOCK_BYTES, Chunk, Chunks, Rows, rows_of, s
 from ray_ckpt.tensors.load_plan import Read
 from ray_ckpt.tensors.step_index import StepIndex
 
+T = TypeVar("T")
 _WIDE_BYTES = 64 << 10
 """Of a row that is worth a read of its own."""
 _IN_FLIGHT_BYTES = 256 << 20
@@ -80,7 +81,7 @@ def read_pieces(
     in_flight_bytes = 0
     threads = ThreadPoolExecutor(num_threads, "ray_ckpt load")
     try:
-        for run in _runs(_wanted(read, chunk) for read, chunk in reads):
+        for run in _runs((_wanted(read, chunk) for read, chunk in reads), _make_a_block):
             begun.append(_begin(chunks, run, threads))
             in_flight_bytes += begun[-1].num_bytes
             while in_flight_bytes > _IN_FLIGHT_BYTES:
@@ -100,11 +101,11 @@ def _wanted(read: Read, chunk: Chunk) -> _Wanted:
     return _Wanted(read=read, chunk=chunk, into=into)
 
 
-def _runs(wanted: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
-    """Whole chunks that lie one behind the other, as many as make a block; all else alone."""
-    run: list[_Wanted] = []
-    for each in wanted:
-        if run and not _goes_on(run, each):
+def _runs(items: Iterable[T], go_on: Callable[[Sequence[T], T], bool]) -> Iterator[list[T]]:
+    """As many of them together as `go_on` says, run by run."""
+    run: list[T] = []
+    for each in items:
+        if run and not go_on(run, each):
             yield run
             run = []
         run.append(each)
@@ -112,7 +113,8 @@ def _runs(wanted: Iterable[_Wanted]) -> Iterator[list[_Wanted]]:
         yield run
 
 
-def _goes_on(run: Sequence[_Wanted], wanted: _Wanted) -> bool:
+def _make_a_block(run: Sequence[_Wanted], wanted: _Wanted) -> bool:
+    """Whole chunks that lie one behind the other, as many as make a block; all else is alone."""
     first, last, chunk = run[0].chunk, run[-1].chunk, wanted.chunk
     return (
         chunk.begin == last.begin + last.length
@@ -193,7 +195,7 @@ def read_values(
 ) -> None:
     """Each value that is no tensor, handed over; neighbours come in one read."""
     places = sorted(_Place(*index.place(index.pieces(index.numbers[n])[0]), n) for n in names)
-    for run in _neighbours(places):
+    for run in _runs(places, _are_neighbours):
         first, last = run[0], run[-1]
         data = memoryview(bytearray(last.begin + last.length - first.begin))
         store.read_into(f"{folder}/{first.file}", first.begin, data)
@@ -202,16 +204,11 @@ def read_values(
             arrived(at.name, bytes(data[begin : begin + at.length]))
 
 
-def _neighbours(places: Iterable[_Place]) -> Iterator[list[_Place]]:
-    """Those that lie one behind the other, together."""
-    run: list[_Place] = []
-    for at in places:
-        before = run[-1] if run else at
-        is_next = at.file == before.file
-        is_next &= at.begin in (before.begin, before.begin + before.length)
-        if run and (not is_next or at.begin - run[0].begin >= BLOCK_BYTES):
-            yield run
-            run = []
-        run.append(at)
-    if run:
-        yield run
+def _are_neighbours(run: Sequence[_Place], at: _Place) -> bool:
+    """Those that lie one behind the other, as many as make a block."""
+    before = run[-1]
+    return (
+        at.file == before.file
+        and at.begin in (before.begin, before.begin + before.length)
+        and at.begin - run[0].begin < BLOCK_BYTES
+    )

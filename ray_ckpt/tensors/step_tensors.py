@@ -32,7 +32,7 @@ class StepTensors:
     """The tensors of one DCP folder; threads may share it.
 
     Raises:
-        IntegrityError: `.metadata` differs from the manifest, here and once something is read.
+        IntegrityError: its index differs from the manifest.
     """
 
     def __init__(self, store: Store, reader: DcpReader) -> None:
