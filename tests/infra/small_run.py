@@ -29,6 +29,7 @@ from ray_ckpt.tensors.states import TrainingState
 from tests.roots import TINY, flip_byte
 
 DAMAGED = 3
+SMALL = DecoderConfig(dim=128, num_layers=2, ffn_dim=344)
 BEATS_EVERY_SECOND = Limits(hung_after_s=24.0)
 
 
@@ -40,7 +41,7 @@ def policy(*copies: str) -> LifecyclePolicy:
                 steps=(1, 4),
                 last_step=False,
                 dtype="float32",
-                max_shard_bytes=1_000_000,  # many files, so that a copy counts bytes on its way
+                max_shard_bytes=250_000,  # many files, so that a copy counts bytes on its way
             ),
         ),
         publish=tuple(PublishPolicy(export="hf", to=place) for place in copies),
@@ -80,7 +81,7 @@ def main() -> None:
         save(local_root, 6, TINY, copies)
         sys.stdout.write(f"{targets}\n")
         sys.stdout.flush()
-        save(s3_root, 1, DecoderConfig())
+        save(s3_root, 1, SMALL)
         sys.stdin.read()
 
 

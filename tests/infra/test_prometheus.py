@@ -26,8 +26,8 @@ from tests.waiting import wait_for
 ALERTS = Path("infra/prometheus/alerts.yml")
 ALERT_TESTS = Path("infra/prometheus/alerts.test.yml")
 DASHBOARD = Path("infra/grafana/ray_ckpt.json")
-SLOW_S = 1.0
-"""Before each 64 KiB of an export that is read: 66 KB/s a connection, so that a copy takes time."""
+SLOW_S = 4.0
+"""Before each 64 KiB of an export that is read: 16 KB/s a connection, so that a copy takes time."""
 
 
 def panels() -> list[dict[str, Any]]:
