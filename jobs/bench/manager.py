@@ -21,7 +21,7 @@ from ray_ckpt.core.actions import Action, ActionRecord
 from ray_ckpt.core.admission import LiveNode, Placement
 from ray_ckpt.core.beats import Beat
 from ray_ckpt.core.lifecycle import CheckpointState
-from ray_ckpt.core.manifest import Chunk, FileEntry, Lineage, Manifest, TensorEntry
+from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest, TensorBytes, TensorEntry
 from ray_ckpt.core.observation import CheckpointView
 from ray_ckpt.core.reconcile import verify_action
 from ray_ckpt.storage.backends import open_catalog
@@ -180,25 +180,15 @@ def _manifest(step: int, num_tensors: int) -> Manifest:
         files=tuple(
             FileEntry(path=p, size_bytes=1, digest=f"crc64nvme:{step:016x}") for p in paths
         ),
-        tensors=tuple(_tensor(number, paths) for number in range(num_tensors)),
+        tensors=tuple(map(_tensor, range(num_tensors))),
+        tensor_bytes={path: TensorBytes(model=0, optimizer=1) for path in paths},
         world_size=NUM_FILES,
     )
 
 
-def _tensor(number: int, paths: Sequence[str]) -> TensorEntry:
-    rows = NUM_PARAMETERS // len(paths)
+def _tensor(number: int) -> TensorEntry:
     return TensorEntry(
         name=f"optimizer.state.layers.{number}.attention.wq.weight.exp_avg",
         dtype="float32",
         shape=(NUM_PARAMETERS, NUM_PARAMETERS),
-        chunks=tuple(
-            Chunk(
-                offsets=(rank * rows, 0),
-                sizes=(rows, NUM_PARAMETERS),
-                file=path,
-                offset_bytes=number * rows * NUM_PARAMETERS * 4,
-                length_bytes=rows * NUM_PARAMETERS * 4,
-            )
-            for rank, path in enumerate(paths)
-        ),
     )

@@ -166,9 +166,11 @@ def _show_plan(catalog: Catalog, step: int, spec: ExportSpec, *, as_json: bool) 
     """Every file, and in JSON every tensor with the bytes that it is made of; reads no tensor."""
     from ray_ckpt.tensors.export_plan import plan_export
     from ray_ckpt.tensors.plan_document import plan_document
+    from ray_ckpt.tensors.reader import step_reader
 
     manifest = catalog.manifest(step)
-    document = plan_document(plan_export(catalog, manifest, spec), manifest)
+    plan = plan_export(catalog, manifest, spec)
+    document = plan_document(plan, step, step_reader(catalog, manifest).index)
 
     def render() -> None:
         rows = [

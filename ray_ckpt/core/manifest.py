@@ -1,19 +1,19 @@
 """What a checkpoint or an export consists of, and its one canonical JSON form.
 
-The manifest lists every file with its size and digest, and every tensor with its dtype, shape
-and the byte range of each piece: a twin of DCP's `.metadata` that needs no pickle. It holds no
-path of the machine that wrote it, no token and no secret. Serialising the same content always
+The manifest lists every file with its size and digest, and every tensor with its dtype and shape.
+Where each piece of a tensor lies the index says, one of the files (`tensors.step_index`). It holds
+no path of the machine that wrote it, no token and no secret. Serialising the same content always
 gives the same bytes.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from ray_ckpt.core.errors import IntegrityError, UnknownSchemaError
 from ray_ckpt.core.names import is_save_id
@@ -32,31 +32,21 @@ class FileEntry:
     """`algorithm:hex`, for example `crc64nvme:7b2f...`; see `storage.digests`."""
 
 
-class Chunk(NamedTuple):
-    """One contiguous item of a tensor, as DCP wrote it.
-
-    No dataclass, which takes three times as long to make: a save by 512 ranks has half a million.
-    """
-
-    offsets: tuple[int, ...]
-    """Where the piece lies in the whole tensor, one number a dimension."""
-    sizes: tuple[int, ...]
-    file: str
-    offset_bytes: int
-    """Where the item (a small zip around the raw bytes) starts in `file`."""
-    length_bytes: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """One tensor, whole: its name, and where its pieces are."""
+    """One tensor, whole."""
 
     name: str
     dtype: str
     """As torch prints it, without `torch.`: `float32`, `bfloat16`."""
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...] = ()
-    """Empty in the manifest of an export: safetensors files index themselves."""
+
+
+class TensorBytes(NamedTuple):
+    """How much of a file is for what, with what frames each tensor; the rest is for neither."""
+
+    model: int
+    optimizer: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +133,8 @@ class Manifest:
     lineage: Lineage
     files: tuple[FileEntry, ...]
     tensors: tuple[TensorEntry, ...] = ()
+    tensor_bytes: Mapping[str, TensorBytes] = field(default_factory=dict[str, TensorBytes])
+    """Of each file of a checkpoint with tensors in it."""
     model: ModelEntry | None = None
     world_size: int = 1
     is_last_step: bool = False
@@ -173,15 +165,9 @@ class Manifest:
         """
         document = {"schema": SCHEMA, **asdict(replace(self, files=(), tensors=()))}
         document["files"] = [asdict(e) for e in sorted(self.files, key=lambda e: e.path)]
-        # keys are sorted, and neither of these can come again behind its last place
-        head, begin, tail = _canonical(document).rpartition(b',"tensors":[')
-        head, step, rest = head.rpartition(b',"step":')
-        tensors = ",".join(_tensor_texts(sorted(self.tensors, key=lambda e: e.name))).encode()
-        body = b"".join([step, rest, begin, tensors, tail])
-        checksum = hashlib.sha256(head)
-        checksum.update(body)
-        own = f',"{_CHECKSUM}":"{checksum.hexdigest()}"'.encode()
-        return b"".join([head, own, body, b"\n"])
+        document["tensors"] = [asdict(e) for e in sorted(self.tensors, key=lambda e: e.name)]
+        document[_CHECKSUM] = _checksum(document)
+        return _canonical(document) + b"\n"
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
@@ -189,8 +175,7 @@ class Manifest:
 
         Raises:
             IntegrityError: it is no JSON, of a schema this version does not know, damaged, lacks
-                a field, names a file outside its own folder, or a tensor in a file it does not
-                list.
+                a field, or names a file outside its own folder.
         """
         try:
             document = json.loads(text)
@@ -205,9 +190,9 @@ class Manifest:
 
     @classmethod
     def without_tensors(cls, text: bytes, where: str) -> "Manifest":
-        """The manifest without the index of its tensors: most of it for a large model.
+        """The manifest without its tensors: most of it for a large model.
 
-        As `to_json` wrote it, it is checked as a whole and the index is never parsed.
+        As `to_json` wrote it, it is checked as a whole and they are never parsed.
 
         Raises:
             IntegrityError: as for `from_json`.
@@ -245,27 +230,6 @@ def _canonical(document: Any) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _tensor_texts(tensors: Iterable[TensorEntry]) -> Iterator[str]:
-    """Each as `_canonical` would write it, at a tenth of its time."""
-    texts: dict[str | tuple[int, ...], str] = {}
-
-    def text(value: str | tuple[int, ...]) -> str:
-        if value not in texts:
-            texts[value] = _canonical(value).decode()
-        return texts[value]
-
-    for entry in tensors:
-        chunks = ",".join(
-            f'{{"file":{text(file)},"length_bytes":{length},"offset_bytes":{begin},'
-            f'"offsets":{text(offsets)},"sizes":{text(sizes)}}}'
-            for offsets, sizes, file, begin, length in entry.chunks
-        )
-        yield (
-            f'{{"chunks":[{chunks}],"dtype":{text(entry.dtype)},'
-            f'"name":{_canonical(entry.name).decode()},"shape":{text(entry.shape)}}}'
-        )
-
-
 def _checksum(document: Mapping[str, Any]) -> str:
     """SHA-256 over everything but the checksum itself."""
     return hashlib.sha256(_canonical(document)).hexdigest()
@@ -287,16 +251,17 @@ def _refuse_unknown_schema(document: Mapping[str, Any], where: str) -> None:
 
 def _from_document(document: Mapping[str, Any]) -> Manifest:
     model = document["model"]
-    files = tuple(_file_entry(entry) for entry in document["files"])
-    tensors = tuple(_tensor_entry(entry) for entry in document["tensors"])
-    _refuse_unlisted_files(tensors, {entry.path for entry in files})
     return Manifest(
         step=int(document["step"]),
         save_id=_save_id(document["save_id"]),
         created_at=str(document["created_at"]),
         lineage=_lineage(document["lineage"]),
-        files=files,
-        tensors=tensors,
+        files=tuple(_file_entry(entry) for entry in document["files"]),
+        tensors=tuple(
+            TensorEntry(name=e["name"], dtype=e["dtype"], shape=tuple(e["shape"]))
+            for e in document["tensors"]
+        ),
+        tensor_bytes={path: TensorBytes(*b) for path, b in document["tensor_bytes"].items()},
         model=_model_entry(model) if model else None,
         world_size=int(document["world_size"]),
         is_last_step=bool(document["is_last_step"]),
@@ -363,30 +328,3 @@ def _file_entry(entry: Mapping[str, Any]) -> FileEntry:
     if parsed.size_bytes < 0 or ":" not in parsed.digest:
         raise ValueError(f"size or digest of {parsed.path!r} is none")
     return parsed
-
-
-def _tensor_entry(entry: Mapping[str, Any]) -> TensorEntry:
-    chunks = cast(Sequence[Mapping[str, Any]], entry["chunks"])
-    return TensorEntry(
-        name=entry["name"],
-        dtype=entry["dtype"],
-        shape=tuple(entry["shape"]),
-        chunks=tuple(
-            Chunk(
-                offsets=tuple(chunk["offsets"]),
-                sizes=tuple(chunk["sizes"]),
-                file=chunk["file"],
-                offset_bytes=chunk["offset_bytes"],
-                length_bytes=chunk["length_bytes"],
-            )
-            for chunk in chunks
-        ),
-    )
-
-
-def _refuse_unlisted_files(tensors: Sequence[TensorEntry], listed: set[str]) -> None:
-    """Readers open a chunk's file by its name: it must be one whose digest is known."""
-    unlisted = {c.file for entry in tensors for c in entry.chunks} - listed
-    if unlisted:
-        some = ", ".join(sorted(unlisted)[:3])
-        raise ValueError(f"tensors lie in {some}, which are not among the files")

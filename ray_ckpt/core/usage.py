@@ -22,8 +22,6 @@ from ray_ckpt.core.lifecycle import CheckpointState
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.core.observation import READABLE, CheckpointView, Observation
 
-_OPTIMIZER = "optimizer"
-
 
 class Kind(StrEnum):
     """What somebody may do with it depends on it."""
@@ -167,18 +165,12 @@ def usage(owners: Owners, sizes: Iterable[tuple[str, int]]) -> list[Use]:
 
 
 def split(manifest: Manifest, size_bytes: int, *, without: Collection[str] = ()) -> Split:
-    """What `size_bytes` of a checkpoint are for, by the index of its tensors.
+    """What `size_bytes` of a checkpoint are for.
 
     These are the bytes of all its files but those `without`, which count with another step.
     """
-    own = set(manifest.model.keys) if manifest.model else None
-    model = optimizer = 0
-    for entry in manifest.tensors:
-        length = sum(c.length_bytes for c in entry.chunks if c.file not in without)
-        is_optimizers = entry.name.partition(".")[0] == _OPTIMIZER
-        optimizer += length if is_optimizers else 0
-        is_models = not is_optimizers and (own is None or entry.name in own)
-        model += length if is_models else 0
+    held = [found for path, found in manifest.tensor_bytes.items() if path not in without]
+    model, optimizer = sum(one.model for one in held), sum(one.optimizer for one in held)
     return Split(model=model, optimizer=optimizer, rest=max(0, size_bytes - model - optimizer))
 
 

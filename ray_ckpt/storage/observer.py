@@ -246,7 +246,7 @@ def with_verdict(view: CheckpointView, record: ActionRecord | None) -> Checkpoin
 
 
 def _light_manifest(text: bytes, where: str) -> Manifest | IntegrityError:
-    """What it says, without the index of its tensors: nobody decides by it."""
+    """What it says, without its tensors: nobody decides by them."""
     try:
         return Manifest.without_tensors(text, where)
     except IntegrityError as error:

@@ -94,8 +94,6 @@ def _by_age(info: ObjectInfo) -> tuple[bool, int, str]:
 def _splits(
     catalog: Catalog, sizes: Mapping[int, int], elsewhere: Collection[str]
 ) -> dict[int, Split]:
-    """With the index of the tensors, which an observation leaves out."""
-
     def look(step: int) -> Split | None:
         folder = names.step_dir(step)
         told = told_in(catalog.store, folder)

@@ -22,7 +22,8 @@ from ray_ckpt.storage import step_errors
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, STRONG_ALGORITHM, describe_object
 from ray_ckpt.storage.listing import sizes_in
-from ray_ckpt.tensors.index import NOT_THE_MODEL, model_keys, read_foreign_metadata, tensor_index
+from ray_ckpt.tensors.index import NOT_THE_MODEL, model_keys, read_foreign_metadata
+from ray_ckpt.tensors.step_index import StepIndex
 
 _UNTOUCHED = "the folder is untouched; it stays foreign"
 _ELSEWHERE = "restore these files from a copy, or resume from another step"
@@ -65,6 +66,8 @@ def adopt_step(
         isinstance(entry, TensorStorageMetadata) and key.partition(".")[0] not in NOT_THE_MODEL
         for key, entry in keys.items()
     )
+    index = StepIndex.of(metadata)
+    own = model_keys(metadata, NOT_THE_MODEL)
     manifest = Manifest(
         step=step,
         save_id=uuid.uuid4().hex[:16],
@@ -79,8 +82,9 @@ def adopt_step(
             )
             for name in files
         ),
-        tensors=tensor_index(metadata),
-        model=ModelEntry(family=family, keys=model_keys(metadata, NOT_THE_MODEL)),
+        tensors=index.entries(),
+        tensor_bytes=index.tensor_bytes(own),
+        model=ModelEntry(family=family, keys=own),
         holds="model" if is_model_alone else "everything",
     )
     catalog.adopt(manifest)

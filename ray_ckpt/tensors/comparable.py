@@ -48,7 +48,6 @@ class Step:
     """The folder of a DCP checkpoint."""
 
     def __init__(self, catalog: Catalog, folder: str, manifest: Manifest | None) -> None:
-        files = {entry.path: entry for entry in manifest.files} if manifest else {}
         reader = (
             DcpReader(catalog.store, folder, digests=None)
             if manifest is None
@@ -62,13 +61,9 @@ class Step:
         self.specs = self.tensors.specs()
         self.others = {key: partial(self.tensors.pickled, key) for key in self.tensors.others()}
         self.reads_at_once = self.tensors.reads_at_once
-        whose = {path: (entry.digest, entry.size_bytes) for path, entry in files.items()}
-        self._places = {
-            entry.name: frozenset(
-                (c.offsets, c.sizes, whose[c.file], c.offset_bytes, c.length_bytes)
-                for c in entry.chunks
-            )
-            for entry in (manifest.tensors if manifest else ())
+        self._index = reader.index
+        self._digests = {
+            e.path: (e.digest, e.size_bytes) for e in (manifest.files if manifest else ())
         }
 
     def pieces(self, name: str) -> Iterator[Piece]:
@@ -87,7 +82,15 @@ class Step:
 
     def places(self, name: str) -> Hashable:
         """Its chunks, each in a file of that digest."""
-        return self._places.get(name)
+        if not self._digests:
+            return None
+        index, number = self._index, self._index.numbers[name]
+        found: set[Hashable] = set()
+        for piece in index.pieces(number):
+            file, *at = index.place(piece)
+            part = index.offsets_in(number, piece), index.sizes_in(number, piece)
+            found.add((*part, self._digests[file], *at))
+        return frozenset(found)
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """While it is entered, no purge takes a step of ours."""

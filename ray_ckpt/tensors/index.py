@@ -1,14 +1,12 @@
-"""DCP's `.metadata` as plain records, and the only safe way to read one that is not ours."""
+"""DCP's `.metadata`, and the only safe way to read one that is not ours."""
 
 import io
 import pickle
-from collections.abc import Iterable
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ray_ckpt.core.errors import IntegrityError
-from ray_ckpt.core.manifest import Chunk, TensorEntry
 
 _ALLOWED: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint.metadata": frozenset(
@@ -38,20 +36,6 @@ _DTYPES = frozenset(
 )
 NOT_THE_MODEL = frozenset({"optimizer", "lr_scheduler", "dataloader", "train_state", "rng"})
 """First segments of keys that are no model's, as TorchTitan and we write them."""
-
-
-def tensor_index(metadata: Metadata) -> tuple[TensorEntry, ...]:
-    """Every tensor of the checkpoint and where its pieces lie, sorted by name."""
-    return tuple(
-        TensorEntry(
-            name=name,
-            dtype=str(entry.properties.dtype).removeprefix("torch."),
-            shape=tuple(entry.size),
-            chunks=tuple(_chunks(metadata, name, entry)),
-        )
-        for name, entry in sorted(metadata.state_dict_metadata.items())
-        if isinstance(entry, TensorStorageMetadata)
-    )
 
 
 def model_keys(metadata: Metadata, reserved: frozenset[str]) -> tuple[str, ...]:
@@ -95,15 +79,3 @@ class _RestrictedUnpickler(pickle.Unpickler):
                 do="do not load this checkpoint with any tool; find out where it came from",
             )
         return super().find_class(module, name)
-
-
-def _chunks(metadata: Metadata, name: str, entry: TensorStorageMetadata) -> Iterable[Chunk]:
-    for chunk in entry.chunks:
-        stored = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        yield Chunk(
-            offsets=tuple(chunk.offsets),
-            sizes=tuple(chunk.sizes),
-            file=stored.relative_path,
-            offset_bytes=stored.offset,
-            length_bytes=stored.length,
-        )

@@ -77,15 +77,18 @@ class DcpReader(FileSystemReader):
 
     @functools.cached_property
     def _index(self) -> StepIndex:
-        if self._digests is None or names.INDEX not in self._digests:
+        if self._digests is None:
             return StepIndex.of(self.read_metadata())
-        data = self._store.read(f"{self.path}/{names.INDEX}")
-        self._refuse_other(names.INDEX, data, self._digests[names.INDEX])
-        index = StepIndex.from_bytes(data)
+        if names.INDEX in self._digests:
+            data = self._store.read(f"{self.path}/{names.INDEX}")
+            self._refuse_other(names.INDEX, data, self._digests[names.INDEX])
+            index = StepIndex.from_bytes(data)
+        else:
+            index = StepIndex.of(self.read_metadata())
         unlisted = sorted(set(index.files) - self._digests.keys())
         if unlisted:
             raise IntegrityError(
-                f"{names.INDEX} names {unlisted[0]}, which the manifest does not",
+                f"tensors lie in {unlisted[0]}, of which the manifest says nothing",
                 self.uri,
                 "nothing was read and nothing was changed",
             )

@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ray_ckpt.core.draft import Place
-from ray_ckpt.core.manifest import Chunk, FileEntry, TensorEntry
+from ray_ckpt.core.manifest import FileEntry
 from ray_ckpt.tensors.save_columns import Ints
-from ray_ckpt.tensors.save_plan import GlobalPlan
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -75,33 +71,3 @@ class Places:
             begins=np.concatenate([one.begins for one in layouts]),
             lengths=np.concatenate([one.lengths for one in layouts]),
         )
-
-
-def tensor_entries(plan: GlobalPlan, places: Places) -> tuple[TensorEntry, ...]:
-    """Every tensor and where its pieces lie, sorted by name: the manifest's index."""
-    order, _ = plan.by_name
-    chunks = list(
-        map(
-            Chunk,
-            _each(plan.shared_offsets.values, plan.shared_offsets.numbers[order]),
-            _each(plan.shared_sizes.values, plan.shared_sizes.numbers[order]),
-            _each(places.names, places.files[order]),
-            places.begins[order].tolist(),
-            places.lengths[order].tolist(),
-        )
-    )
-    return tuple(
-        TensorEntry(
-            name=entry.name,
-            dtype=str(entry.dtype).removeprefix("torch."),
-            shape=entry.shape,
-            chunks=tuple(chunks[start:end]),
-        )
-        for entry, start, end in sorted(plan.named, key=lambda one: one[0].name)
-        if not entry.is_value
-    )
-
-
-def _each(values: Sequence[T], numbers: npt.NDArray[np.int32]) -> list[T]:
-    """[n]: the values that the numbers tell."""
-    return list(map(values.__getitem__, numbers.tolist()))

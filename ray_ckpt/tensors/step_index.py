@@ -11,7 +11,7 @@ of others has `.metadata` alone.
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -22,12 +22,15 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from ray_ckpt.core.errors import IntegrityError
+from ray_ckpt.core.manifest import TensorBytes, TensorEntry
 from ray_ckpt.tensors.chunks import Chunk
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.save_columns import Ints, padded
 from ray_ckpt.tensors.save_layout import Places
 from ray_ckpt.tensors.save_plan import GlobalPlan
 
+_OPTIMIZER = "optimizer"
+"""First segment of the names of its tensors."""
 _COLUMNS = ("starts", "offsets", "sizes", "begins", "lengths")
 _FILE_NUMBERS, _TEXT = "file_numbers", "told"
 
@@ -153,6 +156,33 @@ class StepIndex:
             for name, shape, dtype in zip(self.names, self.shapes, self.dtypes, strict=True)
             if dtype is not None
         }
+
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """What the manifest says of every tensor, sorted by name."""
+        return tuple(
+            TensorEntry(
+                name=name, dtype=str(spec.dtype).removeprefix("torch."), shape=tuple(spec.shape)
+            )
+            for name, spec in sorted(self.specs().items())
+        )
+
+    def tensor_bytes(self, model_keys: Collection[str]) -> dict[str, TensorBytes]:
+        """What the manifest says of every file with tensors in it."""
+        own = set(model_keys)
+        optimizers = {name for name in self.names if name.partition(".")[0] == _OPTIMIZER}
+        model, optimizer = self._bytes_by_file(own), self._bytes_by_file(optimizers - own)
+        held = zip(self.files, model, optimizer, strict=True)
+        return {file: TensorBytes(m, o) for file, m, o in held if m or o}
+
+    def _bytes_by_file(self, wanted: Collection[str]) -> list[int]:
+        is_wanted = [
+            name in wanted and dtype is not None
+            for name, dtype in zip(self.names, self.dtypes, strict=True)
+        ]
+        found = np.zeros(len(self.files), np.int64)
+        pieces = np.repeat(is_wanted, np.diff(self.starts))
+        np.add.at(found, self.file_numbers[pieces], self.lengths[pieces])
+        return found.tolist()
 
     def values(self) -> list[str]:
         """Names of what is no tensor."""

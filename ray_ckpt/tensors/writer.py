@@ -34,7 +34,7 @@ from ray_ckpt.tensors.finite import is_finite
 from ray_ckpt.tensors.metadata_file import metadata_file
 from ray_ckpt.tensors.rank_files import Find, Into, RankFile, RankFiles
 from ray_ckpt.tensors.ranks import Phase
-from ray_ckpt.tensors.save_layout import Layout, Places, Written, tensor_entries
+from ray_ckpt.tensors.save_layout import Layout, Places, Written
 from ray_ckpt.tensors.save_plan import GlobalPlan
 from ray_ckpt.tensors.save_target import IntoRoot, SaveTarget, Superseded
 from ray_ckpt.tensors.step_index import StepIndex
@@ -196,23 +196,26 @@ class CommittingWriter:
     ) -> None:
         """On the coordinator, after every rank has written: the step is committed."""
         lying = Places.of(written, layouts)
+        index = StepIndex.of_save(plan, lying)
         # the step's name instead of a path of this machine; equal for equal content
         meta = StorageMeta(checkpoint_id=self._folder)
         with translated(self._folder_of_attempt):
             files = {
                 names.METADATA: metadata_file(plan, lying, meta),
-                names.INDEX: StepIndex.of_save(plan, lying).to_bytes(),
+                names.INDEX: index.to_bytes(),
                 **self._assets(),
             }
             extra = [self._write(name, data) for name, data in files.items()]
         shards = [entry for rank in written for entry in rank.files]
-        tensors = tensor_entries(plan, lying)
+        tensors = index.entries()
+        model = self._model_entry(tensors)
         manifest = replace(
             self._job.draft,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             files=tuple(sorted([*shards, *extra], key=lambda entry: entry.path)),
             tensors=tensors,
-            model=self._model_entry(tensors),
+            tensor_bytes=index.tensor_bytes(model.keys),
+            model=model,
             non_finite=tuple(sorted({name for rank in written for name in rank.non_finite})),
         )
         places = [

@@ -3,14 +3,7 @@ import dataclasses
 import pytest
 
 from ray_ckpt.core.lifecycle import CheckpointState
-from ray_ckpt.core.manifest import (
-    Chunk,
-    FileEntry,
-    Lineage,
-    Manifest,
-    ModelEntry,
-    TensorEntry,
-)
+from ray_ckpt.core.manifest import FileEntry, Lineage, Manifest, TensorBytes
 from ray_ckpt.core.observation import CheckpointView, ExportView, Observation
 from ray_ckpt.core.policy import LifecyclePolicy
 from ray_ckpt.core.usage import Kind, Owners, Split, split, usage
@@ -85,24 +78,18 @@ def test_room_is_summed_by_owner_the_largest_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
+    ("without", "expected"),
     [
-        (ModelEntry(family=None, keys=("w",)), Split(model=100, optimizer=300, rest=200)),
-        (None, Split(model=150, optimizer=300, rest=150)),
+        ((), Split(model=120, optimizer=300, rest=180)),
+        (("f", "h"), Split(model=20, optimizer=0, rest=580)),
     ],
 )
-def test_a_checkpoint_is_told_apart_by_the_names_of_its_tensors(
-    model: ModelEntry | None, expected: Split
+def test_a_checkpoint_is_told_apart_by_what_its_files_hold(
+    without: tuple[str, ...], expected: Split
 ) -> None:
-    sizes = {"w": 100, "optimizer.state.w.exp_avg": 300, "other": 50}
-    tensors = tuple(
-        TensorEntry(
-            name=name,
-            dtype="float32",
-            shape=(1,),
-            chunks=(Chunk(offsets=(0,), sizes=(1,), file="f", offset_bytes=0, length_bytes=n),),
-        )
-        for name, n in sizes.items()
-    )
-    whole = dataclasses.replace(manifest(5, "f"), tensors=tensors, model=model)
-    assert split(whole, 600) == expected
+    held = {
+        "f": TensorBytes(model=100, optimizer=300),
+        "g": TensorBytes(model=20, optimizer=0),
+    }
+    whole = dataclasses.replace(manifest(5, "f", "g", "h"), tensor_bytes=held)
+    assert split(whole, 600, without=without) == expected

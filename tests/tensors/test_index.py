@@ -12,7 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ray_ckpt.core.errors import IntegrityError
-from ray_ckpt.tensors.index import model_keys, read_foreign_metadata, tensor_index
+from ray_ckpt.core.manifest import TensorEntry
+from ray_ckpt.tensors.index import model_keys, read_foreign_metadata
+from ray_ckpt.tensors.step_index import StepIndex
 
 STATE = {"weight": torch.randn(4, 2), "half": torch.zeros(3, dtype=torch.bfloat16), "step": 5}
 
@@ -36,11 +38,13 @@ def metadata(tmp_path: Path) -> bytes:
 
 
 def test_what_torch_writes_is_read(metadata: bytes) -> None:
-    entries = {entry.name: entry for entry in tensor_index(read_foreign_metadata(metadata, "x"))}
-    assert set(entries) == {"weight", "half"}
-    assert (entries["weight"].dtype, entries["weight"].shape) == ("float32", (4, 2))
-    assert entries["half"].dtype == "bfloat16"
-    assert all(chunk.length_bytes > 0 for entry in entries.values() for chunk in entry.chunks)
+    index = StepIndex.of(read_foreign_metadata(metadata, "x"))
+    assert index.entries() == (
+        TensorEntry(name="half", dtype="bfloat16", shape=(3,)),
+        TensorEntry(name="weight", dtype="float32", shape=(4, 2)),
+    )
+    assert index.values() == ["step"]
+    assert all(index.lengths > 0)
 
 
 def test_model_keys_are_tensors_outside_the_reserved_names(metadata: bytes) -> None:

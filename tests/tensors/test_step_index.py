@@ -1,5 +1,6 @@
 """What a step holds, in columns: the same from a save, from its file, and from DCP's own index."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,5 +102,28 @@ def test_an_index_of_files_that_the_manifest_does_not_list_is_refused(step: Path
     digests = {entry.path: entry.digest for entry in catalog.manifest(10).files}
     shard = next(path for path in digests if path.endswith(".distcp"))
     without = {path: digest for path, digest in digests.items() if path != shard}
-    with pytest.raises(IntegrityError, match=f"names {shard}, which the manifest does not"):
-        _ = DcpReader(catalog.store, step.name, digests=without).index
+    for digests in (without, {p: d for p, d in without.items() if p != names.INDEX}):
+        with pytest.raises(IntegrityError, match=f"lie in {shard}, of which the manifest says no"):
+            _ = DcpReader(catalog.store, step.name, digests=digests).index
+
+
+def test_the_manifest_says_how_much_of_each_file_is_the_models(step: Path) -> None:
+    """Frames included, which are some hundred bytes each."""
+    catalog = open_catalog(str(step.parent))
+    manifest = catalog.manifest(10)
+    assert manifest.model is not None
+    held = {"model": 0, "optimizer": 0}
+    frames = dict(held)
+    for entry in manifest.tensors:
+        is_models = entry.name in manifest.model.keys
+        whose = "model" if is_models else "optimizer" * entry.name.startswith("optimizer.")
+        if whose:
+            held[whose] += math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+            frames[whose] += 1
+    shards = {entry.path: entry.size_bytes for entry in manifest.files}
+    assert manifest.tensor_bytes.keys() == {path for path in shards if path.endswith(".distcp")}
+    for whose in held:
+        found = sum(getattr(b, whose) for b in manifest.tensor_bytes.values())
+        assert held[whose] < found < held[whose] + 2000 * frames[whose]
+    for path, found in manifest.tensor_bytes.items():
+        assert found.model + found.optimizer < shards[path]
