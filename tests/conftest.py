@@ -11,12 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-
-# tasks come last (nice 19): beside tests at nice 0 they would starve, beside trainers at Ray's 15
-# they do not. Ray makes its workers nicer than what starts it, so here it adds nothing
-TRAINER_NICENESS = 15
-os.nice(max(0, TRAINER_NICENESS - os.getpriority(os.PRIO_PROCESS, 0)))
-os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # on top of that of whoever starts Ray
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -26,6 +21,13 @@ from tests.servers.seaweed import S3Endpoint, make_bucket, seaweedfs
 
 LONG = "RAY_CKPT_LONG_TESTS"
 IS_LONG = bool(os.environ.get(LONG))
+TRAINER_NICENESS = 15
+"""As under Ray. Tasks come last (19): beside tests at 0 they would starve."""
+
+
+def pytest_configure() -> None:
+    """Tests run as nice as trainers, and so does all that they start."""
+    os.nice(max(0, TRAINER_NICENESS - os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def pytest_report_header() -> str:

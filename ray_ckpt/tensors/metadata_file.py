@@ -1,12 +1,14 @@
 """DCP's `.metadata` made of columns: the bytes of a pickle, without the objects that it makes.
 
-    front      what is told more than once: classes, words, names, files, distinct offsets and sizes
-    tensors    of each name what it is and its chunks: 22 bytes a chunk
-    places     of each item where it lies: 51 bytes
+    of one save    whose it is, and what its files are called
+    front          what else is told more than once: classes, words, names, distinct offsets, sizes
+    tensors        of each name what it is and its chunks: 22 bytes a chunk
+    places         of each item where it lies: 51 bytes
 
 Objects of a tensor's every piece would take DCP ten seconds for half a million of them, and
 pickling them as long again; rows of equal length are laid by numpy. `pickle.load` makes of it what
-it would of DCP's file, with equal offsets and sizes being one object.
+it would of DCP's file, with equal offsets and sizes being one object. While nothing moves, all but
+the first part is the same in the next save.
 """
 
 import io
@@ -35,38 +37,53 @@ from ray_ckpt.tensors.save_plan import Distinct, GlobalPlan
 _NEW, _BUILD, _STOP = b")\x81", b"b", b"."
 _DICT, _LIST, _MARK, _PUT_ITEMS, _PUT_ALL = b"}", b"]", b"(", b"u", b"e"
 _GET, _NUMBER, _LONG = b"j", b"J", b"\x8a\x08"
+_META, _FIRST_FILE = 0, 1
+"""Numbers in the memo of what belongs to one save."""
 Part = bytes | npt.NDArray[Any]
 
 
-def metadata_file(plan: GlobalPlan, places: Places, meta: StorageMeta) -> bytes:
-    """The file's bytes."""
-    memo = _Memo()
-    offsets = memo.sizes(plan.shared_offsets)
-    index = MetadataIndex("", torch.Size(()), 0)
-    metadata = _object(
-        memo,
-        Metadata({}),
-        state_dict_metadata=_tensors(memo, plan, offsets),
-        planner_data=_plain(plan.paths),
-        storage_data=_DICT + _MARK + _stored(memo, plan, places, offsets, index) + _PUT_ITEMS,
-        storage_meta=_plain(meta),
-        version=_plain(CURRENT_DCP_VERSION),
-    )
-    return b"".join([b"\x80\x04", *memo.front, metadata, _STOP])
+class MetadataFile:
+    """Of every save by this plan whose items come to lie so, whatever its files are called."""
+
+    def __init__(self, plan: GlobalPlan, places: Places) -> None:
+        memo = _Memo(_FIRST_FILE + len(places.names))
+        offsets = memo.sizes(plan.shared_offsets)
+        metadata = _object(
+            memo,
+            Metadata({}),
+            state_dict_metadata=_tensors(memo, plan, offsets),
+            planner_data=_plain(plan.paths),
+            storage_data=_DICT + _MARK + _stored(memo, plan, places, offsets) + _PUT_ITEMS,
+            storage_meta=_GET + struct.pack("<I", _META),
+            version=_plain(CURRENT_DCP_VERSION),
+        )
+        self._rest = b"".join([*memo.front, metadata, _STOP])
+
+    def of(self, files: Sequence[str], meta: StorageMeta) -> bytes:
+        """The bytes of one save's; its files by their names, in the order of the places."""
+        own = [_kept(_META, _plain(meta))]
+        own += [_kept(_FIRST_FILE + number, _plain(name)) for number, name in enumerate(files)]
+        return b"".join([b"\x80\x04", *own, self._rest])
+
+
+def _kept(number: int, code: bytes) -> bytes:
+    """What the code makes is in the memo, and nowhere else."""
+    return code + b"r" + struct.pack("<I", number) + b"0"
 
 
 class _Memo:
-    """What the rest of the pickle points to."""
+    """What the rest of the pickle points to; numbers below `first` are somebody else's."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int) -> None:
         self.front: list[bytes] = []
+        self._first = first
         self._numbers: dict[Hashable, int] = {}
 
     def number(self, key: Hashable, code: Any) -> int:
         """Of what the bytes that `code()` returns make; made once for each key."""
         if key not in self._numbers:
-            self._numbers[key] = len(self._numbers)
-            self.front += [code(), b"r", struct.pack("<I", self._numbers[key]), b"0"]
+            number = self._numbers[key] = self._first + len(self._numbers)
+            self.front.append(_kept(number, code()))
         return self._numbers[key]
 
     def get(self, key: Hashable, code: Any) -> bytes:
@@ -127,11 +144,11 @@ def _stored(
     plan: GlobalPlan,
     places: Places,
     offsets: npt.NDArray[np.uint32],
-    index: MetadataIndex,
 ) -> bytes:
     """Keys and values of all items."""
+    index = MetadataIndex("", torch.Size(()), 0)
     names = memo.words(entry.name for entry in plan.all_entries)[plan.entries]
-    files = memo.words(places.names)[places.files]
+    files = (_FIRST_FILE + places.files).astype(np.uint32)
     are_values = np.array([entry.is_value for entry in plan.all_entries], bool)[plan.entries]
     hints = _hints(plan)
     found = list[bytes]()

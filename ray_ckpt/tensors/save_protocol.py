@@ -5,9 +5,10 @@
         columns of all that is there          ->      who writes what; all refuse what is not whole
     writes; where each item lies, if anew     ->  `.metadata`, manifest, commit
 
-While nothing changes, two small messages go each way. A plan has a name that is drawn when it is
-made: a rank that lacks it, or whose state is another, says so, and all plan anew. Whatever fails
-on one rank is raised on all of them, and then none remembers anything.
+While nothing changes, two small messages go each way, and `.metadata` is made of the last one. A
+plan has a name that is drawn when it is made: a rank that lacks it, or whose state is another, says
+so, and all plan anew. Whatever fails on one rank is raised on all of them, and then none remembers
+anything.
 """
 
 import uuid
@@ -23,8 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from ray_ckpt.tensors.metadata_file import MetadataFile
 from ray_ckpt.tensors.save_columns import Columns, Table, packed, unpacked
-from ray_ckpt.tensors.save_layout import Layout, Written
+from ray_ckpt.tensors.save_layout import Layout, Places, Written
 from ray_ckpt.tensors.save_plan import GlobalPlan
 from ray_ckpt.tensors.save_signature import Signature
 from ray_ckpt.tensors.writer import CommittingWriter, Told
@@ -83,6 +85,7 @@ class _Agreed:
     plan: GlobalPlan | None = None
     """The coordinator's alone, and:"""
     layouts: Sequence[Layout] = ()
+    metadata: MetadataFile | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +180,7 @@ class _Save:
         """The plan is carried out; what is agreed on then."""
         items = [item for item, kept in zip(agreed.items, agreed.kept, strict=True) if kept]
         plan = SavePlan(items, storage_data=self._writer.prefix(self._ranks.rank))
-        found, layouts = list[Layout](), list[Layout]()
+        found, layouts, metadata = list[Layout](), list[Layout](), list[MetadataFile]()
 
         def write() -> Written:
             written = self._writer.write_data(plan, self._planner)
@@ -190,7 +193,12 @@ class _Save:
             assert agreed.plan is not None, "the coordinator keeps it"
             for rank, one in enumerate(written):
                 layouts.append(one.layout or agreed.layouts[rank])
-            self._writer.finish(plan=agreed.plan, layouts=layouts, written=written)
+            places = Places.of(written, layouts)
+            is_known = all(one.layout is None for one in written)
+            known = agreed.metadata if is_known else None
+            metadata.append(known or MetadataFile(agreed.plan, places))
+            self._writer.finish(agreed.plan, places, metadata[0], written)
 
         self._ranks.all_reduce("write", write, finish)
-        return replace(agreed, layout=found[0], layouts=layouts)
+        kept = metadata[0] if metadata else None
+        return replace(agreed, layout=found[0], layouts=layouts, metadata=kept)

@@ -31,7 +31,7 @@ from ray_ckpt.storage.digests import STRONG_ALGORITHM, digest_of
 from ray_ckpt.storage.disk.posix import translated, write_synced
 from ray_ckpt.storage.host_memory.copies import FileInMemory
 from ray_ckpt.tensors.finite import is_finite
-from ray_ckpt.tensors.metadata_file import metadata_file
+from ray_ckpt.tensors.metadata_file import MetadataFile
 from ray_ckpt.tensors.rank_files import Find, Into, RankFile, RankFiles
 from ray_ckpt.tensors.ranks import Phase
 from ray_ckpt.tensors.save_layout import Layout, Places, Written
@@ -192,16 +192,19 @@ class CommittingWriter:
         return is_finite(planner.resolve_data(item))
 
     def finish(
-        self, *, plan: GlobalPlan, layouts: Sequence[Layout], written: Sequence[Written]
+        self,
+        plan: GlobalPlan,
+        places: Places,
+        metadata: MetadataFile,
+        written: Sequence[Written],
     ) -> None:
         """On the coordinator, after every rank has written: the step is committed."""
-        lying = Places.of(written, layouts)
-        index = StepIndex.of_save(plan, lying)
+        index = StepIndex.of_save(plan, places)
         # the step's name instead of a path of this machine; equal for equal content
         meta = StorageMeta(checkpoint_id=self._folder)
         with translated(self._folder_of_attempt):
             files = {
-                names.METADATA: metadata_file(plan, lying, meta),
+                names.METADATA: metadata.of(places.names, meta),
                 names.INDEX: index.to_bytes(),
                 **self._assets(),
             }
@@ -218,11 +221,11 @@ class CommittingWriter:
             model=model,
             non_finite=tuple(sorted({name for rank in written for name in rank.non_finite})),
         )
-        places = [
+        on_nodes = [
             *(place for rank in written for place in rank.places),
             *(self._place(entry.path) for entry in extra),
         ]
-        draft = Draft(manifest=manifest, places=merged(places), supersedes=self._superseded)
+        draft = Draft(manifest=manifest, places=merged(on_nodes), supersedes=self._superseded)
         self._job.wrote(_volume(written, extra))
         self._job.check_lease()
         try:

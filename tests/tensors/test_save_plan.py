@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from ray_ckpt.core.errors import StateDictError
 from ray_ckpt.tensors.index import read_foreign_metadata
-from ray_ckpt.tensors.metadata_file import metadata_file
+from ray_ckpt.tensors.metadata_file import MetadataFile
 from ray_ckpt.tensors.save_layout import Places
 from ray_ckpt.tensors.save_plan import GlobalPlan
 from ray_ckpt.tensors.step_index import StepIndex
@@ -85,8 +85,13 @@ def places_of(plan: GlobalPlan) -> Places:
     )
 
 
+def file_of(plan: GlobalPlan) -> bytes:
+    places = places_of(plan)
+    return MetadataFile(plan, places).of(places.names, StorageMeta(checkpoint_id="step-5"))
+
+
 def read(plan: GlobalPlan) -> Metadata:
-    return pickle.loads(metadata_file(plan, places_of(plan), StorageMeta(checkpoint_id="step-5")))
+    return pickle.loads(file_of(plan))
 
 
 def written(plan: GlobalPlan, plans: list[SavePlan]) -> list[tuple[int, WriteItem]]:
@@ -149,8 +154,27 @@ def test_the_index_says_what_the_metadata_says(state, num_ranks: int) -> None:
 
 def test_a_reader_that_trusts_nobody_reads_it() -> None:
     plan = planned(everywhere(fsdp, 3))
-    data = metadata_file(plan, places_of(plan), StorageMeta(checkpoint_id="step-5"))
+    data = file_of(plan)
     assert read_foreign_metadata(data, "x") == pickle.loads(data)
+
+
+def test_the_next_saves_differ_in_whose_they_are_and_the_names_of_files() -> None:
+    plan = planned(everywhere(hsdp, 3))
+    places = places_of(plan)
+    kept = MetadataFile(plan, places)
+    names = [f"__{rank}_0123abcd_{'x' * rank}.distcp" for rank in range(3)]
+    found: Metadata = pickle.loads(kept.of(names, StorageMeta(checkpoint_id="step-60")))
+    expected = read(plan)
+    assert found.storage_meta == StorageMeta(checkpoint_id="step-60")
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    assert found.planner_data == expected.planner_data
+    assert {
+        index: (places.names[names.index(at.relative_path)], at.offset, at.length)
+        for index, at in found.storage_data.items()
+    } == {
+        index: (at.relative_path, at.offset, at.length)
+        for index, at in expected.storage_data.items()
+    }
 
 
 def test_it_is_the_same_plan_each_time() -> None:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from ray_ckpt.core.errors import SaveError, StateDictError, StepExistsError, StorageFullError
+from ray_ckpt.tensors import save_protocol
 from ray_ckpt.tensors.ranks import Ranks, causes, ours
 from ray_ckpt.tensors.save_planner import ValueSavePlanner
 from ray_ckpt.tensors.save_protocol import SaveProtocol
@@ -248,6 +249,25 @@ def test_while_nothing_changes_messages_are_small_whatever_the_number_of_tensors
         assert third[0] == second[0]
     # one value has another length: where everything lies is told anew, by whoever wrote it
     assert max(rank[2][1] for rank in run(_count_messages, f"{root}/2", 500, num_ranks=2)) > 4000
+
+
+def _count_metadata(root: str) -> list[int]:
+    """How often this rank has made `.metadata` anew, after each of four saves."""
+    made: list[int] = []
+    make = save_protocol.MetadataFile
+    save_protocol.MetadataFile = lambda *of: made.append(1) or make(*of)
+    saves, counts = Saves(root), list[int]()
+    for step in (1, 2, 3, 4):
+        assert saves.save(step, {**state_of(step), "note": "x" * 1000 * (step // 3)}) is None
+        counts.append(len(made))
+    return counts
+
+
+def test_metadata_is_made_anew_by_one_rank_and_only_where_something_has_moved(root: str) -> None:
+    assert run(_count_metadata, root) == [[1, 1, 2, 2], [0, 0, 0, 0]]
+    steps = [pickle.loads(Path(root, f"step-{n}", ".metadata").read_bytes()) for n in (1, 2)]
+    assert steps[0].storage_data == steps[1].storage_data
+    assert [step.storage_meta.checkpoint_id for step in steps] == ["step-1", "step-2"]
 
 
 # ---- after a failure ----

@@ -48,6 +48,21 @@ def test_a_step_has_an_index_that_says_what_dcps_own_says(step: Path) -> None:
     assert len(own.index.values()) > 0
 
 
+@pytest.mark.s3
+def test_a_second_save_says_the_same_of_files_of_its_own(s3_root: str) -> None:
+    """Shards on a store have the name of their save; `.metadata` is made of that before."""
+    make_root(s3_root, (10, 20))
+    catalog = open_catalog(s3_root)
+    files: list[set[str]] = []
+    for step in (10, 20):
+        own = step_reader(catalog, catalog.manifest(step))
+        dcps = DcpReader(catalog.store, names.step_dir(step), digests=None)
+        assert by_name(own.index) == by_name(dcps.index)
+        assert dcps.read_metadata().storage_meta.checkpoint_id == names.step_dir(step)
+        files.append(set(own.index.files))
+    assert not files[0] & files[1]
+
+
 def test_a_load_of_a_step_of_ours_needs_no_pickle_of_objects(
     step: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
