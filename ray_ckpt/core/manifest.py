@@ -165,7 +165,10 @@ class Manifest:
         """
         document = {"schema": SCHEMA, **asdict(replace(self, files=(), tensors=()))}
         document["files"] = [asdict(e) for e in sorted(self.files, key=lambda e: e.path)]
-        document["tensors"] = [asdict(e) for e in sorted(self.tensors, key=lambda e: e.name)]
+        document["tensors"] = [
+            {"name": e.name, "dtype": e.dtype, "shape": e.shape}  # `asdict`: 5 us
+            for e in sorted(self.tensors, key=lambda e: e.name)
+        ]
         document[_CHECKSUM] = _checksum(document)
         return _canonical(document) + b"\n"
 
