@@ -58,9 +58,11 @@ class MetadataFile:
             version=_plain(CURRENT_DCP_VERSION),
         )
         self._rest = b"".join([*memo.front, metadata, _STOP])
+        self._num_files = len(places.names)
 
     def of(self, files: Sequence[str], meta: StorageMeta) -> bytes:
         """The bytes of one save's; its files by their names, in the order of the places."""
+        assert len(files) == self._num_files, "the places have a number for each"
         own = [_kept(_META, _plain(meta))]
         own += [_kept(_FIRST_FILE + number, _plain(name)) for number, name in enumerate(files)]
         return b"".join([b"\x80\x04", *own, self._rest])

@@ -46,7 +46,7 @@ class _Wanted:
     def end(self) -> int:
         """It is in the target; bytes."""
         if self.into is not self.read.target:
-            self.read.target.copy_(self.into)
+            self.read.target.copy_(self.into, non_blocking=True)  # torch keeps it until it is read
         return self.read.target.nbytes
 
 
@@ -97,8 +97,16 @@ def read_pieces(
 def _wanted(read: Read, chunk: Chunk) -> _Wanted:
     target = read.target
     is_in_place = target.is_cpu and target.dtype == chunk.dtype and target.is_contiguous()
-    into = target if is_in_place else torch.empty(target.shape, dtype=chunk.dtype)
+    into = target if is_in_place else _empty(target, chunk.dtype)
     return _Wanted(read=read, chunk=chunk, into=into)
+
+
+def _empty(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of this host for what goes to the target: a GPU takes it from pinned memory.
+
+    That is allocated slowly, and kept by torch for the next tensor once the GPU has read it.
+    """
+    return torch.empty(target.shape, dtype=dtype, pin_memory=target.is_cuda)
 
 
 def _runs(items: Iterable[T], go_on: Callable[[Sequence[T], T], bool]) -> Iterator[list[T]]:
