@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ray_ckpt.cli.output import human_bytes
+from ray_ckpt.storage.backends import open_catalog
 from tests.cli.conftest import Answer
 from tests.tensors.tiny import same_tensors, weights_in
 
@@ -32,7 +34,8 @@ def base(tmp_path: Path) -> Path:
 def test_there_and_back(cli: Cli, base: Path, root: str) -> None:
     told = cli("import", base, root)
     assert told.code == 0
-    assert told.out == f"{root}/step-0: 21 tensors of a llama model, 64.3 kB\n"
+    size = human_bytes(open_catalog(root).manifest(0).total_bytes)
+    assert told.out == f"{root}/step-0: 21 tensors of a llama model, {size}\n"
     assert json.loads(cli("ls", root, "--json").out)[0]["state"] == "committed"
     exported = cli("export", root, "--step", 0, "--dtype", "float32", "--json")
     made = Path(json.loads(exported.out)["path"])

@@ -84,9 +84,9 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     goes_on = threading.Event()
     finish = CommittingWriter.finish
 
-    def waits(self: CommittingWriter, **kwargs: Any) -> None:
+    def waits(self: CommittingWriter, *args: Any) -> None:
         assert goes_on.wait(60.0)
-        finish(self, **kwargs)
+        finish(self, *args)
 
     monkeypatch.setattr(CommittingWriter, "finish", waits)
     return goes_on
