@@ -15,25 +15,11 @@ from ray_ckpt.tensors.manager import CheckpointManager
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.optimizer_state import OptimizerState
 from ray_ckpt.tensors.states import TrainingState
-
-
-def _trained(seed: int, **groups: Any) -> tuple[nn.Sequential, torch.optim.AdamW]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **groups)
-    for _ in range(3):
-        _step(model, optimizer)
-    return model, optimizer
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.ones(4, 2)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+from tests.tensors.two_layers import train_step, trained
 
 
 def test_optimizer_state_is_named_by_parameter() -> None:
-    model, optimizer = _trained(0)
+    model, optimizer = trained(0)
     state = OptimizerState([model], [optimizer]).state_dict()
     for fqn, parameter in model.named_parameters():
         assert torch.equal(state[f"state.{fqn}.exp_avg"], optimizer.state[parameter]["exp_avg"])
@@ -41,16 +27,16 @@ def test_optimizer_state_is_named_by_parameter() -> None:
 
 
 def test_an_optimizer_goes_on_exactly_whatever_it_did_in_between() -> None:
-    model, optimizer = _trained(0)
+    model, optimizer = trained(0)
     values = {key: value.clone() for key, value in model.state_dict().items()}
     state = _cloned(OptimizerState([model], [optimizer]).state_dict())
-    _step(model, optimizer)
+    train_step(model, optimizer)
     expected = [parameter.detach().clone() for parameter in model.parameters()]
 
-    other, restored = _trained(1, weight_decay=0.5)
+    other, restored = trained(1, weight_decay=0.5)
     other.load_state_dict(values)
     OptimizerState([other], [restored]).load_state_dict(state)
-    _step(other, restored)
+    train_step(other, restored)
     assert all(torch.equal(a, b) for a, b in zip(expected, other.parameters(), strict=True))
 
 
@@ -96,7 +82,7 @@ def test_a_parameter_that_had_no_gradient_comes_back_without_state() -> None:
     saved = OptimizerState([model], optimizers[:1]).state_dict()
     held = set(flatten_state_dict(saved)[0])
     assert not [key for key in held if key.startswith("state.1.")]
-    _step(other, optimizers[1])  # whatever it did in between
+    train_step(other, optimizers[1])  # whatever it did in between
     restored = OptimizerState([other], optimizers[1:])
     assert set(restored.wanted(held)) == held
     restored.load_state_dict(_cloned(saved))
@@ -104,14 +90,14 @@ def test_a_parameter_that_had_no_gradient_comes_back_without_state() -> None:
     other.load_state_dict(model.state_dict())
     for one, optimizer in zip((model, other), optimizers, strict=True):
         optimizer.zero_grad()
-        _step(one, optimizer)
+        train_step(one, optimizer)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )
 
 
 def test_a_parameter_that_the_source_does_not_know_at_all_is_asked_for() -> None:
-    model, optimizer = _trained(0)
+    model, optimizer = trained(0)
     state = OptimizerState([model], [optimizer])
     held = {key for key in state.state_dict() if ".1.weight." not in key}
     assert "state.1.weight.exp_avg" in state.wanted(held)
@@ -119,8 +105,8 @@ def test_a_parameter_that_the_source_does_not_know_at_all_is_asked_for() -> None
 
 
 def test_a_parameter_of_another_model_is_refused() -> None:
-    model, _ = _trained(0)
-    _, optimizer = _trained(1)
+    model, _ = trained(0)
+    _, optimizer = trained(1)
     with pytest.raises(StateDictError, match="4 parameters that are none of the model's"):
         OptimizerState([model], [optimizer]).state_dict()
 

@@ -1,34 +1,17 @@
 """What is saved beside the model, under which names."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 
 from ray_ckpt.core.errors import StateDictError
 from ray_ckpt.tensors.contents import everything
 from ray_ckpt.tensors.model_wrapper import ModelWrapper
 from ray_ckpt.tensors.states import TrainingState, TrainState
-
-
-def _trained(seed: int, **groups: Any) -> tuple[nn.Sequential, torch.optim.AdamW]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **groups)
-    for _ in range(3):
-        _step(model, optimizer)
-    return model, optimizer
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.ones(4, 2)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+from tests.tensors.two_layers import trained
 
 
 def test_names_on_storage_are_the_models_and_those_of_the_parts() -> None:
-    model, optimizer = _trained(0)
+    model, optimizer = trained(0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     state = TrainingState(
         model=ModelWrapper(model),
@@ -44,7 +27,7 @@ def test_names_on_storage_are_the_models_and_those_of_the_parts() -> None:
 
 @pytest.mark.parametrize("name", ["rng", "optimizer"])
 def test_a_name_that_is_taken_is_refused(name: str) -> None:
-    model, optimizer = _trained(0)
+    model, optimizer = trained(0)
     state = TrainingState(
         model=ModelWrapper(model), optimizer=optimizer, extra={name: TrainState()}
     )
