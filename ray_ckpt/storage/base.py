@@ -130,8 +130,13 @@ class Store(Ranges, Protocol):
         """Stream a local file of any size to `key`; readers see all of it or none."""
         ...
 
+    @property
+    def begins_on_disk(self) -> bool:
+        """Whether what is begun lies on a disk of this host until it is whole, and is sent then."""
+        ...
+
     def begin(self, key: str, size_bytes: int) -> Blocks:
-        """A new object of at most that size, to be written block by block; see `ordered_write`."""
+        """A new object of about that size, to be written block by block; see `ordered_write`."""
         ...
 
     def copy(self, source: str, target: str) -> None:

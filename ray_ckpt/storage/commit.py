@@ -22,6 +22,8 @@ from typing import Protocol
 from ray_ckpt.core import names
 from ray_ckpt.core.errors import ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import FileEntry, Manifest
+from ray_ckpt.storage.base import Blocks
+from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
 from ray_ckpt.storage.disk.posix import make_folder, sync_folder, translated, write_synced
 from ray_ckpt.storage.disk.store import LocalStore, changed_at, own_size_of, size_of
 from ray_ckpt.storage.progress import UNTOLD, Progress
@@ -83,6 +85,10 @@ class Commit(Protocol):
 
     def begin(self, folder: str) -> None:
         """Whatever lies in `folder` before its manifest does is ours; comes before the first."""
+        ...
+
+    def shard(self, staging: Path, folder: str, name: str, size_bytes: int) -> Blocks:
+        """A new file of about that size, which will be part of `folder` once it is whole."""
         ...
 
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
@@ -188,6 +194,10 @@ class RenameCommit:
 
     def begin(self, folder: str) -> None:
         """Nothing to do: nothing lies there."""
+
+    def shard(self, staging: Path, folder: str, name: str, size_bytes: int) -> FileBlocks:
+        """In the staging folder."""
+        return new_file(staging / name)
 
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """Nothing to do: the rename takes everything along."""

@@ -144,6 +144,11 @@ class FsspecStore:
             self._file_system.rm_file(target)
             self._file_system.mv(source, target)
 
+    @property
+    def begins_on_disk(self) -> bool:
+        """What is begun is a file of this host."""
+        return True
+
     def begin(self, key: str, size_bytes: int) -> ScratchBlocks:
         """A file of this host, sent once it is whole."""
         return ScratchBlocks(lambda path: self.upload(path, key))

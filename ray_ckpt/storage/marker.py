@@ -16,7 +16,7 @@ from ray_ckpt.core import names
 from ray_ckpt.core.errors import IntegrityError, ObjectExistsError, ObjectNotFoundError
 from ray_ckpt.core.manifest import Manifest
 from ray_ckpt.storage.at_once import at_once
-from ray_ckpt.storage.base import ObjectInfo, Store
+from ray_ckpt.storage.base import Blocks, ObjectInfo, Store
 from ray_ckpt.storage.commit import Kept, Remains
 from ray_ckpt.storage.disk.scratch import make_scratch, remove_scratch
 from ray_ckpt.storage.drafts import drafts_at
@@ -58,6 +58,11 @@ class MarkerCommit:
     def begin(self, folder: str) -> None:
         """A note, so that the remains of a dead save are not taken for foreign files."""
         self._store.write(names.begun_key(folder), b"")
+
+    def shard(self, staging: Path, folder: str, name: str, size_bytes: int) -> Blocks:
+        """In its place, where no other save has one of its name; the note comes first."""
+        self.begin(folder)
+        return self._store.begin(f"{folder}/{name}", size_bytes)
 
     def contribute(self, staging: Path, folder: str, *, progress: Progress = UNTOLD) -> None:
         """Uploads the files, several at once; without a manifest nobody counts them."""

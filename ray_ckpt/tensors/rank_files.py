@@ -36,6 +36,8 @@ log = logging.getLogger("ray_ckpt")
 _FOR_NOW = (ObjectNotFoundError, TransientError, StorageFullError)
 """Reasons why a file is not taken over this time."""
 _MOVING, _STILL = 0, 1
+_FRAME_BYTES = 4096
+"""Around a tensor, at most; and a guess at a value, of which nobody knows the size before."""
 Find = Callable[[Tensor], tuple[int, int] | None]
 """Number of the segment that a tensor lies in, and where; None if it lies in none."""
 
@@ -176,8 +178,10 @@ class RankFiles:
     ) -> RankFile:
         places: dict[MetadataIndex, tuple[int, int]] = {}
         plain: set[MetadataIndex] = set()
-        path = self._into.staging / self._name(number)
-        with new_shard(path, past_the_cache=not self._into.target.sends_at_once) as shard:
+        name, into = self._name(number), self._into
+        size_bytes = sum(_size_of(item) for item in [*values, *tensors])
+        blocks = into.target.shard(into.staging, into.folder, name, size_bytes)
+        with new_shard(blocks, name) as shard:
             for item in values:
                 places[item.index] = shard.add(self._planner.resolve_data(item))
             for tensor, item in on_the_host(tensors, self._planner):
@@ -233,3 +237,8 @@ class RankFiles:
 
     def _name(self, number: int) -> str:
         return f"{self._prefix}{number}{DEFAULT_SUFFIX}"
+
+
+def _size_of(item: WriteItem) -> int:
+    """About."""
+    return (item.tensor_storage_size() or 0) + _FRAME_BYTES

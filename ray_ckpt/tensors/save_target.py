@@ -23,8 +23,10 @@ from ray_ckpt.core.manifest import FileEntry, Manifest
 from ray_ckpt.core.observation import Observation
 from ray_ckpt.core.room import Room
 from ray_ckpt.storage import step_errors
+from ray_ckpt.storage.base import Blocks
 from ray_ckpt.storage.catalog import Catalog
 from ray_ckpt.storage.commit import Kept
+from ray_ckpt.storage.disk.file_blocks import new_file
 from ray_ckpt.storage.disk.posix import sync_folder, translated
 from ray_ckpt.storage.room import room_at, room_in
 
@@ -45,17 +47,16 @@ class SaveTarget(Protocol):
         """Where alone the files lie that this rank writes; None for the root."""
         ...
 
-    @property
-    def sends_at_once(self) -> bool:
-        """Whether the files are read again as soon as they are written."""
-        ...
-
     def staging(self, attempt: str) -> Path:
         """The folder that this rank writes to."""
         ...
 
-    def room(self, staging: Path) -> Room:
-        """What is free where this rank writes."""
+    def room(self, staging: Path) -> Room | None:
+        """What is free where this rank writes; None where nobody can say."""
+        ...
+
+    def shard(self, staging: Path, folder: str, name: str, size_bytes: int) -> Blocks:
+        """A new file of about that size, to be a part of the save."""
         ...
 
     def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
@@ -111,18 +112,19 @@ class IntoRoot:
     becomes: Becomes = "committed"
     node: None = None
 
-    @property
-    def sends_at_once(self) -> bool:
-        """To an object store."""
-        return not self.catalog.commit.is_staging_shared
-
     def staging(self, attempt: str) -> Path:
         """The root's staging area; on an object store a folder of this process."""
         return self.catalog.commit.staging(attempt)
 
-    def room(self, staging: Path) -> Room:
+    def room(self, staging: Path) -> Room | None:
         """One place for all ranks, unless each sends its files from a disk of its own."""
-        return room_in(self.catalog.store) or room_at(staging)
+        if self.catalog.store.begins_on_disk:
+            return room_in(self.catalog.store) or room_at(staging)
+        return room_in(self.catalog.store)
+
+    def shard(self, staging: Path, folder: str, name: str, size_bytes: int) -> Blocks:
+        """See `Commit`."""
+        return self.catalog.commit.shard(staging, folder, name, size_bytes)
 
     def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
         """Newer steps are in the trash, and drafts that would become such are given up."""
@@ -179,7 +181,6 @@ class OntoNodes:
     folder: Path
     """The run's own on the node's disk; each save has one in it."""
     becomes: Becomes = "staged"
-    sends_at_once: bool = False
 
     def staging(self, attempt: str) -> Path:
         """Shared by the ranks of one node."""
@@ -191,6 +192,10 @@ class OntoNodes:
     def room(self, staging: Path) -> Room:
         """One place for the ranks of a node."""
         return room_at(staging)
+
+    def shard(self, staging: Path, folder: str, name: str, size_bytes: int) -> Blocks:
+        """On the node's disk."""
+        return new_file(staging / name)
 
     def make_way(self, draft: Manifest, branch: int | None) -> Superseded:
         """Nothing is changed: steps that were committed stay until this one is."""

@@ -4,7 +4,7 @@
                       each dtype and shape, and between them the elements as they lie in memory
     anything else     by torch itself
 
-The file is digested while it is written, and passes by the page cache. The zip's own CRC-32 of
+The file is digested while it is written. The zip's own CRC-32 of
 the elements is left out, as `torch.serialization.set_crc32_options(False)` does it: it would take
 longer than the write, torch never looks at it, and the manifest has a digest of every byte.
 """
@@ -12,7 +12,6 @@ longer than the write, torch never looks at it, and the manifest has a digest of
 import contextlib
 import io
 from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,9 +21,10 @@ from torch.distributed.checkpoint.filesystem import _OverlappingCpuLoader, _Seri
 from torch.distributed.checkpoint.planner import WriteItem
 from typing_extensions import Buffer
 
+from ray_ckpt.core.errors import RayCkptError
 from ray_ckpt.core.manifest import FileEntry
+from ray_ckpt.storage.base import Blocks
 from ray_ckpt.storage.digests import SHARD_ALGORITHM, digest_behind, digest_of, new_digest
-from ray_ckpt.storage.disk.file_blocks import new_file
 from ray_ckpt.storage.disk.ordered_write import OrderedWrite
 from ray_ckpt.tensors.chunks import bytes_of
 from ray_ckpt.tensors.recording import TensorSpec
@@ -39,11 +39,10 @@ EMPTY = digest_of(b"", SHARD_ALGORITHM)
 
 
 class ShardFile:
-    """A new file at `path`; it is there, whole and synced, once `close` has returned."""
+    """A new file; it is there, whole and durable, once `close` has returned."""
 
-    def __init__(self, path: Path, *, past_the_cache: bool) -> None:
-        blocks = new_file(path, past_the_cache=past_the_cache)
-        self._file = OrderedWrite(blocks, name=path.name, algorithm=SHARD_ALGORITHM)
+    def __init__(self, blocks: Blocks, name: str) -> None:
+        self._file = OrderedWrite(blocks, name=name, algorithm=SHARD_ALGORITHM)
         self._lengths: list[int] = []
 
     def add(self, item: io.BytesIO | Tensor) -> tuple[int, int]:
@@ -77,13 +76,17 @@ class ShardFile:
 
 
 @contextlib.contextmanager
-def new_shard(path: Path, *, past_the_cache: bool) -> Generator[ShardFile]:
-    """A shard that the block fills; nothing is left of it after an error."""
-    shard = ShardFile(path, past_the_cache=past_the_cache)
+def new_shard(blocks: Blocks, name: str) -> Generator[ShardFile]:
+    """A shard that the block fills; nothing is left of it after an error.
+
+    Unless the place is at fault and cannot be told: what lies there is found as unfinished then.
+    """
+    shard = ShardFile(blocks, name)
     try:
         yield shard
     except BaseException:
-        shard.discard()
+        with contextlib.suppress(RayCkptError):
+            shard.discard()
         raise
 
 

@@ -102,8 +102,8 @@ class Told:
     """What each rank says to the coordinator before anything is planned."""
 
     tied: Mapping[str, str]
-    room: Room
-    """Where it is to write."""
+    room: Room | None
+    """Where it is to write; None if nobody can say what is free there."""
 
 
 class CommittingWriter:
@@ -133,7 +133,8 @@ class CommittingWriter:
 
         On the coordinator, with what every rank has told, and the bytes that it is to write.
         """
-        needs = [(rank.room, count) for rank, count in zip(told, num_bytes, strict=True)]
+        rooms = zip((rank.room for rank in told), num_bytes, strict=True)
+        needs = [(room, count) for room, count in rooms if room is not None]
         refuse_without_room(f"step-{self._step}", needs)
         self._superseded = self._target.make_way(self._job.draft, self._job.supersedes)
         self._tied = {name: to for rank in told for name, to in rank.tied.items()}

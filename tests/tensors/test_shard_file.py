@@ -11,13 +11,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from ray_ckpt.storage.backends import open_catalog
 from ray_ckpt.storage.digests import describe_file, digest_of
-from ray_ckpt.storage.disk.file_blocks import FileBlocks
+from ray_ckpt.storage.disk.file_blocks import FileBlocks, new_file
 from ray_ckpt.tensors.framing import elements_at
 from ray_ckpt.tensors.recording import TensorSpec
 from ray_ckpt.tensors.shard_file import digest_of_item, is_plain, new_shard
 from ray_ckpt.tensors.torch_file import around
 from tests.processes import run_python
+from tests.roots import make_root
 from tests.tensors.plain import save_steps
 
 DENSE = {
@@ -45,15 +47,10 @@ OTHERS = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["past the cache", "cached"])
-def past_the_cache(request: pytest.FixtureRequest) -> bool:
-    return request.param
-
-
-def test_every_item_is_what_was_given(tmp_path: Path, past_the_cache: bool) -> None:
+def test_every_item_is_what_was_given(tmp_path: Path) -> None:
     values = {**DENSE, **OTHERS}
     path = tmp_path / "__0_0.distcp"
-    with new_shard(path, past_the_cache=past_the_cache) as shard:
+    with new_shard(new_file(path), path.name) as shard:
         places = {name: shard.add(tensor) for name, tensor in values.items()}
         places["value"] = shard.add(io.BytesIO(b"a pickle"))
         entry = shard.close()
@@ -68,14 +65,12 @@ def test_every_item_is_what_was_given(tmp_path: Path, past_the_cache: bool) -> N
         assert torch.equal(_comparable(found), _comparable(values[name])), name
 
 
-def test_the_digest_of_every_item_is_known_without_another_read(
-    tmp_path: Path, past_the_cache: bool
-) -> None:
+def test_the_digest_of_every_item_is_known_without_another_read(tmp_path: Path) -> None:
     """Also of those that end where a block does, and of more than a block."""
     items = [io.BytesIO(bytes(FileBlocks.block_bytes)), *DENSE.values(), *OTHERS.values()]
     items += [io.BytesIO(), io.BytesIO(b"at the end")]
     path = tmp_path / "__0_0.distcp"
-    with new_shard(path, past_the_cache=past_the_cache) as shard:
+    with new_shard(new_file(path), path.name) as shard:
         places = [shard.add(item) for item in items]
         shard.close()
     data = path.read_bytes()
@@ -85,7 +80,7 @@ def test_the_digest_of_every_item_is_known_without_another_read(
 
 
 def test_a_file_without_items_has_no_digests(tmp_path: Path) -> None:
-    with new_shard(tmp_path / "shard", past_the_cache=False) as shard:
+    with new_shard(new_file(tmp_path / "shard"), "shard") as shard:
         shard.close()
     assert list(shard.digests()) == []
 
@@ -96,7 +91,7 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", list(DENSE))
 def test_an_item_is_torchs_own_without_checksum(tmp_path: Path, name: str) -> None:
-    with new_shard(tmp_path / "shard", past_the_cache=False) as shard:
+    with new_shard(new_file(tmp_path / "shard"), "shard") as shard:
         shard.add(DENSE[name])
         shard.close()
     made, saved = (tmp_path / "shard").read_bytes(), _saved(DENSE[name])
@@ -139,7 +134,7 @@ def test_only_dense_tensors_are_framed_here() -> None:
 def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
     with (
         pytest.raises(ZeroDivisionError),
-        new_shard(tmp_path / "shard", past_the_cache=True) as shard,
+        new_shard(new_file(tmp_path / "shard"), "shard") as shard,
     ):
         shard.add(DENSE["more than a block"])
         raise ZeroDivisionError
@@ -163,7 +158,23 @@ def test_a_file_and_its_name_are_synced(tmp_path: Path, monkeypatch: pytest.Monk
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    with new_shard(tmp_path / "shard", past_the_cache=True) as shard:
+    with new_shard(new_file(tmp_path / "shard"), "shard") as shard:
         shard.add(DENSE["float32"])
         shard.close()
     assert synced[0].startswith(".tmp-") and synced[-1] == tmp_path.name
+
+
+@pytest.mark.s3
+def test_on_its_way_to_s3_a_shard_lies_on_no_disk(
+    s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a file is made")
+
+    monkeypatch.setattr(FileBlocks, "__init__", refuse)
+    make_root(s3_root, (10,))
+    catalog = open_catalog(s3_root)
+    manifest = catalog.manifest(10)
+    assert any(entry.path.endswith(".distcp") for entry in manifest.files)
+    assert catalog.damage(10) == []
+    assert not list(catalog.store.list_unfinished(""))

@@ -18,13 +18,9 @@ _ALIGNMENT = 4096
 """Of addresses, offsets and lengths in a write that passes by the page cache."""
 
 
-def new_file(path: Path, *, past_the_cache: bool = True) -> "FileBlocks":
-    """A file that is there, under this name, once it is finished.
-
-    Not `past_the_cache` is for one that is read again at once.
-    """
-    beside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    return FileBlocks(path, beside=beside, past_the_cache=past_the_cache)
+def new_file(path: Path) -> "FileBlocks":
+    """A file that is there, under this name, once it is finished."""
+    return FileBlocks(path, beside=path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}"))
 
 
 class FileBlocks:
@@ -34,13 +30,11 @@ class FileBlocks:
     puts_at_once = 2
     """The disk has the next block already when it is done with one."""
 
-    def __init__(self, path: Path, *, beside: Path, past_the_cache: bool = True) -> None:
+    def __init__(self, path: Path, *, beside: Path) -> None:
         self._path = path
         self._beside = beside
         with translated(path):
-            self._descriptor, self._is_direct = made_in(
-                path.parent, lambda: _open(beside, past_the_cache=past_the_cache)
-            )
+            self._descriptor, self._is_direct = made_in(path.parent, lambda: _open(beside))
 
     def put(self, number: int, block: memoryview, num_bytes: int) -> None:
         """Whole pages past the page cache; what is too much is cut off in the end."""
@@ -87,10 +81,10 @@ class FileBlocks:
             self._descriptor = -1
 
 
-def _open(path: Path, *, past_the_cache: bool) -> tuple[int, bool]:
+def _open(path: Path) -> tuple[int, bool]:
     """A descriptor, and whether writes to it pass by the page cache."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    direct = getattr(os, "O_DIRECT", 0) if past_the_cache else 0
+    direct = getattr(os, "O_DIRECT", 0)
     try:
         return os.open(path, flags | direct, 0o666), bool(direct)
     except OSError as error:

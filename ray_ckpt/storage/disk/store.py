@@ -123,6 +123,11 @@ class LocalStore:
             temporary.replace(self.path(key))
             sync_folder_if_there(self.path(key).parent)
 
+    @property
+    def begins_on_disk(self) -> bool:
+        """Beside its place."""
+        return True
+
     def begin(self, key: str, size_bytes: int) -> FileBlocks:
         """Written beside, past the page cache, and linked into place."""
         return new_file(self.path(key))

@@ -113,6 +113,11 @@ class BucketStore:
         self._batch(key, add=[(str(source), self._path(key))])
         progress.advance(source.stat().st_size)
 
+    @property
+    def begins_on_disk(self) -> bool:
+        """Nothing is begun here."""
+        return False
+
     def begin(self, key: str, size_bytes: int) -> NoReturn:
         """An export is made in a root.
 

@@ -161,9 +161,14 @@ class S3Store:
         self.write(key, data)
         progress.advance(len(data))
 
+    @property
+    def begins_on_disk(self) -> bool:
+        """Its parts are sent as they come."""
+        return False
+
     def begin(self, key: str, size_bytes: int) -> S3Blocks:
-        """A multipart upload, sent part by part."""
-        return S3Blocks(self._object(key), size_bytes)
+        """A multipart upload, sent part by part; a small object is sent as a whole."""
+        return S3Blocks(self._object(key), size_bytes, write=partial(self.write, key))
 
     def _object(self, key: str) -> S3Object:
         call, wire = partial(self._at.call, key=key), partial(self._at.wire, key)
