@@ -118,9 +118,8 @@ class IntoRoot:
 
     def room(self, staging: Path) -> Room | None:
         """One place for all ranks, unless each sends its files from a disk of its own."""
-        if self.catalog.store.begins_on_disk:
-            return room_in(self.catalog.store) or room_at(staging)
-        return room_in(self.catalog.store)
+        store = self.catalog.store
+        return room_in(store) or (room_at(staging) if store.begins_on_disk else None)
 
     def shard(self, staging: Path, folder: str, name: str, size_bytes: int) -> Blocks:
         """See `Commit`."""

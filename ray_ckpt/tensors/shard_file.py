@@ -4,9 +4,9 @@
                       each dtype and shape, and between them the elements as they lie in memory
     anything else     by torch itself
 
-The file is digested while it is written. The zip's own CRC-32 of
-the elements is left out, as `torch.serialization.set_crc32_options(False)` does it: it would take
-longer than the write, torch never looks at it, and the manifest has a digest of every byte.
+The file is digested while it is written. The zip's own CRC-32 of the elements is left out, as
+`torch.serialization.set_crc32_options(False)` does it: it would take longer than the write, torch
+never looks at it, and the manifest has a digest of every byte.
 """
 
 import contextlib
